@@ -1,0 +1,3 @@
+"""Large-minibatch SGD on supercomputers: plan, submit, train, measure, report."""
+
+__version__ = "0.1.0"

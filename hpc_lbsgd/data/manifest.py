@@ -1,0 +1,224 @@
+"""The list of a data set's images: path, label, width, height, size in bytes, checksum.
+
+A manifest is one Arrow file, mapped into memory, never read whole: at 1.28 million images each rank of a node
+shares the same pages. Rows are sorted by class and name, so a manifest is a function of the files alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from concurrent.futures import ProcessPoolExecutor
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from hpc_lbsgd.errors import RequestError
+
+FILE_NAME = "manifest.arrow"
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
+NAMED_AT_MOST = 20  # problems listed by name before "and N more"
+FILES_CHECKED_AT_START = 100_000  # above it, a start looks at a random selection; `data verify` looks at all
+CHUNK = 512  # files a work item of indexing
+
+SCHEMA = pa.schema([
+    ("path", pa.large_string()), ("label", pa.int32()), ("width", pa.int32()), ("height", pa.int32()),
+    ("bytes", pa.int64()), ("checksum", pa.uint64()),
+])
+
+
+def checksum(data: bytes | np.ndarray) -> int:
+    """64 bits of BLAKE2b of a file's content."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+class Manifest:
+    """A manifest file, opened. Columns are read-only numpy arrays of shape (N,)."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        try:
+            self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            self.header = json.loads(self.table.schema.metadata[b"hpc_lbsgd"])
+        except (pa.ArrowInvalid, OSError, KeyError, TypeError) as problem:
+            raise RequestError(f"{path}: not a manifest ({problem}); make one with: hpc-lbsgd data index DIR") from None
+        self.root = (self.path.parent / self.header["root"]).resolve()
+        self.classes: list[str] = self.header["classes"]
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def _column(self, name: str) -> np.ndarray:
+        return self.table.column(name).to_numpy()
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return self._column("label")
+
+    @cached_property
+    def widths(self) -> np.ndarray:
+        return self._column("width")
+
+    @cached_property
+    def heights(self) -> np.ndarray:
+        return self._column("height")
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        return self._column("bytes")
+
+    def file(self, index: int) -> str:
+        """Absolute path of one sample."""
+        return os.path.join(self.root, self.table.column("path")[int(index)].as_py())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the data is, wherever it lies: names, labels, sizes and checksums of all samples."""
+        return self.header["fingerprint"]
+
+    def check_files(self) -> None:
+        """Refuse a manifest whose files are gone or have another size. Looks at all files up to 100,000,
+        else at that many chosen at random; content is `data verify`'s matter."""
+        chosen = range(len(self))
+        if len(self) > FILES_CHECKED_AT_START:
+            chosen = random.Random(0).sample(chosen, FILES_CHECKED_AT_START)
+        sizes, problems = self.sizes, []
+        for i in chosen:
+            try:
+                found = os.stat(self.file(i)).st_size
+            except OSError:
+                problems.append(f"{self.file(i)}: missing")
+                continue
+            if found != sizes[i]:
+                problems.append(f"{self.file(i)}: {found} bytes, the manifest says {sizes[i]}")
+        if problems:
+            raise RequestError(f"{self.path} no longer matches its files; index again "
+                               f"(hpc-lbsgd data index {self.root}):\n{listed(problems)}")
+
+
+def listed(problems: list[str]) -> str:
+    lines = [f"  {p}" for p in problems[:NAMED_AT_MOST]]
+    if len(problems) > NAMED_AT_MOST:
+        lines.append(f"  and {len(problems) - NAMED_AT_MOST} more")
+    return "\n".join(lines)
+
+
+def find(path: str | os.PathLike) -> Path:
+    """The manifest file that `path` (a manifest, or a folder that has one) means; refuses what is neither."""
+    path = Path(path)
+    if path.is_dir():
+        if (path / FILE_NAME).exists():
+            return path / FILE_NAME
+        raise RequestError(f"{path} has no {FILE_NAME}; make one with: hpc-lbsgd data index {path}")
+    if not path.exists():
+        raise RequestError(f"{path}: no such folder or manifest")
+    return path
+
+
+def is_plain_folder(path: str | os.PathLike) -> bool:
+    """A folder of images that was not indexed yet."""
+    return Path(path).is_dir() and not (Path(path) / FILE_NAME).exists()
+
+
+# ---------------------------------------------------------------- indexing
+
+def scan(root: Path) -> tuple[list[str], list[str], list[int]]:
+    """(classes, relative paths, labels) of an image-folder tree: one folder a class, any depth below it."""
+    if not root.is_dir():
+        raise RequestError(f"{root}: no such folder")
+    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    if not classes:
+        raise RequestError(f"{root}: no class folders in it; expected {root}/CLASS/IMAGE")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = []
+        for folder, folders, files in os.walk(root / name):
+            folders[:] = [f for f in folders if not f.startswith(".")]
+            found += [os.path.relpath(os.path.join(folder, f), root) for f in files
+                      if os.path.splitext(f)[1].lower() in SUFFIXES and not f.startswith(".")]
+        if not found:
+            raise RequestError(f"{root / name}: class {name!r} has no images ({', '.join(sorted(SUFFIXES))})")
+        paths += sorted(found)
+        labels += [label] * len(found)
+    return classes, paths, labels
+
+
+def examine(root: str, paths: list[str]) -> list[tuple[int, int, int, int] | str]:
+    """For each file (width, height, bytes, checksum), or a sentence about what is wrong with it.
+
+    Every image is decoded to its last row: a truncated file is found here and not at hour three.
+    """
+    import io
+
+    from PIL import Image
+
+    results = []
+    for path in paths:
+        try:
+            with open(os.path.join(root, path), "rb") as f:
+                data = f.read()
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                results.append((image.width, image.height, len(data), checksum(data)))
+        except Exception as problem:  # PIL raises many kinds; each means: not usable as an image
+            reason = "empty file" if not isinstance(problem, FileNotFoundError) and not data else str(problem)
+            results.append(reason)
+    return results
+
+
+def index(root: str | os.PathLike, out: str | os.PathLike | None = None, processes: int | None = None) -> Manifest:
+    """Write the manifest of an image-folder tree (default: ROOT/manifest.arrow) and return it, opened.
+
+    Raises RequestError for a missing folder, an empty class, and images that do not decode (listed by name).
+    """
+    root = Path(root)
+    out = Path(out) if out else root / FILE_NAME
+    classes, paths, labels = scan(root)
+    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
+    rows: list = []
+    processes = min(processes or len(os.sched_getaffinity(0)), len(chunks))
+    with tqdm(total=len(paths), desc=f"indexing {root}", unit="image", disable=None) as bar:
+        def add(results):
+            rows.extend(results)
+            bar.update(len(results))
+
+        if processes == 1:
+            for chunk in chunks:
+                add(examine(str(root), chunk))
+        else:
+            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+                for results in pool.map(examine, [str(root)] * len(chunks), chunks):
+                    add(results)
+    problems = [f"{root / p}: {r}" for p, r in zip(paths, rows, strict=True) if isinstance(r, str)]
+    if problems:
+        raise RequestError(f"{len(problems)} of {len(paths)} images cannot be read; mend or remove them, then index "
+                           f"again:\n{listed(problems)}")
+    write(out, root, classes, paths, labels, rows)
+    return Manifest(out)
+
+
+def write(out: Path, root: Path, classes: list[str], paths: list[str], labels: list[int], rows: list) -> None:
+    """Write a manifest file, whole or not at all."""
+    width, height, size, check = (list(c) for c in zip(*rows, strict=True))
+    digest = hashlib.sha256(json.dumps(classes).encode())
+    for row in zip(paths, labels, size, check, strict=True):
+        digest.update(repr(row).encode())
+    # resolved: a root given through a link stays right when seen from the manifest's real folder
+    relative = os.path.relpath(root.resolve(), out.parent.resolve())
+    header = {"root": relative, "classes": classes, "fingerprint": digest.hexdigest()}
+    table = pa.table([paths, labels, width, height, size, check],
+                     schema=SCHEMA.with_metadata({"hpc_lbsgd": json.dumps(header)})).combine_chunks()
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        os.replace(temporary, out)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise RequestError(f"cannot write {out}: {problem.strerror or problem}; choose another place with --out") from None

@@ -1,0 +1,18 @@
+"""The two ways a command fails, and the exit codes that go with them."""
+
+EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED = 0, 1, 2, 75
+
+
+class RequestError(Exception):
+    """The request was wrong (recipe, flag, path, data): one message that names key and value, exit code 2."""
+
+
+class RunError(Exception):
+    """The work failed: what happened, where, and what to do; exit code 1.
+
+    everywhere: every rank raises it at the same point, so that one of them may speak for all.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False):
+        super().__init__(message)
+        self.everywhere = everywhere

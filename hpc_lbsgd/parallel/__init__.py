@@ -1,0 +1,1 @@
+"""Ranks: the engine seam, and gradients in flat buckets."""

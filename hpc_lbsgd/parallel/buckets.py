@@ -1,0 +1,211 @@
+"""Gradients and weights of a model as views into a few flat buffers, one allreduce a buffer.
+
+A bucket is reduced as soon as its last gradient of the last pass is there, while backward goes on. No copy into
+or out of a fusion buffer, no negotiation by tensor, and the optimizer runs over a few long vectors
+(Yamazaki et al. 2019: static groups of several MB). Run-time fusion is the same code with a bucket a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hpc_lbsgd.parallel.engine import Engine
+
+ALIGN_BYTES = 64  # of every view: vector loads and MPI's copies want it
+
+
+@dataclass(frozen=True)
+class View:
+    """Where one parameter lies in its bucket (offsets and sizes in elements)."""
+
+    name: str
+    parameter: nn.Parameter
+    offset: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The parameter's part of a flat buffer, in its own shape and memory format."""
+        return flat.as_strided(self.parameter.shape, self.parameter.stride(), self.offset)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One bucket: BatchNorm statistics first (where it has them), then decayed, then other parameters."""
+
+    statistics: int  # elements at the start that are no gradients
+    views: tuple[View, ...]
+    decay_end: int  # [statistics, decay_end) get weight decay, [decay_end, size) do not
+    size: int
+    compress: bool  # may travel as float16
+
+
+def aligned(elements: int, itemsize: int) -> int:
+    step = ALIGN_BYTES // itemsize
+    return -(-elements // step) * step
+
+
+def plan_layouts(parameters: Iterable[tuple[str, nn.Parameter]], no_decay: set[str], statistics: int,
+                 bucket_bytes: float, first_bucket_bytes: float, compress: bool = False) -> list[Layout]:
+    """Cut parameters, in the order backward meets them (last first), into buckets of about `bucket_bytes`.
+
+    `statistics` elements ride at the start of the first bucket; with `compress` they travel apart, for variances
+    do not fit float16's range.
+    """
+    groups: list[list[tuple[str, nn.Parameter]]] = [[]]
+    used = 0
+    for name, parameter in reversed(list(parameters)):
+        size = parameter.numel() * parameter.element_size()
+        limit = first_bucket_bytes if len(groups) == 1 else bucket_bytes
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append((name, parameter))
+        used += size
+    layouts = []
+    if compress and statistics:
+        layouts.append(Layout(statistics, (), statistics, statistics, False))
+    for group in groups:
+        head = 0 if layouts else statistics
+        offset, views = head, []
+        for decayed in (True, False):
+            for name, parameter in group:
+                if (name not in no_decay) == decayed:
+                    views.append(View(name, parameter, offset))
+                    offset = aligned(offset + parameter.numel(), parameter.element_size())
+            if decayed:
+                decay_end = offset
+        layouts.append(Layout(head, tuple(views), decay_end, offset, compress))
+    return layouts
+
+
+class Bucket:
+    """One flat buffer of gradients, the weights beside it, and the sum under way."""
+
+    def __init__(self, index: int, layout: Layout, device: torch.device, dtype: torch.dtype):
+        self.index, self.layout = index, layout
+        self.gradients = torch.zeros(layout.size, dtype=dtype, device=device)
+        self.weights = torch.zeros(layout.size, dtype=dtype, device=device)
+        for view in layout.views:
+            place = view.of(self.weights)
+            place.copy_(view.parameter.data)
+            view.parameter.data = place
+            view.parameter.grad = view.of(self.gradients)
+        self.missing = 0  # gradients still to come in this pass
+        self.full = False
+        self.handle = None
+
+
+class Buckets:
+    """All buckets of a model: armed before each backward, finished after the last of a step.
+
+    bits        None: floating-point sums. Else sums over workers are int64 in units of 2**-bits (`any-ranks`)
+    wire_scale  None: gradients travel as computed. Else as float16, times this power of two
+    """
+
+    def __init__(self, layouts: list[Layout], engine: Engine, device: torch.device, dtype: torch.dtype,
+                 bits: int | None = None, wire_scale: float | None = None):
+        self.engine, self.device, self.dtype = engine, device, dtype
+        self.buckets = [Bucket(i, layout, device, dtype) for i, layout in enumerate(layouts)]
+        self.bits, self.wire_scale = bits, wire_scale
+        if bits is not None:
+            self.totals = [torch.zeros(b.layout.size, dtype=torch.int64, device=device) for b in self.buckets]
+        if wire_scale is not None:
+            self.wires = [torch.zeros(b.layout.size if b.layout.compress else 0, dtype=torch.float16, device=device)
+                          for b in self.buckets]
+        self._last_pass = False
+        for bucket in self.buckets:
+            for view in bucket.layout.views:
+                view.parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+
+    # ---------------------------------------------------------------- one step
+
+    def begin(self, workers: int) -> None:
+        """Start a step of `workers` workers over all ranks."""
+        for bucket in self.buckets:
+            bucket.gradients.zero_()
+        if self.bits is not None:
+            for total in self.totals:
+                total.zero_()
+            # so that not even `workers` values of the largest size allowed could wrap
+            self._largest = 2.0**62 / workers
+            self.out_of_range = torch.zeros((), dtype=torch.bool, device=self.device)
+
+    def arm(self, last_pass: bool) -> None:
+        """Before each forward-backward; after the last one of the step, buckets leave as they fill."""
+        self._last_pass = last_pass
+        for bucket in self.buckets:
+            bucket.missing, bucket.full = len(bucket.layout.views), False
+
+    def _arrived(self, bucket: Bucket) -> None:
+        bucket.missing -= 1
+        if bucket.missing == 0:
+            self._fill(bucket)
+
+    def _fill(self, bucket: Bucket) -> None:
+        bucket.full = True
+        if self.bits is not None:
+            self._to_fixed_point(bucket)
+        if self._last_pass:
+            self._launch(bucket)
+
+    def end_pass(self) -> None:
+        """After each backward: parameters that the pass did not use count as arrived, with a zero gradient."""
+        for bucket in self.buckets:
+            if not bucket.full:
+                self._fill(bucket)
+
+    def join_idle(self) -> None:
+        """In place of passes, on a rank without workers: its zeros."""
+        for bucket in self.buckets:
+            self._launch(bucket)
+
+    def _to_fixed_point(self, bucket: Bucket) -> None:
+        """Add a worker's values to the int64 totals and clear them. NaN and values that could wrap are flagged."""
+        scaled = bucket.gradients.mul_(2.0**self.bits).round_()
+        self.out_of_range |= ~(scaled.abs().amax() <= self._largest)
+        self.totals[bucket.index] += scaled.to(torch.int64)
+        bucket.gradients.zero_()
+
+    def _launch(self, bucket: Bucket) -> None:
+        tensor = bucket.gradients
+        if self.bits is not None:
+            tensor = self.totals[bucket.index]
+        elif bucket.layout.compress:
+            tensor = self.wires[bucket.index]
+            torch.mul(bucket.gradients, self.wire_scale, out=bucket.gradients)
+            tensor.copy_(bucket.gradients)
+        bucket.handle = self.engine.start_sum(tensor, f"bucket.{bucket.index}")
+
+    def finish(self) -> torch.Tensor:
+        """Wait for all sums. Returns a bool scalar on the device: every reduced value is finite."""
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for bucket in self.buckets:
+            self.engine.wait(bucket.handle)
+            bucket.handle = None
+            if self.bits is not None:
+                # int64 -> float64 -> times 2**-bits -> float: one rounding path on every rank
+                bucket.gradients.copy_(self.totals[bucket.index].to(torch.float64).mul_(2.0**-self.bits))
+            elif bucket.layout.compress:
+                bucket.gradients.copy_(self.wires[bucket.index]).mul_(1 / self.wire_scale)
+            finite &= torch.isfinite(bucket.gradients.sum())
+        return finite
+
+    # ---------------------------------------------------------------- beside the step
+
+    @property
+    def statistics(self) -> torch.Tensor:
+        """The head of the first bucket, where BatchNorm's statistics ride."""
+        return self.buckets[0].gradients[: self.buckets[0].layout.statistics]
+
+    def named(self, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Flat buffers of the buckets' sizes (momentum, say) by parameter name, as views."""
+        return {view.name: view.of(flat) for bucket, flat in zip(self.buckets, flats, strict=True)
+                for view in bucket.layout.views}
+
+    def broadcast_weights(self) -> None:
+        """Rank 0's weights on every rank."""
+        for bucket in self.buckets:
+            self.engine.broadcast(bucket.weights, f"weights.{bucket.index}")

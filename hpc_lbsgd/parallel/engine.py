@@ -1,0 +1,48 @@
+"""The seam between the trainer and what carries its sums.
+
+An engine sums tensors over ranks and moves small Python objects. Every method is collective (all ranks call it,
+in one order) except `wait` and `abort`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+
+class Engine(Protocol):
+    name: str
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    def start_sum(self, tensor: torch.Tensor, name: str) -> Any:
+        """Begin to replace `tensor` (contiguous) by its sum over ranks; returns a handle for `wait`.
+        Sums of one step may begin in any order, under names that differ."""
+
+    def wait(self, handle: Any) -> None: ...
+
+    def broadcast(self, tensor: torch.Tensor, name: str) -> None:
+        """Replace `tensor` by rank 0's."""
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+
+    def gather(self, value: Any) -> list:
+        """Every rank's value, by rank, on every rank."""
+
+    def barrier(self) -> None: ...
+
+    def abort(self, code: int) -> None:
+        """End every rank of the job, now. Any rank may call it, from any thread."""
+
+    def close(self) -> None: ...
+
+
+def create(machine, determinism: str, device: torch.device) -> Engine:
+    """The engine that a recipe's `machine.engine` names. The first call of a process starts MPI."""
+    from hpc_lbsgd.parallel.horovod_engine import HorovodEngine
+
+    return HorovodEngine(machine, determinism, device)

@@ -1,0 +1,93 @@
+"""Horovod over MPI (NCCL where the ranks are GPUs): the only file that knows Horovod."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import torch
+
+from hpc_lbsgd.errors import RunError
+
+ABORT_GRACE_S = 10.0  # MPI_Abort may itself hang in a broken job; then the process ends without it
+
+
+def environment(machine, determinism: str, on_gpu: bool) -> dict[str, str]:
+    """Variables that Horovod and MPI read when they start, from a recipe's machine part.
+
+    What the recipe or determinism demands is here; MPI_DEFAULTS may be overruled by the user's environment.
+    """
+    settings = {"HOROVOD_FUSION_THRESHOLD": "0"}
+    if machine.reduction == "fusion":
+        settings["HOROVOD_FUSION_THRESHOLD"] = str(int(machine.fusion_threshold_mb * 2**20))
+    if machine.cycle_time_ms is not None:
+        settings["HOROVOD_CYCLE_TIME"] = str(machine.cycle_time_ms)
+    if determinism != "off":
+        # one summation order, whatever the placement of ranks on nodes: no hierarchical algorithms, no tuning
+        settings |= {
+            "HOROVOD_AUTOTUNE": "0", "HOROVOD_HIERARCHICAL_ALLREDUCE": "0", "HOROVOD_TORUS_ALLREDUCE": "0",
+            "OMPI_MCA_coll_han_priority": "0", "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
+            "OMPI_MCA_coll_tuned_allreduce_algorithm": "4",  # ring
+            "NCCL_ALGO": "Ring",
+        }
+    return settings
+
+
+def defaults(on_gpu: bool) -> dict[str, str]:
+    """Variables set where the user's environment does not."""
+    if on_gpu:
+        return {}
+    # Ranks that compute on CPUs: a rank that waits must leave its core to those that compute, and 1 ms between
+    # Horovod's cycles is long beside a small step.
+    return {"OMPI_MCA_mpi_yield_when_idle": "1", "HOROVOD_CYCLE_TIME": "0.1"}
+
+
+class HorovodEngine:
+    name = "horovod"
+
+    def __init__(self, machine, determinism: str, device: torch.device):
+        os.environ.update(environment(machine, determinism, device.type == "cuda"))
+        for key, value in defaults(device.type == "cuda").items():
+            os.environ.setdefault(key, value)
+        import horovod.torch as hvd
+
+        hvd.init()
+        self._hvd = hvd
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        if device.type == "cuda" and not hvd.nccl_built():
+            raise RunError("Horovod was built without NCCL, and the ranks are GPUs: rebuild it where nvcc is "
+                           "(python tools/build_horovod.py --gpu nccl), or hide the GPUs (CUDA_VISIBLE_DEVICES=)")
+
+    def start_sum(self, tensor: torch.Tensor, name: str) -> Any:
+        return self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
+
+    def wait(self, handle: Any) -> None:
+        self._hvd.synchronize(handle)
+
+    def broadcast(self, tensor: torch.Tensor, name: str) -> None:
+        self._hvd.broadcast_(tensor, 0, name=name)
+
+    def share(self, value: Any) -> Any:
+        return self._hvd.broadcast_object(value, 0, name="share")
+
+    def gather(self, value: Any) -> list:
+        return self._hvd.allgather_object(value, name="gather")
+
+    def barrier(self) -> None:
+        self._hvd.barrier()
+
+    def abort(self, code: int) -> None:
+        import mpi4py
+
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False  # Horovod owns MPI's life
+        timer = threading.Timer(ABORT_GRACE_S, os._exit, [code])
+        timer.daemon = True
+        timer.start()
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(code)
+
+    def close(self) -> None:
+        self._hvd.shutdown()

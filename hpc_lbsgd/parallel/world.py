@@ -1,0 +1,40 @@
+"""What a rank can know of its world before MPI starts: numbers that the launcher left in the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+# (rank, size, local rank, ranks on this node), by launcher
+_VARIABLES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("PMIX_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+)
+
+
+class World(NamedTuple):
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def from_environment(env: Mapping[str, str] = os.environ) -> World:
+    """The launcher's numbers; one rank alone where there is no launcher."""
+    for rank, size, local_rank, local_size in _VARIABLES:
+        # an interactive Slurm shell has SLURM_PROCID but no step of more than one task
+        if rank in env and size in env:
+            per_node = env.get(local_size, env[size])
+            return World(int(env[rank]), int(env[size]), int(env.get(local_rank, env[rank])),
+                         int(per_node.split("(")[0].split(",")[0]))
+    return World(0, 1, 0, 1)
+
+
+def cores_per_rank(local_size: int) -> int:
+    """Cores this rank may use. A launcher that binds ranks has cut the affinity mask already."""
+    mine = len(os.sched_getaffinity(0))
+    total = os.cpu_count() or mine
+    return max(1, mine if mine < total else total // local_size)

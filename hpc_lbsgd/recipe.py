@@ -1,0 +1,362 @@
+"""The validated description of a run.
+
+A recipe is a YAML file. Its *result part* decides the weights (model, data, batch, optim, schedule, train, seed,
+precision, wire, determinism) and is fingerprinted; `machine` and `checkpoint` say how this machine does the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.theory import schedule as schedules
+from hpc_lbsgd.theory.scaling import scaled_lr
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    name: str = "resnet50"
+    """resnet50, resnet101 (ImageNet shapes); resnet20, resnet8 (28-32 pixels)"""
+    widths: list[Count] | None = None
+    """channels of resnet8's three blocks (default 16, 32, 64)"""
+    stem_stride: Annotated[int, Field(ge=1, le=2)] = 1
+    """stride of the first convolution of resnet8 and resnet20"""
+    zero_gamma: bool = True
+    """start each residual block's last BatchNorm at gamma = 0 (Goyal et al. 2017, section 5.1)"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """dropout before the classifier"""
+
+
+class Data(Section):
+    train: str | None = None
+    """a folder of class folders, or a manifest"""
+    eval: str | None = None
+    """the same for evaluation"""
+    samples: Count | None = None
+    """N; what `plan` uses without the data, checked against the data when it is there"""
+    classes: Annotated[int, Field(ge=2)] | None = None
+    """number of classes; checked against the data when it is there"""
+    loader: Literal["dali", "torchvision"] = "dali"
+    """who decodes and resizes"""
+    channels: Literal[1, 3] = 3
+    """1: grey, 3: RGB"""
+    image_size: Count = 224
+    """height and width of what the model sees, in pixels"""
+    augment: Literal["none", "flip", "pad-crop", "resized-crop"] = "resized-crop"
+    crop_padding: Annotated[int, Field(ge=0)] = 4
+    """pad-crop: black pixels on each side"""
+    crop_area: tuple[Share, Share] = (0.08, 1.0)
+    """resized-crop: smallest and largest share of the image's area"""
+    crop_aspect: tuple[Positive, Positive] = (0.75, 4 / 3)
+    """resized-crop: smallest and largest width / height"""
+    eval_resize: Annotated[int, Field(ge=0)] = 256
+    """evaluation: shorter side, before the centre crop; 0: images have their size already"""
+    mean: list[float] = [123.675, 116.28, 103.53]
+    """subtracted, by channel, on the scale of 0 to 255"""
+    std: list[Positive] = [58.395, 57.12, 57.375]
+    """divided by, by channel, on the scale of 0 to 255"""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != self.channels:
+                raise ValueError(f"data.{key} has {len(getattr(self, key))} values for data.channels = {self.channels}")
+        for key in ("crop_area", "crop_aspect"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"data.{key} = [{low}, {high}]: the first must not be above the second")
+        return self
+
+
+class Batch(Section):
+    samples_per_worker: Count = 32
+    """n"""
+    workers: Count | Literal["per_rank"] = "per_rank"
+    """k; per_rank: one worker a rank, settled at the first start and kept"""
+    bn_group: Count | None = None
+    """samples that BatchNorm sees together; divides n (default n)"""
+    last_batch: Literal["drop", "partial"] = "partial"
+    """the tail of an epoch: dropped (the papers' step counts), or a smaller step"""
+
+    @model_validator(mode="after")
+    def _group_divides(self):
+        if self.bn_group and self.samples_per_worker % self.bn_group:
+            raise ValueError(f"batch.bn_group = {self.bn_group} must divide batch.samples_per_worker = "
+                             f"{self.samples_per_worker}")
+        return self
+
+    @property
+    def group(self) -> int:
+        return self.bn_group or self.samples_per_worker
+
+
+class Optim(Section):
+    base_lr: Positive = 0.1
+    """learning rate that is right at base_batch"""
+    base_batch: Count = 256
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = True
+    weight_decay: NotNegative = 1e-4
+    """not on BatchNorm's parameters and biases"""
+
+
+class ScheduleSection(Section):
+    kind: Literal["constant", "decaying-lr", "cosine"] = "decaying-lr"
+    scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """how the learning rate follows the global batch"""
+    warmup: Literal["gradual", "none"] = "gradual"
+    warmup_epochs: NotNegative = 5.0
+    warmup_start_lr: Positive | None = None
+    """where gradual warm-up starts (default base_lr: the learning rate of base_batch, not of one worker)"""
+    milestones: list[Count] = []
+    """decaying-lr: epochs at which the learning rate is divided by factor"""
+    factor: Annotated[float, Field(gt=1)] = 10.0
+
+    @model_validator(mode="after")
+    def _milestones_rise(self):
+        if any(a >= b for a, b in zip(self.milestones, self.milestones[1:], strict=False)):
+            raise ValueError(f"schedule.milestones = {self.milestones} must rise")
+        return self
+
+
+class Train(Section):
+    epochs: Count = 90
+    max_steps: Count | None = None
+    """a cap for this start; not part of the fingerprint"""
+    eval_epochs: Count = 1
+    """evaluate every so many epochs, and at the end"""
+
+
+class Checkpoint(Section):
+    steps: Count | None = None
+    """every so many steps"""
+    minutes: Positive | None = None
+    """every so many minutes, by rank 0's clock"""
+    keep: Count = 2
+    """how many to keep, beside the best"""
+
+
+class Machine(Section):
+    engine: Literal["horovod"] = "horovod"
+    reduction: Literal["buckets", "fusion"] = "buckets"
+    """buckets: few flat buffers; fusion: a tensor each, Horovod fuses them at run time"""
+    bucket_mb: Positive = 25.0
+    """size of a bucket"""
+    first_bucket_mb: Positive = 1.0
+    """size of the first one, so that communication starts early"""
+    fusion_threshold_mb: NotNegative = 128.0
+    """fusion: HOROVOD_FUSION_THRESHOLD"""
+    cycle_time_ms: Positive | None = None
+    """HOROVOD_CYCLE_TIME (default 0.1 on CPU ranks, 1 on GPUs)"""
+    workers_per_pass: Count = 1
+    """workers in one forward-backward; constant for the run"""
+    threads: Count | None = None
+    """compute threads of a CPU rank (default: cores of the node / ranks on it)"""
+    loader_threads: Count | None = None
+    """decoding threads of a rank (default: cores / ranks, at most 8)"""
+    prefetch: Count = 2
+    """batches decoded ahead"""
+    compile: Literal["none", "stages"] = "none"
+    """torch.compile, a residual stage at a time"""
+    channels_last: bool = True
+    """memory format of images and weights"""
+    eval_batch: Count = 250
+    """images in one evaluation pass"""
+    stall_timeout_s: Positive = 600.0
+    """no step for so long: the stalest ranks are named and the job ends"""
+
+
+class Recipe(Section):
+    seed: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["float64", "float32", "bf16"] = "float32"
+    """bf16: autocast; weights, gradients and updates stay float32"""
+    determinism: Literal["off", "same-ranks", "any-ranks"] = "off"
+    wire: Literal["fp32", "fp16"] = "fp32"
+    """gradients on the wire; fp32 means as computed (float64 runs send float64)"""
+    wire_scale_bits: Annotated[int, Field(ge=0, le=24)] = 10
+    """wire fp16: gradients times 2**bits before the cast"""
+    fixed_point_bits: Annotated[int, Field(ge=8, le=52)] = 40
+    """any-ranks: sums are taken in int64 units of 2**-bits"""
+    model: Model = Model()
+    data: Data = Data()
+    batch: Batch = Batch()
+    optim: Optim = Optim()
+    schedule: ScheduleSection = ScheduleSection()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    machine: Machine = Machine()
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.determinism == "any-ranks":
+            if self.machine.workers_per_pass != 1:
+                raise ValueError(f"machine.workers_per_pass = {self.machine.workers_per_pass}: determinism any-ranks runs "
+                                 "one worker a pass; allowed: 1")
+            if self.machine.threads not in (None, 1):
+                raise ValueError(f"machine.threads = {self.machine.threads}: determinism any-ranks computes with one "
+                                 "thread a CPU rank; allowed: 1")
+            if self.wire != "fp32":
+                raise ValueError("wire = fp16: determinism any-ranks sends int64; allowed: fp32")
+        if self.determinism != "off" and self.machine.reduction == "fusion":
+            raise ValueError(f"machine.reduction = fusion: run-time fusion changes the summation order from run to run; "
+                             f"determinism {self.determinism} allows: buckets")
+        if self.precision == "float64" and self.wire == "fp16":
+            raise ValueError("wire = fp16 with precision = float64; allowed: fp32")
+        if self.schedule.milestones and self.schedule.milestones[-1] >= self.train.epochs:
+            raise ValueError(f"schedule.milestones = {self.schedule.milestones}: the last must come before "
+                             f"train.epochs = {self.train.epochs}")
+        if self.schedule.warmup == "gradual" and self.schedule.warmup_epochs > self.train.epochs:
+            raise ValueError(f"schedule.warmup_epochs = {self.schedule.warmup_epochs} is more than "
+                             f"train.epochs = {self.train.epochs}")
+        return self
+
+    # ------------------------------------------------------------ derived
+
+    def with_workers(self, ranks: int) -> Recipe:
+        """The recipe with `workers: per_rank` settled for this number of ranks."""
+        if self.batch.workers != "per_rank":
+            return self
+        return self.model_copy(update={"batch": self.batch.model_copy(update={"workers": ranks})})
+
+    def result_part(self) -> dict:
+        """What decides the weights. Paths are left out: what they hold is fingerprinted apart."""
+        part = self.model_dump(mode="json", exclude={"machine": True, "checkpoint": True, "train": {"max_steps"},
+                                                     "data": {"train", "eval", "samples"}})
+        part["batch"]["bn_group"] = self.batch.group
+        return part
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.result_part(), sort_keys=True).encode()).hexdigest()
+
+    def peak_lr(self) -> float:
+        kn = self.batch.workers * self.batch.samples_per_worker
+        return scaled_lr(self.optim.base_lr, self.optim.base_batch, kn, self.schedule.scaling)
+
+    def build_schedule(self, samples: int) -> schedules.Schedule:
+        """The run as a function of the step, on N samples; `batch.workers` must be settled."""
+        s, workers, momentum = self.schedule, self.batch.workers, self.optim.momentum
+        if s.kind == "decaying-lr":
+            stages = schedules.step_decay(workers, self.peak_lr(), momentum, s.milestones, s.factor)
+        else:
+            stages = [schedules.Stage(0, workers, self.peak_lr(), momentum, s.kind)]
+        kn = workers * self.batch.samples_per_worker
+        if self.batch.last_batch == "drop" and kn > samples:
+            raise RequestError(f"batch.workers = {workers} times batch.samples_per_worker = "
+                               f"{self.batch.samples_per_worker} is {kn}, more than the {samples} samples of an epoch; "
+                               "with batch.last_batch = drop no step is left")
+        start = s.warmup_start_lr or self.optim.base_lr
+        warmup = schedules.Warmup(s.warmup_epochs if s.warmup == "gradual" else 0.0, start)
+        return schedules.Schedule(samples, self.batch.samples_per_worker, stages, self.train.epochs,
+                                  self.batch.last_batch, warmup, self.train.max_steps)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# ---------------------------------------------------------------- reading
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("hpc_lbsgd.recipes").iterdir()
+                  if p.name.endswith(".yaml"))
+
+
+def read(name: str, settings: list[str] = ()) -> Recipe:
+    """A recipe by shipped name or path, with `key.path=value` settings on top.
+
+    Raises RequestError with one message that names key and value.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        if not path.is_file():
+            raise RequestError(f"recipe {name}: no such file")
+        text = path.read_text()
+    elif name in shipped():
+        text = (resources.files("hpc_lbsgd.recipes") / f"{name}.yaml").read_text()
+    else:
+        raise RequestError(f"recipe {name!r}: neither a file nor a shipped recipe ({', '.join(shipped())})")
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as problem:
+        raise RequestError(f"recipe {name}: not YAML: {problem}") from None
+    if not isinstance(content, dict):
+        raise RequestError(f"recipe {name}: expected keys and values, found {type(content).__name__}")
+    for setting in settings:
+        override(content, setting)
+    return validate(content, f"recipe {name}")
+
+
+def override(content: dict, setting: str) -> None:
+    """Apply one `--set a.b=value` (the value is YAML) to a recipe's content."""
+    key, equals, value = setting.partition("=")
+    if not equals or not key:
+        raise RequestError(f"--set {setting}: expected key=value, such as optim.base_lr=0.2")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise RequestError(f"--set {setting}: {section} is a value, not a section")
+    try:
+        content[last] = parse_value(value)
+    except yaml.YAMLError as problem:
+        raise RequestError(f"--set {setting}: the value is not YAML: {problem}") from None
+
+
+def parse_value(text: str) -> Any:
+    """A YAML scalar or list; '1e-4' is a number too (YAML 1.1 wants 1.0e-4)."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
+
+
+def validate(content: dict, where: str = "recipe") -> Recipe:
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as problem:
+        raise RequestError("\n".join(f"{where}: {line}" for line in explain(problem.errors()))) from None
+
+
+def explain(errors: list[dict]) -> list[str]:
+    """One sentence a wrong key: the key, the value, and what is allowed."""
+    sentences: dict[str, str] = {}
+    for error in errors:
+        # pydantic reports the alternatives of `INT | per_rank` apart; the key is what the user typed
+        location = [str(p) for p in error["loc"]
+                    if p not in ("int", "float", "str", "constrained-int", "constrained-float") and "[" not in str(p)]
+        key = ".".join(location)
+        if error["type"] == "extra_forbidden":
+            section = Recipe
+            for part in location[:-1]:
+                section = section.model_fields[part].annotation
+            sentences[key] = f"unknown key {key} (= {error['input']!r}); allowed here: {', '.join(section.model_fields)}"
+        elif error["type"] == "value_error":
+            sentences[f"{key} {error['msg']}"] = str(error["ctx"]["error"])
+        elif key in sentences:
+            sentences[key] += f", or {error['msg'].lower()}"
+        else:
+            sentences[key] = f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return list(sentences.values())
+
+
+def load_resolved(path: Path) -> Recipe:
+    """The recipe of a run folder, as it was settled at the first start."""
+    return validate(yaml.safe_load(path.read_text()), str(path))

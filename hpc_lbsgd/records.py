@@ -1,0 +1,154 @@
+"""What is written to a run folder and read from it. Files are the interface: bar, `watch`, report, plots and
+benchmarks all read these.
+
+    recipe.yaml         the recipe, settled (k no longer `per_rank`)
+    environment.json    versions, hosts, devices, job id; one entry a start
+    metrics.jsonl       one JSON object a line: kind = start|step|epoch|eval|checkpoint|event|end
+    metrics.lost.jsonl  lines after the checkpoint that a resume went back to
+    status.json         how the last start ended: done | stopped | failed
+    checkpoints/        see train/checkpoint.py
+    heartbeats/         one small file a rank, see train/watchdog.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+FLUSH_S = 1.0
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The whole file or the old one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def json_line(record: dict) -> str:
+    """Strict JSON: a NaN or infinity becomes null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(clean) + "\n"
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.lost = self.path / "metrics.lost.jsonl"
+        self.status_file = self.path / "status.json"
+        self.environment = self.path / "environment.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.heartbeats = self.path / "heartbeats"
+
+    def exists(self) -> bool:
+        """A run was started here before."""
+        return self.recipe.exists()
+
+    def status(self) -> dict | None:
+        try:
+            return json.loads(self.status_file.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def write_status(self, status: str, **facts) -> None:
+        write_atomically(self.status_file, json.dumps({"status": status, "time": now(), **facts}, indent=1) + "\n")
+
+    def claim_failure(self, **facts) -> None:
+        """Write status failed, unless a rank that failed earlier has done so: the first exception is the cause."""
+        try:
+            descriptor = os.open(self.status_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        except OSError:
+            return
+        with os.fdopen(descriptor, "w") as f:
+            f.write(json.dumps({"status": "failed", "time": now(), **facts}, indent=1) + "\n")
+
+    def clear_status(self) -> None:
+        self.status_file.unlink(missing_ok=True)
+
+    def add_environment(self, facts: dict) -> None:
+        """Append what a start ran on; a resumed run has one entry a start."""
+        starts = json.loads(self.environment.read_text()) if self.environment.exists() else []
+        write_atomically(self.environment, json.dumps([*starts, facts], indent=1) + "\n")
+
+
+class Metrics:
+    """Appends records to metrics.jsonl and hands them to listeners (progress bar, TensorBoard)."""
+
+    def __init__(self, folder: RunFolder, listeners: list = ()):
+        self._file = open(folder.metrics, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        self._listeners = list(listeners)
+        self._flushed = time.monotonic()
+
+    def write(self, kind: str, **fields) -> None:
+        record = {"kind": kind, "time": now(), **fields}
+        self._file.write(json_line(record))
+        if kind != "step" or time.monotonic() - self._flushed > FLUSH_S:
+            self._file.flush()
+            self._flushed = time.monotonic()
+        for listener in self._listeners:
+            listener(record)
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict]:
+    """The records of a metrics file; a line that a kill cut short is left out."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue
+    except FileNotFoundError:
+        return
+
+
+def cut_metrics(folder: RunFolder, step: int) -> int:
+    """Go back to the state after `step` steps: later records move to metrics.lost.jsonl. Returns how many moved.
+
+    A step record numbers the step it reports, the others count steps done.
+    """
+    kept, lost = [], []
+    for record in read_metrics(folder.metrics):
+        after = record.get("step", -1) >= step if record["kind"] == "step" else record.get("step", -1) > step
+        (lost if after or record["kind"] == "end" else kept).append(record)
+    if lost:
+        with open(folder.lost, "a", encoding="utf-8") as f:
+            f.writelines(json_line(r) for r in lost)
+            f.flush()
+            os.fsync(f.fileno())
+    write_atomically(folder.metrics, "".join(json_line(r) for r in kept))
+    return len(lost)

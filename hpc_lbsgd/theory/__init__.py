@@ -1,0 +1,1 @@
+"""The papers' mathematics. Pure functions; numpy and the standard library only."""

@@ -1,0 +1,137 @@
+"""The run as a function of the step: epoch, learning rate, momentum, batch and sample range.
+
+The step is the only clock. `Schedule.at(step)` is pure and O(1), so a resume, a plan, a plot and the
+trainer cannot disagree.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From `first_epoch` on: `workers` workers, this learning rate (after warm-up) and momentum.
+
+    `shape` says how the learning rate goes on inside the stage: 'constant', or 'cosine' down to zero at
+    the last step.
+    """
+
+    first_epoch: int
+    workers: int
+    lr: float
+    momentum: float
+    shape: str = "constant"
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Gradual warm-up (Goyal et al. 2017, section 2.2): a constant increment each step, from `start_lr` to
+    the first stage's learning rate, over `epochs` epochs (0: none)."""
+
+    epochs: float
+    start_lr: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step. Its samples are perm[first : first + count] of its epoch's permutation."""
+
+    step: int
+    epoch: int
+    step_in_epoch: int
+    lr: float
+    momentum: float
+    workers: int
+    samples_per_worker: int
+    first: int
+    count: int
+
+    @property
+    def global_batch(self) -> int:
+        """kn, the size of a full global batch at this step (`count` is smaller on a partial tail)."""
+        return self.workers * self.samples_per_worker
+
+    def worker_range(self, worker: int) -> tuple[int, int]:
+        """Positions [start, stop) in the epoch's permutation of worker j; empty for a worker past the tail."""
+        start = min(worker * self.samples_per_worker, self.count)
+        stop = min(start + self.samples_per_worker, self.count)
+        return self.first + start, self.first + stop
+
+
+class Schedule:
+    """`at(step)` for every step of a run.
+
+    samples             N, samples in the training set
+    samples_per_worker  n
+    stages              by first_epoch, the first at epoch 0
+    epochs              passes over the data
+    last_batch          'drop': floor(N/kn) steps an epoch. 'partial': ceil(N/kn), the tail with B' samples
+                        at a learning rate of eta*B'/kn
+    max_steps           a cap on `steps`, which changes nothing before it
+    """
+
+    def __init__(self, samples: int, samples_per_worker: int, stages: list[Stage], epochs: int,
+                 last_batch: str, warmup: Warmup, max_steps: int | None = None):
+        self.samples, self.samples_per_worker = samples, samples_per_worker
+        self.stages, self.epochs, self.last_batch, self.warmup = tuple(stages), epochs, last_batch, warmup
+        self._stage_epochs = [s.first_epoch for s in stages]
+        self._stage_steps = []
+        step = 0
+        for i, stage in enumerate(self.stages):
+            end = self.stages[i + 1].first_epoch if i + 1 < len(self.stages) else epochs
+            self._stage_steps.append(step)
+            step += (end - stage.first_epoch) * self._epoch_steps(stage)
+        self.full_steps = step
+        self.steps = step if max_steps is None else min(step, max_steps)
+        self.warmup_steps = self.first_step(int(warmup.epochs)) + round(
+            (warmup.epochs % 1) * self.steps_in_epoch(min(int(warmup.epochs), epochs - 1)))
+
+    def _epoch_steps(self, stage: Stage) -> int:
+        kn = stage.workers * self.samples_per_worker
+        return self.samples // kn if self.last_batch == "drop" else -(-self.samples // kn)
+
+    def stage_of_epoch(self, epoch: int) -> int:
+        """Index of the stage that `epoch` belongs to."""
+        return bisect.bisect_right(self._stage_epochs, epoch) - 1
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        return self._epoch_steps(self.stages[self.stage_of_epoch(epoch)])
+
+    def first_step(self, epoch: int) -> int:
+        """The step that starts `epoch`; `epoch` may be one past the last."""
+        i = self.stage_of_epoch(epoch)
+        return self._stage_steps[i] + (epoch - self.stages[i].first_epoch) * self._epoch_steps(self.stages[i])
+
+    def at(self, step: int) -> Point:
+        """Everything about one step, 0 <= step < full_steps."""
+        if not 0 <= step < self.full_steps:
+            raise IndexError(f"step {step} is outside the schedule's {self.full_steps} steps")
+        i = bisect.bisect_right(self._stage_steps, step) - 1
+        stage = self.stages[i]
+        per_epoch = self._epoch_steps(stage)
+        epochs_in, in_epoch = divmod(step - self._stage_steps[i], per_epoch)
+        epoch = stage.first_epoch + epochs_in
+        kn = stage.workers * self.samples_per_worker
+        first = in_epoch * kn
+        count = min(kn, self.samples - first)
+        lr = self._lr(step, stage, epoch + in_epoch / per_epoch)
+        if count < kn:
+            lr = lr * count / kn
+        return Point(step, epoch, in_epoch, lr, stage.momentum, stage.workers, self.samples_per_worker, first, count)
+
+    def _lr(self, step: int, stage: Stage, epoch: float) -> float:
+        if step < self.warmup_steps:
+            start = min(self.warmup.start_lr, stage.lr)
+            return start + (stage.lr - start) * step / self.warmup_steps
+        if stage.shape == "cosine":
+            begin = max(self.warmup.epochs, stage.first_epoch)
+            return stage.lr * 0.5 * (1 + math.cos(math.pi * (epoch - begin) / (self.epochs - begin)))
+        return stage.lr
+
+
+def step_decay(workers: int, lr: float, momentum: float, milestones: list[int], factor: float) -> list[Stage]:
+    """The learning rate divided by `factor` at each milestone epoch (Goyal et al. 2017, section 5.1)."""
+    return [Stage(epoch, workers, lr / factor**i, momentum) for i, epoch in enumerate([0, *milestones])]

@@ -1,0 +1,1 @@
+"""The trainer: virtual workers, ghost BatchNorm, one step, checkpoints, evaluation."""

@@ -1,0 +1,147 @@
+"""Checkpoints: written whole or not at all, loaded without running code.
+
+    checkpoints/step-00012345/weights.pt    a plain state dict, BatchNorm statistics in it
+                              optimizer.pt  {"momentum": {parameter name: tensor}, ...}
+                              state.json    step, fingerprints, metrics so far, SHA-256 of the two files
+    checkpoints/LATEST                      the name of the newest
+No data state: the order of samples is a function of the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.records import RunFolder, sync_folder, write_atomically
+from hpc_lbsgd.train.replica import Replica, weights_sha256
+
+FILES = ("weights.pt", "optimizer.pt")
+LATEST = "LATEST"
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside tensors. `step` steps are done."""
+
+    step: int
+    recipe_fingerprint: str
+    data_fingerprint: str
+    weights_sha256: str = ""
+    best_accuracy: float | None = None
+    best_step: int | None = None
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 by file name
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save(folder: RunFolder, replica: Replica, state: State, keep: int) -> Path:
+    """Write a checkpoint from this rank's replica; afterwards only the last `keep` and the best one are left."""
+    root = folder.checkpoints
+    root.mkdir(parents=True, exist_ok=True)
+    target, building = root / name_of(state.step), root / f".{name_of(state.step)}.{os.getpid()}"
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        weights = {k: v.detach().cpu().clone() for k, v in replica.model.state_dict().items()}
+        moments = {kind: {k: v.detach().cpu().clone() for k, v in named.items()}
+                   for kind, named in replica.optimizer.state().items()}
+        for name, content in zip(FILES, (weights, moments), strict=True):
+            with open(building / name, "wb") as f:
+                torch.save(content, f)
+                f.flush()
+                os.fsync(f.fileno())
+            state.files[name] = file_sha256(building / name)
+        state.weights_sha256 = weights_sha256(replica.model)
+        write_atomically(building / "state.json", json.dumps(vars(state), indent=1) + "\n")
+        if target.exists():  # the same step, saved by an earlier start
+            discard(target)
+        os.replace(building, target)
+        sync_folder(root)
+        write_atomically(root / LATEST, target.name + "\n")
+    except (OSError, RuntimeError) as problem:  # torch reports a full disk as RuntimeError
+        shutil.rmtree(building, ignore_errors=True)
+        raise RunError(f"checkpoint at step {state.step} not written: {problem}. The older ones are untouched in {root}; "
+                       "make room and start again with --resume") from None
+    prune(root, keep, state.best_step)
+    return target
+
+
+def steps_there(root: Path) -> list[int]:
+    """Steps of the finished checkpoints, oldest first."""
+    return sorted(int(p.name.removeprefix("step-")) for p in root.glob("step-*") if p.is_dir())
+
+
+def prune(root: Path, keep: int, best_step: int | None) -> None:
+    for step in steps_there(root)[:-keep]:
+        if step != best_step:
+            discard(root / name_of(step))
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint; out of sight first, so that a deletion cut short leaves no half of one behind."""
+    doomed = path.with_name(f".old.{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: RunFolder) -> None:
+    """Remove what killed writers left."""
+    for path in folder.checkpoints.glob(".*step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def find_newest(folder: RunFolder) -> tuple[Path, State, list[str]] | None:
+    """The newest checkpoint whose files are whole, and a sentence for each newer one that is not."""
+    problems = []
+    for step in reversed(steps_there(folder.checkpoints)):
+        path = folder.checkpoints / name_of(step)
+        try:
+            state = State(**json.loads((path / "state.json").read_text()))
+            broken = [n for n in FILES if file_sha256(path / n) != state.files[n]]
+        except (OSError, ValueError, TypeError, KeyError) as problem:
+            problems.append(f"{path}: {problem}")
+            continue
+        if not broken:
+            return path, state, problems
+        problems.append(f"{path}: {', '.join(broken)} is not what was written")
+    if problems:
+        raise RequestError(f"no usable checkpoint in {folder.checkpoints}:\n  " + "\n  ".join(problems) +
+                           "\nstart again without --resume in another run folder")
+    return None
+
+
+def load(path: Path, replica: Replica) -> None:
+    """Fill this rank's replica from a checkpoint's files."""
+    weights, moments = (torch.load(path / name, map_location="cpu", weights_only=True) for name in FILES)
+    own = replica.model.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    if missing or extra or shapes:
+        raise RequestError(f"{path}: the checkpoint is of another model (missing {missing[:5]}, unknown {extra[:5]}, "
+                           f"other shape {shapes[:5]})")
+    with torch.no_grad():
+        for name, value in own.items():  # in place: parameters are views into the buckets
+            value.copy_(weights[name])
+        for kind, named in replica.optimizer.state().items():
+            if kind not in moments:
+                raise RequestError(f"{path}: no {kind} in it; the checkpoint is of another optimizer")
+            for name, value in named.items():
+                value.copy_(moments[kind][name])

@@ -1,0 +1,44 @@
+"""Evaluation: every sample once, on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hpc_lbsgd.data.loader import Loader
+from hpc_lbsgd.data.storage import Request
+from hpc_lbsgd.train.replica import Replica
+from hpc_lbsgd.train.step import LOSS_BITS
+
+
+def requests(samples: int, batch: int, rank: int, size: int) -> Iterator[Request]:
+    """Batch b of `batch` samples is rank b mod size's; the last may be short."""
+    for start in range(rank * batch, samples, size * batch):
+        yield Request(0, np.arange(start, min(start + batch, samples)))
+
+
+def evaluate(replica: Replica, loader: Loader, samples: int, batch: int, precision: str) -> dict:
+    """Mean loss and accuracy over all samples, equal on all ranks.
+
+    Running statistics are the same on all ranks at every step, so there is nothing to gather first.
+    """
+    engine, model = replica.engine, replica.model
+    sums = torch.zeros(3, dtype=torch.float64, device=replica.device)  # loss, right answers, samples
+    model.eval()
+    with torch.no_grad():
+        for images, labels in loader.batches(requests(samples, batch, engine.rank, engine.size)):
+            with torch.autocast(replica.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                outputs = model(images.double() if precision == "float64" else images)
+            outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+            loss = F.cross_entropy(outputs, labels, reduction="sum").double()
+            sums[0] += (loss * 2.0 ** (LOSS_BITS - 16)).round() * 2.0 ** (16 - LOSS_BITS)  # exact sums in any order
+            sums[1] += (outputs.argmax(1) == labels).sum()
+            sums[2] += len(labels)
+    engine.wait(engine.start_sum(sums, "evaluation"))
+    loss, right, count = sums.tolist()
+    if round(count) != samples:
+        raise RuntimeError(f"evaluation counted {count:.0f} of {samples} samples")
+    return {"loss": loss / samples, "accuracy": right / samples, "samples": samples}

@@ -1,0 +1,107 @@
+"""The models by name, initialised as Goyal et al. 2017, section 5.1 say."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Block(nn.Module):
+    """Basic residual block (He et al. 2015, figure 2): two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class SmallResNet(nn.Module):
+    """The CIFAR ResNet of 6n+2 layers (He et al. 2015, section 4.2), with projection shortcuts.
+
+    widths: channels of the three stages; blocks: n; stem_stride: 2 halves the picture first, at a third of the cost.
+    """
+
+    def __init__(self, channels: int, classes: int, blocks: int, widths: list[int], stem_stride: int, dropout: float):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(channels, widths[0], 3, stem_stride, 1, bias=False),
+                                  nn.BatchNorm2d(widths[0]), nn.ReLU())
+        inputs, stages = widths[0], []
+        for stage, width in enumerate(widths):
+            stages.append(nn.Sequential(*[Block(inputs if i == 0 else width, width, 2 if stage and i == 0 else 1)
+                                          for i in range(blocks)]))
+            inputs = width
+        self.stages = nn.Sequential(*stages)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(inputs, classes)
+
+    def forward(self, x):
+        return self.fc(self.dropout(self.stages(self.stem(x)).mean((2, 3))))
+
+
+def _small(section, channels: int, classes: int, blocks: int) -> nn.Module:
+    return SmallResNet(channels, classes, blocks, section.widths or [16, 32, 64], section.stem_stride, section.dropout)
+
+
+def _torchvision(section, channels: int, classes: int, name: str) -> nn.Module:
+    import torchvision
+
+    model = getattr(torchvision.models, name)(num_classes=classes)  # stride 2 in the 3x3 convolution, as Goyal
+    if channels != 3:
+        model.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    if section.dropout:
+        model.fc = nn.Sequential(nn.Dropout(section.dropout), model.fc)
+    return model
+
+
+MODELS = {
+    "resnet8": lambda s, channels, classes: _small(s, channels, classes, 1),
+    "resnet20": lambda s, channels, classes: _small(s, channels, classes, 3),
+    "resnet50": lambda s, channels, classes: _torchvision(s, channels, classes, "resnet50"),
+    "resnet101": lambda s, channels, classes: _torchvision(s, channels, classes, "resnet101"),
+}
+
+
+def build(section, channels: int, classes: int, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a recipe's `model` section, on the CPU; the same weights for the same seed on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MODELS[section.name](section, channels, classes)
+        initialise(model, section.zero_gamma)
+    return model.to(dtype)
+
+
+def initialise(model: nn.Module, zero_gamma: bool) -> None:
+    """He's for convolutions, N(0, 0.01^2) for the classifier, gamma = 1; with zero_gamma, gamma = 0 in each
+    residual block's last BatchNorm, so that blocks start as identity (Goyal et al. 2017, section 5.1)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+    if zero_gamma:
+        for module in model.modules():
+            last = getattr(module, "bn3", None) or getattr(module, "bn2", None)
+            if last is not None:
+                nn.init.zeros_(last.weight)
+
+
+def compile_stages(model: nn.Module) -> None:
+    """torch.compile a residual stage at a time: one compiled whole would delay every gradient to backward's
+    end, and communication could not overlap it."""
+    if isinstance(model, SmallResNet):
+        for stage in model.stages:
+            stage.compile()
+    else:
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            getattr(model, name).compile()

