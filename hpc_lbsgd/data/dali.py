@@ -38,7 +38,8 @@ class DaliLoader:
         pipeline = Pipeline(batch_size=max_batch, num_threads=threads, prefetch_queue_depth=self.prefetch,
                             device_id=self.device.index or 0 if on_gpu else None)
         with pipeline:
-            encoded, start, shape, flip = fn.external_source(source=self._next, num_outputs=4, batch=True)
+            encoded, flip, *place = fn.external_source(source=self._next, batch=True,
+                                                       num_outputs=4 if self.source.crops else 2)
             decode = {"device": "mixed" if on_gpu else "cpu", "adjust_orientation": False,
                       "output_type": types.GRAY if data.channels == 1 else types.RGB}
             if on_gpu:
@@ -46,12 +47,13 @@ class DaliLoader:
             window = {"axis_names": "WH", "normalized_anchor": False, "normalized_shape": False}
             if self.source.resizes:
                 # only the window is decoded, where the format allows it
-                images = fn.decoders.image_slice(encoded, start, shape, **window, **decode)
+                images = fn.decoders.image_slice(encoded, *place, **window, **decode)
                 images = fn.resize(images, size=[data.image_size] * 2, interp_type=types.INTERP_LINEAR,
                                    antialias=True, dtype=types.FLOAT)
             else:
-                images = fn.slice(fn.decoders.image(encoded, **decode), start, shape, **window,
-                                  out_of_bounds_policy="pad")
+                images = fn.decoders.image(encoded, **decode)
+                if self.source.crops:
+                    images = fn.slice(images, *place, **window, out_of_bounds_policy="pad")
             layout = "HWC" if self.channels_last else "CHW"
             images = fn.crop_mirror_normalize(images, mirror=flip, mean=data.mean, std=data.std, output_layout=layout,
                                               dtype=types.FLOAT)
@@ -64,8 +66,10 @@ class DaliLoader:
         request, encoded = next(self._feed)  # StopIteration ends the pipeline's epoch
         self._fed.append(request)
         w = self.source.windows(request)
-        pairs = [np.stack(pair, axis=1).astype(np.int32) for pair in ((w.x, w.y), (w.w, w.h))]
-        return encoded, *pairs, w.flip.astype(np.int32)[:, None]
+        flip = w.flip.astype(np.int32)[:, None]
+        if not self.source.crops:
+            return encoded, flip
+        return encoded, flip, *(np.stack(pair, axis=1).astype(np.int32) for pair in ((w.x, w.y), (w.w, w.h)))
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         from nvidia.dali.plugin.pytorch import feed_ndarray

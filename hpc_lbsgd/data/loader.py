@@ -32,6 +32,11 @@ class Source:
     def resizes(self) -> bool:
         return self.data.augment == "resized-crop" if self.train else self.data.eval_resize > 0
 
+    @property
+    def crops(self) -> bool:
+        """A window differs from the image."""
+        return self.resizes or (self.train and self.data.augment == "pad-crop")
+
     def windows(self, request: Request) -> augment.Windows:
         width, height = (c[request.samples].astype(np.int64) for c in (self.manifest.widths, self.manifest.heights))
         return augment.windows(self.data, self.seed, request.epoch, request.samples, width, height, self.train)

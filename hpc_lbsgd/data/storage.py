@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,11 +34,22 @@ class Folder:
 
     def read(self, samples: np.ndarray) -> list[np.ndarray]:
         """Encoded images, one uint8 array a sample."""
+        return [self._read_one(int(i)) for i in samples]
+
+    def _read_one(self, sample: int) -> np.ndarray:
+        path, expected = self.manifest.file(sample), int(self.manifest.sizes[sample])
         try:
-            return [np.fromfile(self.manifest.file(i), np.uint8) for i in samples]
+            # bare system calls: np.fromfile takes five times as long for a small file
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                content = os.read(descriptor, expected + 1)
+            finally:
+                os.close(descriptor)
         except OSError as problem:
-            raise RunError(f"cannot read a sample: {problem}. Is the data still there? "
-                           "`hpc-lbsgd data index` lists what is unreadable") from None
+            raise RunError(f"cannot read a sample: {problem}. Is the data still there?") from None
+        if len(content) != expected:
+            raise RunError(f"{path}: {len(content)} bytes or more, {expected} when it was indexed. Index the data again")
+        return np.frombuffer(content, np.uint8)
 
 
 def read_ahead(storage: Folder, requests: Iterable[Request], depth: int) -> Iterator[tuple[Request, list[np.ndarray]]]:
