@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, RequestError
-from hpc_lbsgd.parallel.horovod_engine import defaults, environment
-from hpc_lbsgd.recipe import Recipe
+from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.train.prepare import choose_run
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,27 @@ def compose(mpirun: str, layout: Layout, settings: dict[str, str], program: list
     return [*line, *program]
 
 
-def settings_for(recipe: Recipe, on_gpu: bool) -> dict[str, str]:
-    """Environment that ranks start with: the engine's, where the user's own does not say otherwise."""
-    settings = {k: v for k, v in defaults(on_gpu).items() if k not in os.environ}
-    return settings | environment(recipe.machine, recipe.determinism, on_gpu)
+def exported() -> dict[str, str]:
+    """What ranks on other hosts must find in their environment; their engine sets its own part itself."""
+    names = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
+    prefixes = ("HOROVOD_", "NCCL_", "OMP_NUM_THREADS", "HPC_LBSGD_")
+    return {k: v for k, v in os.environ.items() if k in names or k.startswith(prefixes)}
+
+
+def launch(layout: Layout, job, dry_run: bool) -> int:
+    """Start `train` on all ranks and wait for its end. job: the parsed arguments of `train`."""
+    recipes.read(job.recipe, job.settings)  # refuses a wrong recipe here, before any rank starts
+    folder = choose_run(Path(job.recipe).stem, job.run, job.resume)
+    program = [sys.executable, "-m", "hpc_lbsgd.cli", "train", job.recipe, "--run", str(folder.path)]
+    for setting in job.settings:
+        program += ["--set", setting]
+    if job.resume:
+        program.append("--resume")
+    line = compose(find_mpirun(), layout, exported() if layout.hosts or layout.hostfile else {}, program)
+    if dry_run:
+        print(shlex.join(line))
+        return EXIT_DONE
+    return run(line, folder)
 
 
 def run(line: list[str], folder: RunFolder) -> int:

@@ -1,4 +1,4 @@
-"""Optimizers over flat buckets: torch's own, fed with a few long vectors instead of many parameters."""
+"""Optimizers over flat buckets: a few long vectors instead of many parameters."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ class Sgd:
 
     In this form the momentum buffer does not contain the learning rate, so a learning rate that changes needs no
     momentum correction (Remark 2). Weight decay is added to the gradient (eq. 8), never scaled with the loss
-    (Remark 1).
+    (Remark 1). Agrees with torch.optim.SGD.
     """
 
     def __init__(self, buckets: Buckets, optim):
-        self.buckets = buckets
+        self.buckets, self.nesterov = buckets, optim.nesterov
         self.velocity = [torch.zeros_like(b.weights) for b in buckets.buckets]
-        parts = []  # (flat weights with their flat gradient, flat velocity, weight decay)
+        self.parts = []  # (weights, gradients, velocity, weight decay), flat
         for bucket, velocity in zip(buckets.buckets, self.velocity, strict=True):
             layout = bucket.layout
             for start, stop, decay in ((layout.statistics, layout.decay_end, optim.weight_decay),
                                        (layout.decay_end, layout.size, 0.0)):
                 if stop > start:
-                    flat = nn.Parameter(bucket.weights[start:stop])
-                    flat.grad = bucket.gradients[start:stop]
-                    parts.append((flat, velocity[start:stop], decay))
-        self._torch = torch.optim.SGD([{"params": [flat], "weight_decay": decay} for flat, _, decay in parts],
-                                      lr=optim.base_lr, momentum=optim.momentum,
-                                      nesterov=optim.nesterov and optim.momentum > 0, fused=True)
-        for flat, velocity, _ in parts:
-            self._torch.state[flat]["momentum_buffer"] = velocity
+                    part = slice(start, stop)
+                    self.parts.append((bucket.weights[part], bucket.gradients[part], velocity[part], decay))
 
+    @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
-        for group in self._torch.param_groups:
-            group["lr"], group["momentum"] = lr, momentum
-        self._torch.step()
+        """Update the weights. Gradients are used up: they hold something else afterwards."""
+        for w, g, u, decay in self.parts:
+            if decay:
+                g.add_(w, alpha=decay)
+            if momentum:
+                u.mul_(momentum).add_(g)
+                g = g.add_(u, alpha=momentum) if self.nesterov else u
+            w.add_(g, alpha=-lr)
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """By kind, then by parameter name: views, valid as long as the optimizer lives."""

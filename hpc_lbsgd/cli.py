@@ -1,0 +1,229 @@
+"""The commands: parse, call, print. No logic."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, RequestError, RunError
+from hpc_lbsgd.parallel import world
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong once, not once a rank."""
+
+    def error(self, message: str):
+        if world.from_environment().rank == 0:
+            super().error(message)
+        sys.exit(EXIT_REQUEST)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(
+        prog="hpc-lbsgd", description="Large-minibatch SGD on supercomputers: plan a run, train it, measure it.",
+        epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 stopped at a safe point: start again.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, function, **kwargs) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, description=kwargs["help"] + ".", **kwargs)
+        p.set_defaults(function=function)
+        return p
+
+    p = command("doctor", doctor, help="what this machine and environment can do, and the fix for what they cannot")
+    with_json(p)
+
+    p = commands.add_parser("data", help="get, list and check a data set; print who gets which sample")
+    data = p.add_subparsers(dest="data_command", metavar="fetch|index|order", required=True)
+    p = data.add_parser("fetch", help="get a data set by name, as image files with a manifest")
+    p.add_argument("name", choices=["fashion-mnist"])
+    p.add_argument("--out", type=Path, help="folder to write to (default: data/NAME)")
+    p.add_argument("--source", type=Path, help="folder with the original files, for machines without network")
+    with_json(p).set_defaults(function=data_fetch)
+    p = data.add_parser("index", help="list an image-folder tree (DIR/CLASS/IMAGE) in a manifest, decoding every image")
+    p.add_argument("dir", type=Path)
+    p.add_argument("--out", type=Path, help="manifest file (default: DIR/manifest.arrow)")
+    p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
+    with_json(p).set_defaults(function=data_index)
+    p = data.add_parser("order", help="which samples a worker gets in an epoch, in order")
+    p.add_argument("recipe", nargs="?", help="recipe; or give --samples, --workers and --samples-per-worker")
+    with_set(p)
+    p.add_argument("--samples", type=positive, help="N")
+    p.add_argument("--workers", type=positive, help="k")
+    p.add_argument("--samples-per-worker", type=positive, help="n (default 32)")
+    p.add_argument("--seed", type=int)
+    p.add_argument("--last-batch", choices=["drop", "partial"])
+    p.add_argument("--epoch", type=not_negative, default=0)
+    p.add_argument("--worker", type=not_negative, default=0)
+    with_json(p).set_defaults(function=data_order)
+
+    p = command("plan", plan, help="the run before it runs")
+    with_recipe(p)
+    p.add_argument("--nodes", type=positive, default=1)
+    p.add_argument("--gpus-per-node", type=positive, default=8, help="ranks a node (default: %(default)s)")
+    p.add_argument("--images-per-s", type=positive_float, help="a rank's measured rate without communication")
+    p.add_argument("--steps", type=step_range, metavar="A:B", help="add a table of steps A to B-1")
+    with_json(p)
+
+    p = command("train", train, help="train a recipe; under mpirun or srun every process is a rank, alone it is one rank")
+    with_recipe(p)
+    with_run(p)
+
+    p = command("launch", launch, help="compose and run the mpirun line of a job: launch --np 8 -- train RECIPE ...")
+    p.add_argument("--np", type=positive, required=True, dest="ranks", help="ranks")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--hosts", help="hosts with their slots: a:8,b:8")
+    where.add_argument("--hostfile", help="file of hosts, as mpirun takes it")
+    p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
+    p.add_argument("--dry-run", action="store_true", help="print the command and stop")
+    p.add_argument("job", nargs=argparse.REMAINDER, help="-- train RECIPE ...")
+    return top
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must not be negative")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return value
+
+
+def step_range(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text}: expected A:B, such as 0:10")
+    return int(first), int(last)
+
+
+def with_json(p):
+    p.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else there")
+    return p
+
+
+def with_set(p):
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+                   help="change a recipe key, such as optim.base_lr=0.2; may be repeated")
+
+
+def with_recipe(p):
+    p.add_argument("recipe", help="a recipe file, or the name of a shipped recipe")
+    with_set(p)
+
+
+def with_run(p):
+    p.add_argument("--run", help="run folder (default: runs/RECIPE-TIME; with --resume the newest of this recipe)")
+    p.add_argument("--resume", action="store_true", help="go on from the run's newest good checkpoint")
+
+
+# ---------------------------------------------------------------- commands
+
+def doctor(args) -> int:
+    from hpc_lbsgd.cluster import doctor as doctors
+
+    findings = doctors.examine()
+    if args.json:
+        print(json.dumps({"findings": [f._asdict() for f in findings]}))
+    else:
+        print(doctors.show(findings))
+    return EXIT_FAILED if any(f.level == doctors.FAIL for f in findings) else EXIT_DONE
+
+
+def show_manifests(args, manifests) -> int:
+    facts = [{"manifest": str(m.path), "samples": len(m), "classes": m.classes, "bytes": int(m.sizes.sum()),
+              "fingerprint": m.fingerprint} for m in manifests]
+    if args.json:
+        print(json.dumps({"manifests": facts}))
+    else:
+        for f in facts:
+            print(f"{f['manifest']}: {f['samples']} images in {len(f['classes'])} classes, {f['bytes'] / 1e6:.1f} MB")
+    return EXIT_DONE
+
+
+def data_fetch(args) -> int:
+    from hpc_lbsgd.data import fetch
+
+    return show_manifests(args, fetch.SOURCES[args.name](args.out or Path("data") / args.name, args.source))
+
+
+def data_index(args) -> int:
+    from hpc_lbsgd.data import manifest
+
+    return show_manifests(args, [manifest.index(args.dir, args.out, args.processes)])
+
+
+def data_order(args) -> int:
+    from hpc_lbsgd.plan import order
+
+    found = order(args.recipe, args.settings, args.samples, args.workers, args.samples_per_worker, args.seed,
+                  args.last_batch, args.epoch, args.worker)
+    if args.json:
+        print(json.dumps(found))
+    else:
+        for step, samples in enumerate(found["steps"]):
+            print(f"{step:6d}  {' '.join(map(str, samples))}")
+    return EXIT_DONE
+
+
+def plan(args) -> int:
+    from hpc_lbsgd import plan as plans
+    from hpc_lbsgd import recipe as recipes
+
+    recipe = recipes.read(args.recipe, args.settings)
+    result = plans.plan(recipe, args.nodes, args.gpus_per_node, args.images_per_s, args.steps)
+    print(json.dumps(result) if args.json else plans.show(Path(args.recipe).stem, recipe, result))
+    return EXIT_DONE
+
+
+def train(args) -> int:
+    from hpc_lbsgd import recipe as recipes
+
+    recipe = recipes.read(args.recipe, args.settings)
+    from hpc_lbsgd.train import trainer
+
+    return trainer.train(Path(args.recipe).stem, recipe, args.run, args.resume)
+
+
+def launch(args) -> int:
+    from hpc_lbsgd.cluster import launch as launches
+
+    job = args.job[1:] if args.job[:1] == ["--"] else args.job
+    if job[:1] != ["train"]:
+        raise RequestError(f"launch runs `train`: launch --np {args.ranks} -- train RECIPE ... (got {' '.join(job) or 'nothing'})")
+    inner = parser().parse_args(job)
+    layout = launches.Layout(args.ranks, args.hosts, args.hostfile, args.oversubscribe)
+    return launches.launch(layout, inner, args.dry_run)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except RequestError as problem:
+        # every rank finds the same fault in a recipe; one says so
+        if world.from_environment().rank == 0:
+            print(f"hpc-lbsgd: {problem}", file=sys.stderr)
+        return EXIT_REQUEST
+    except RunError as problem:
+        print(f"hpc-lbsgd: {problem}", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stderr.close()
+        return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
