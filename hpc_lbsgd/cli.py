@@ -22,8 +22,11 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     top = Parser(
-        prog="hpc-lbsgd", description="Large-minibatch SGD on supercomputers: plan a run, train it, measure it.",
-        epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 stopped at a safe point: start again.")
+        prog="hpc-lbsgd",
+        description="Large-minibatch SGD on supercomputers: plan a run, train it, measure it.",
+        epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 stopped at a safe point: "
+        "start again.",
+    )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, function, **kwargs) -> argparse.ArgumentParser:
@@ -66,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=step_range, metavar="A:B", help="add a table of steps A to B-1")
     with_json(p)
 
-    p = command("train", train, help="train a recipe; under mpirun or srun every process is a rank, alone it is one rank")
+    p = command(
+        "train", train, help="train a recipe; under mpirun or srun every process is a rank, alone it is one rank"
+    )
     with_recipe(p)
     with_run(p)
 
@@ -115,8 +120,14 @@ def with_json(p):
 
 
 def with_set(p):
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-                   help="change a recipe key, such as optim.base_lr=0.2; may be repeated")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="change a recipe key, such as optim.base_lr=0.2; may be repeated",
+    )
 
 
 def with_recipe(p):
@@ -131,6 +142,7 @@ def with_run(p):
 
 # ---------------------------------------------------------------- commands
 
+
 def doctor(args) -> int:
     from hpc_lbsgd.cluster import doctor as doctors
 
@@ -143,8 +155,16 @@ def doctor(args) -> int:
 
 
 def show_manifests(args, manifests) -> int:
-    facts = [{"manifest": str(m.path), "samples": len(m), "classes": m.classes, "bytes": int(m.sizes.sum()),
-              "fingerprint": m.fingerprint} for m in manifests]
+    facts = [
+        {
+            "manifest": str(m.path),
+            "samples": len(m),
+            "classes": m.classes,
+            "bytes": int(m.sizes.sum()),
+            "fingerprint": m.fingerprint,
+        }
+        for m in manifests
+    ]
     if args.json:
         print(json.dumps({"manifests": facts}))
     else:
@@ -168,8 +188,17 @@ def data_index(args) -> int:
 def data_order(args) -> int:
     from hpc_lbsgd.plan import order
 
-    found = order(args.recipe, args.settings, args.samples, args.workers, args.samples_per_worker, args.seed,
-                  args.last_batch, args.epoch, args.worker)
+    found = order(
+        args.recipe,
+        args.settings,
+        args.samples,
+        args.workers,
+        args.samples_per_worker,
+        args.seed,
+        args.last_batch,
+        args.epoch,
+        args.worker,
+    )
     if args.json:
         print(json.dumps(found))
     else:
@@ -202,7 +231,9 @@ def launch(args) -> int:
 
     job = args.job[1:] if args.job[:1] == ["--"] else args.job
     if job[:1] != ["train"]:
-        raise RequestError(f"launch runs `train`: launch --np {args.ranks} -- train RECIPE ... (got {' '.join(job) or 'nothing'})")
+        raise RequestError(
+            f"launch runs `train`: launch --np {args.ranks} -- train RECIPE ... (got {' '.join(job) or 'nothing'})"
+        )
     inner = parser().parse_args(job)
     layout = launches.Layout(args.ranks, args.hosts, args.hostfile, args.oversubscribe)
     return launches.launch(layout, inner, args.dry_run)

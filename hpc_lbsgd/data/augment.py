@@ -43,7 +43,9 @@ def flip(seed: int, epoch: int, samples: np.ndarray, width: np.ndarray, height: 
     return Windows(full.x, full.y, full.w, full.h, _uniforms(seed, epoch, samples, 1)[:, 0] < 0.5)
 
 
-def pad_crop(seed: int, epoch: int, samples: np.ndarray, width: np.ndarray, height: np.ndarray, padding: int) -> Windows:
+def pad_crop(
+    seed: int, epoch: int, samples: np.ndarray, width: np.ndarray, height: np.ndarray, padding: int
+) -> Windows:
     """The image, padded by `padding` black pixels on each side, cut at random to its own size; or its flip
     (He et al. 2015, section 4.2, for CIFAR)."""
     u = _uniforms(seed, epoch, samples, 3)
@@ -51,8 +53,15 @@ def pad_crop(seed: int, epoch: int, samples: np.ndarray, width: np.ndarray, heig
     return Windows(offset[:, 0], offset[:, 1], width, height, u[:, 0] < 0.5)
 
 
-def resized_crop(seed: int, epoch: int, samples: np.ndarray, width: np.ndarray, height: np.ndarray,
-                 area: tuple[float, float], aspect: tuple[float, float]) -> Windows:
+def resized_crop(
+    seed: int,
+    epoch: int,
+    samples: np.ndarray,
+    width: np.ndarray,
+    height: np.ndarray,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+) -> Windows:
     """Scale and aspect-ratio augmentation (Goyal et al. 2017, section 5.1; Szegedy et al. 2015): a window of
     `area` (share of the image) and `aspect` (width / height, log-uniform), anywhere; or its flip.
 
@@ -85,8 +94,9 @@ def centre(width: np.ndarray, height: np.ndarray, size: int, resize: int) -> Win
     return Windows((width - side) // 2, (height - side) // 2, side, side, np.zeros(len(width), bool))
 
 
-def windows(data, seed: int, epoch: int, samples: np.ndarray, width: np.ndarray, height: np.ndarray,
-            train: bool) -> Windows:
+def windows(
+    data, seed: int, epoch: int, samples: np.ndarray, width: np.ndarray, height: np.ndarray, train: bool
+) -> Windows:
     """The windows that a recipe's `data` section asks for."""
     if not train:
         if data.eval_resize:

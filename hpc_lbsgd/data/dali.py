@@ -21,8 +21,9 @@ HW_DECODER_LOAD = 0.65  # fixed: the share of JPEGs that the GPU's decoder takes
 class DaliLoader:
     """One pipeline for the whole run, of the largest batch; smaller batches pass through it as they are."""
 
-    def __init__(self, source: Source, max_batch: int, threads: int, prefetch: int, channels_last: bool,
-                 device: torch.device):
+    def __init__(
+        self, source: Source, max_batch: int, threads: int, prefetch: int, channels_last: bool, device: torch.device
+    ):
         self.source, self.prefetch, self.channels_last, self.device = source, prefetch, channels_last, device
         self._feed: Iterator = iter(())
         self._fed: deque[Request] = deque()
@@ -32,31 +33,47 @@ class DaliLoader:
         try:
             from nvidia.dali import Pipeline, fn, types
         except ImportError as problem:
-            raise RequestError(f"data.loader = dali, but DALI does not load ({problem}); install "
-                               "nvidia-dali-cuda130, or set data.loader=torchvision") from None
+            raise RequestError(
+                f"data.loader = dali, but DALI does not load ({problem}); install "
+                "nvidia-dali-cuda130, or set data.loader=torchvision"
+            ) from None
         data, on_gpu = self.source.data, self.device.type == "cuda"
-        pipeline = Pipeline(batch_size=max_batch, num_threads=threads, prefetch_queue_depth=self.prefetch,
-                            device_id=self.device.index or 0 if on_gpu else None)
+        pipeline = Pipeline(
+            batch_size=max_batch,
+            num_threads=threads,
+            prefetch_queue_depth=self.prefetch,
+            device_id=self.device.index or 0 if on_gpu else None,
+        )
         with pipeline:
-            encoded, flip, *place = fn.external_source(source=self._next, batch=True,
-                                                       num_outputs=4 if self.source.crops else 2)
-            decode = {"device": "mixed" if on_gpu else "cpu", "adjust_orientation": False,
-                      "output_type": types.GRAY if data.channels == 1 else types.RGB}
+            encoded, flip, *place = fn.external_source(
+                source=self._next, batch=True, num_outputs=4 if self.source.crops else 2
+            )
+            decode = {
+                "device": "mixed" if on_gpu else "cpu",
+                "adjust_orientation": False,
+                "output_type": types.GRAY if data.channels == 1 else types.RGB,
+            }
             if on_gpu:
                 decode["hw_decoder_load"] = HW_DECODER_LOAD
             window = {"axis_names": "WH", "normalized_anchor": False, "normalized_shape": False}
             if self.source.resizes:
                 # only the window is decoded, where the format allows it
                 images = fn.decoders.image_slice(encoded, *place, **window, **decode)
-                images = fn.resize(images, size=[data.image_size] * 2, interp_type=types.INTERP_LINEAR,
-                                   antialias=True, dtype=types.FLOAT)
+                images = fn.resize(
+                    images,
+                    size=[data.image_size] * 2,
+                    interp_type=types.INTERP_LINEAR,
+                    antialias=True,
+                    dtype=types.FLOAT,
+                )
             else:
                 images = fn.decoders.image(encoded, **decode)
                 if self.source.crops:
                     images = fn.slice(images, *place, **window, out_of_bounds_policy="pad")
             layout = "HWC" if self.channels_last else "CHW"
-            images = fn.crop_mirror_normalize(images, mirror=flip, mean=data.mean, std=data.std, output_layout=layout,
-                                              dtype=types.FLOAT)
+            images = fn.crop_mirror_normalize(
+                images, mirror=flip, mean=data.mean, std=data.std, output_layout=layout, dtype=types.FLOAT
+            )
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
@@ -86,8 +103,11 @@ class DaliLoader:
                 raise self._bad_image(problem) from problem
             request = self._fed.popleft()
             shape = (len(request.samples), data.channels, data.image_size, data.image_size)
-            images = torch.empty(shape, device=self.device,
-                                 memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+            images = torch.empty(
+                shape,
+                device=self.device,
+                memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
+            )
             # DALI reuses its buffers: copy. Seen as NHWC, a channels-last tensor is contiguous.
             target = images.permute(0, 2, 3, 1) if self.channels_last else images
             stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
@@ -103,6 +123,8 @@ class DaliLoader:
             names = [self.source.storage.name(i) for i in request.samples]
             for name, result in zip(names, examine("", names), strict=True):
                 if isinstance(result, str):
-                    return RunError(f"{name}: cannot be decoded ({result}); it changed since it was indexed. Mend it or "
-                                    "remove it and index again")
+                    return RunError(
+                        f"{name}: cannot be decoded ({result}); it changed since it was indexed. Mend it or "
+                        "remove it and index again"
+                    )
         return RunError(f"DALI failed: {problem}")

@@ -40,8 +40,13 @@ def from_debian(scratch: Path) -> Path | None:
     own = ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={scratch}", "-o", "APT::Sandbox::User="]
     try:
         subprocess.run(["apt-get", *own, "-q", "update"], check=True, capture_output=True, timeout=120)
-        subprocess.run(["apt-get", *own, "-q", "download", DEBIAN_PACKAGE], check=True, capture_output=True,
-                       timeout=300, cwd=scratch)
+        subprocess.run(
+            ["apt-get", *own, "-q", "download", DEBIAN_PACKAGE],
+            check=True,
+            capture_output=True,
+            timeout=300,
+            cwd=scratch,
+        )
         package = next(scratch.glob(f"{DEBIAN_PACKAGE}*.deb"))
         subprocess.run(["dpkg-deb", "-x", str(package), str(scratch)], check=True, capture_output=True, timeout=60)
     except (subprocess.SubprocessError, StopIteration):
@@ -55,9 +60,11 @@ def from_torchvision(scratch: Path) -> Path:
     try:
         FashionMNIST(str(scratch), download=True)
     except Exception as problem:  # URL errors, checksum errors: torchvision raises several kinds
-        raise RunError(f"Fashion-MNIST could not be had: Debian's package {DEBIAN_PACKAGE} is not installed and cannot "
-                       f"be downloaded, and torchvision says: {problem}. On a machine without network put its four "
-                       f"files into a folder and name it with --source") from None
+        raise RunError(
+            f"Fashion-MNIST could not be had: Debian's package {DEBIAN_PACKAGE} is not installed and cannot "
+            f"be downloaded, and torchvision says: {problem}. On a machine without network put its four "
+            f"files into a folder and name it with --source"
+        ) from None
     return scratch / "FashionMNIST" / "raw"
 
 
@@ -72,14 +79,22 @@ def fashion_mnist(out: Path, source: Path | None = None) -> list[manifest.Manife
         return [manifest.Manifest(p) for p in done]
     for path in done:
         if path.parent.exists() and not path.exists():
-            raise RequestError(f"--out {out}: {path.parent} is there and has no {manifest.FILE_NAME}; "
-                               "choose another folder, or remove that one")
+            raise RequestError(
+                f"--out {out}: {path.parent} is there and has no {manifest.FILE_NAME}; "
+                "choose another folder, or remove that one"
+            )
     with tempfile.TemporaryDirectory(prefix="fashion-mnist-") as folder:
         scratch = Path(folder)
         installed = Path("/") / DEBIAN_FOLDER
-        files = source or (installed if installed.is_dir() else None) or from_debian(scratch) or from_torchvision(scratch)
-        return [manifest.Manifest(path) if path.exists() else _write_part(files, path.parent, *FASHION_PARTS[path.parent.name])
-                for path in done]
+        files = (
+            source or (installed if installed.is_dir() else None) or from_debian(scratch) or from_torchvision(scratch)
+        )
+        return [
+            manifest.Manifest(path)
+            if path.exists()
+            else _write_part(files, path.parent, *FASHION_PARTS[path.parent.name])
+            for path in done
+        ]
 
 
 def _write_part(files: Path, target: Path, prefix: str, expected: int) -> manifest.Manifest:
@@ -99,8 +114,9 @@ def _write_part(files: Path, target: Path, prefix: str, expected: int) -> manife
     names = [f"{i}-{name}" for i, name in enumerate(FASHION_CLASSES)]
     for name in names:
         (building / name).mkdir(parents=True)
-    for i, (image, label) in enumerate(zip(images, tqdm(labels, desc=f"writing {target}", unit="image", disable=None),
-                                           strict=True)):
+    for i, (image, label) in enumerate(
+        zip(images, tqdm(labels, desc=f"writing {target}", unit="image", disable=None), strict=True)
+    ):
         Image.fromarray(image).save(building / names[label] / f"{i:05d}.png", compress_level=1)
     manifest.index(building)
     os.replace(building, target)

@@ -55,11 +55,21 @@ def check_sizes(data, manifest: Manifest, train: bool) -> None:
         raise RequestError(
             f"data.image_size = {data.image_size}, but {wrong.size} of {len(manifest)} images have another size "
             f"({manifest.file(i)} is {manifest.widths[i]}x{manifest.heights[i]}) and data.{key} = "
-            f"{getattr(data, key)} does not resize")
+            f"{getattr(data, key)} does not resize"
+        )
 
 
-def create(data, manifest: Manifest, seed: int, train: bool, max_batch: int, threads: int, prefetch: int,
-           channels_last: bool, device: torch.device) -> Loader:
+def create(
+    data,
+    manifest: Manifest,
+    seed: int,
+    train: bool,
+    max_batch: int,
+    threads: int,
+    prefetch: int,
+    channels_last: bool,
+    device: torch.device,
+) -> Loader:
     """The loader that `data.loader` names, for batches of up to `max_batch` samples."""
     source = Source(data, manifest, seed, train)
     if data.loader == "dali":

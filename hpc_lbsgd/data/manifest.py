@@ -27,10 +27,16 @@ NAMED_AT_MOST = 20  # problems listed by name before "and N more"
 FILES_CHECKED_AT_START = 100_000  # above it, a start looks at a random selection; `data verify` looks at all
 CHUNK = 512  # files a work item of indexing
 
-SCHEMA = pa.schema([
-    ("path", pa.large_string()), ("label", pa.int32()), ("width", pa.int32()), ("height", pa.int32()),
-    ("bytes", pa.int64()), ("checksum", pa.uint64()),
-])
+SCHEMA = pa.schema(
+    [
+        ("path", pa.large_string()),
+        ("label", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("bytes", pa.int64()),
+        ("checksum", pa.uint64()),
+    ]
+)
 
 
 def checksum(data: bytes | np.ndarray) -> int:
@@ -98,8 +104,10 @@ class Manifest:
             if found != sizes[i]:
                 problems.append(f"{self.file(i)}: {found} bytes, the manifest says {sizes[i]}")
         if problems:
-            raise RequestError(f"{self.path} no longer matches its files; index again "
-                               f"(hpc-lbsgd data index {self.root}):\n{listed(problems)}")
+            raise RequestError(
+                f"{self.path} no longer matches its files; index again "
+                f"(hpc-lbsgd data index {self.root}):\n{listed(problems)}"
+            )
 
 
 def listed(problems: list[str]) -> str:
@@ -128,6 +136,7 @@ def is_plain_folder(path: str | os.PathLike) -> bool:
 
 # ---------------------------------------------------------------- indexing
 
+
 def scan(root: Path) -> tuple[list[str], list[str], list[int]]:
     """(classes, relative paths, labels) of an image-folder tree: one folder a class, any depth below it."""
     if not root.is_dir():
@@ -140,8 +149,11 @@ def scan(root: Path) -> tuple[list[str], list[str], list[int]]:
         found = []
         for folder, folders, files in os.walk(root / name):
             folders[:] = [f for f in folders if not f.startswith(".")]
-            found += [os.path.relpath(os.path.join(folder, f), root) for f in files
-                      if os.path.splitext(f)[1].lower() in SUFFIXES and not f.startswith(".")]
+            found += [
+                os.path.relpath(os.path.join(folder, f), root)
+                for f in files
+                if os.path.splitext(f)[1].lower() in SUFFIXES and not f.startswith(".")
+            ]
         if not found:
             raise RequestError(f"{root / name}: class {name!r} has no images ({', '.join(sorted(SUFFIXES))})")
         paths += sorted(found)
@@ -184,6 +196,7 @@ def index(root: str | os.PathLike, out: str | os.PathLike | None = None, process
     rows: list = []
     processes = min(processes or len(os.sched_getaffinity(0)), len(chunks))
     with tqdm(total=len(paths), desc=f"indexing {root}", unit="image", disable=None) as bar:
+
         def add(results):
             rows.extend(results)
             bar.update(len(results))
@@ -197,8 +210,10 @@ def index(root: str | os.PathLike, out: str | os.PathLike | None = None, process
                     add(results)
     problems = [f"{root / p}: {r}" for p, r in zip(paths, rows, strict=True) if isinstance(r, str)]
     if problems:
-        raise RequestError(f"{len(problems)} of {len(paths)} images cannot be read; mend or remove them, then index "
-                           f"again:\n{listed(problems)}")
+        raise RequestError(
+            f"{len(problems)} of {len(paths)} images cannot be read; mend or remove them, then index "
+            f"again:\n{listed(problems)}"
+        )
     write(out, root, classes, paths, labels, rows)
     return Manifest(out)
 
@@ -212,8 +227,9 @@ def write(out: Path, root: Path, classes: list[str], paths: list[str], labels: l
     # resolved: a root given through a link stays right when seen from the manifest's real folder
     relative = os.path.relpath(root.resolve(), out.parent.resolve())
     header = {"root": relative, "classes": classes, "fingerprint": digest.hexdigest()}
-    table = pa.table([paths, labels, width, height, size, check],
-                     schema=SCHEMA.with_metadata({"hpc_lbsgd": json.dumps(header)})).combine_chunks()
+    table = pa.table(
+        [paths, labels, width, height, size, check], schema=SCHEMA.with_metadata({"hpc_lbsgd": json.dumps(header)})
+    ).combine_chunks()
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -221,4 +237,6 @@ def write(out: Path, root: Path, classes: list[str], paths: list[str], labels: l
         os.replace(temporary, out)
     except OSError as problem:
         temporary.unlink(missing_ok=True)
-        raise RequestError(f"cannot write {out}: {problem.strerror or problem}; choose another place with --out") from None
+        raise RequestError(
+            f"cannot write {out}: {problem.strerror or problem}; choose another place with --out"
+        ) from None

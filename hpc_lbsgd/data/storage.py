@@ -48,7 +48,9 @@ class Folder:
         except OSError as problem:
             raise RunError(f"cannot read a sample: {problem}. Is the data still there?") from None
         if len(content) != expected:
-            raise RunError(f"{path}: {len(content)} bytes or more, {expected} when it was indexed. Index the data again")
+            raise RunError(
+                f"{path}: {len(content)} bytes or more, {expected} when it was indexed. Index the data again"
+            )
         return np.frombuffer(content, np.uint8)
 
 

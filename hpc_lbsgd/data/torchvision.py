@@ -20,8 +20,9 @@ from hpc_lbsgd.errors import RunError
 class TorchvisionLoader:
     """Decodes whole batches in threads, `prefetch` of them ahead."""
 
-    def __init__(self, source: Source, max_batch: int, threads: int, prefetch: int, channels_last: bool,
-                 device: torch.device):
+    def __init__(
+        self, source: Source, max_batch: int, threads: int, prefetch: int, channels_last: bool, device: torch.device
+    ):
         self.source, self.threads, self.ahead, self.device = source, threads, max(prefetch, threads), device
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         shape = (1, source.data.channels, 1, 1)
@@ -62,6 +63,8 @@ class TorchvisionLoader:
             with Image.open(io.BytesIO(content)) as image:
                 pixels = np.array(image.convert("L" if self.source.data.channels == 1 else "RGB"), np.float32)
         except Exception as problem:  # PIL raises many kinds
-            raise RunError(f"{self.source.storage.name(sample)}: cannot be decoded ({problem}); it changed since it was "
-                           "indexed. Mend it or remove it and index again") from None
+            raise RunError(
+                f"{self.source.storage.name(sample)}: cannot be decoded ({problem}); it changed since it was "
+                "indexed. Mend it or remove it and index again"
+            ) from None
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)

@@ -47,8 +47,14 @@ def aligned(elements: int, itemsize: int) -> int:
     return -(-elements // step) * step
 
 
-def plan_layouts(parameters: Iterable[tuple[str, nn.Parameter]], no_decay: set[str], statistics: int,
-                 bucket_bytes: float, first_bucket_bytes: float, compress: bool = False) -> list[Layout]:
+def plan_layouts(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    no_decay: set[str],
+    statistics: int,
+    bucket_bytes: float,
+    first_bucket_bytes: float,
+    compress: bool = False,
+) -> list[Layout]:
     """Cut parameters, in the order backward meets them (last first), into buckets of about `bucket_bytes`.
 
     `statistics` elements ride at the start of the first bucket; with `compress` they travel apart, for variances
@@ -105,16 +111,25 @@ class Buckets:
     wire_scale  None: gradients travel as computed. Else as float16, times this power of two
     """
 
-    def __init__(self, layouts: list[Layout], engine: Engine, device: torch.device, dtype: torch.dtype,
-                 bits: int | None = None, wire_scale: float | None = None):
+    def __init__(
+        self,
+        layouts: list[Layout],
+        engine: Engine,
+        device: torch.device,
+        dtype: torch.dtype,
+        bits: int | None = None,
+        wire_scale: float | None = None,
+    ):
         self.engine, self.device, self.dtype = engine, device, dtype
         self.buckets = [Bucket(i, layout, device, dtype) for i, layout in enumerate(layouts)]
         self.bits, self.wire_scale = bits, wire_scale
         if bits is not None:
             self.totals = [torch.zeros(b.layout.size, dtype=torch.int64, device=device) for b in self.buckets]
         if wire_scale is not None:
-            self.wires = [torch.zeros(b.layout.size if b.layout.compress else 0, dtype=torch.float16, device=device)
-                          for b in self.buckets]
+            self.wires = [
+                torch.zeros(b.layout.size if b.layout.compress else 0, dtype=torch.float16, device=device)
+                for b in self.buckets
+            ]
         self._last_pass = False
         for bucket in self.buckets:
             for view in bucket.layout.views:
@@ -202,8 +217,11 @@ class Buckets:
 
     def named(self, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Flat buffers of the buckets' sizes (momentum, say) by parameter name, as views."""
-        return {view.name: view.of(flat) for bucket, flat in zip(self.buckets, flats, strict=True)
-                for view in bucket.layout.views}
+        return {
+            view.name: view.of(flat)
+            for bucket, flat in zip(self.buckets, flats, strict=True)
+            for view in bucket.layout.views
+        }
 
     def broadcast_weights(self) -> None:
         """Rank 0's weights on every rank."""

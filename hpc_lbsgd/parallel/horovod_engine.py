@@ -26,8 +26,11 @@ def environment(machine, determinism: str, on_gpu: bool) -> dict[str, str]:
     if determinism != "off":
         # one summation order, whatever the placement of ranks on nodes: no hierarchical algorithms, no tuning
         settings |= {
-            "HOROVOD_AUTOTUNE": "0", "HOROVOD_HIERARCHICAL_ALLREDUCE": "0", "HOROVOD_TORUS_ALLREDUCE": "0",
-            "OMPI_MCA_coll_han_priority": "0", "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
+            "HOROVOD_AUTOTUNE": "0",
+            "HOROVOD_HIERARCHICAL_ALLREDUCE": "0",
+            "HOROVOD_TORUS_ALLREDUCE": "0",
+            "OMPI_MCA_coll_han_priority": "0",
+            "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
             "OMPI_MCA_coll_tuned_allreduce_algorithm": "4",  # ring
             "NCCL_ALGO": "Ring",
         }
@@ -57,8 +60,10 @@ class HorovodEngine:
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
         if device.type == "cuda" and not hvd.nccl_built():
-            raise RunError("Horovod was built without NCCL, and the ranks are GPUs: rebuild it where nvcc is "
-                           "(python tools/build_horovod.py --gpu nccl), or hide the GPUs (CUDA_VISIBLE_DEVICES=)")
+            raise RunError(
+                "Horovod was built without NCCL, and the ranks are GPUs: rebuild it where nvcc is "
+                "(python tools/build_horovod.py --gpu nccl), or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
+            )
 
     def start_sum(self, tensor: torch.Tensor, name: str) -> Any:
         return self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)

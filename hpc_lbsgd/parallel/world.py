@@ -28,8 +28,12 @@ def from_environment(env: Mapping[str, str] = os.environ) -> World:
         # an interactive Slurm shell has SLURM_PROCID but no step of more than one task
         if rank in env and size in env:
             per_node = env.get(local_size, env[size])
-            return World(int(env[rank]), int(env[size]), int(env.get(local_rank, env[rank])),
-                         int(per_node.split("(")[0].split(",")[0]))
+            return World(
+                int(env[rank]),
+                int(env[size]),
+                int(env.get(local_rank, env[rank])),
+                int(per_node.split("(")[0].split(",")[0]),
+            )
     return World(0, 1, 0, 1)
 
 

@@ -73,8 +73,16 @@ class Schedule:
     max_steps           a cap on `steps`, which changes nothing before it
     """
 
-    def __init__(self, samples: int, samples_per_worker: int, stages: list[Stage], epochs: int,
-                 last_batch: str, warmup: Warmup, max_steps: int | None = None):
+    def __init__(
+        self,
+        samples: int,
+        samples_per_worker: int,
+        stages: list[Stage],
+        epochs: int,
+        last_batch: str,
+        warmup: Warmup,
+        max_steps: int | None = None,
+    ):
         self.samples, self.samples_per_worker = samples, samples_per_worker
         self.stages, self.epochs, self.last_batch, self.warmup = tuple(stages), epochs, last_batch, warmup
         self._stage_epochs = [s.first_epoch for s in stages]
@@ -87,7 +95,8 @@ class Schedule:
         self.full_steps = step
         self.steps = step if max_steps is None else min(step, max_steps)
         self.warmup_steps = self.first_step(int(warmup.epochs)) + round(
-            (warmup.epochs % 1) * self.steps_in_epoch(min(int(warmup.epochs), epochs - 1)))
+            (warmup.epochs % 1) * self.steps_in_epoch(min(int(warmup.epochs), epochs - 1))
+        )
 
     def _epoch_steps(self, stage: Stage) -> int:
         kn = stage.workers * self.samples_per_worker

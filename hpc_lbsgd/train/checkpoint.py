@@ -60,8 +60,10 @@ def save(folder: RunFolder, replica: Replica, state: State, keep: int) -> Path:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         weights = {k: v.detach().cpu().clone() for k, v in replica.model.state_dict().items()}
-        moments = {kind: {k: v.detach().cpu().clone() for k, v in named.items()}
-                   for kind, named in replica.optimizer.state().items()}
+        moments = {
+            kind: {k: v.detach().cpu().clone() for k, v in named.items()}
+            for kind, named in replica.optimizer.state().items()
+        }
         for name, content in zip(FILES, (weights, moments), strict=True):
             with open(building / name, "wb") as f:
                 torch.save(content, f)
@@ -77,8 +79,10 @@ def save(folder: RunFolder, replica: Replica, state: State, keep: int) -> Path:
         write_atomically(root / LATEST, target.name + "\n")
     except (OSError, RuntimeError) as problem:  # torch reports a full disk as RuntimeError
         shutil.rmtree(building, ignore_errors=True)
-        raise RunError(f"checkpoint at step {state.step} not written: {problem}. The older ones are untouched in {root}; "
-                       "make room and start again with --resume") from None
+        raise RunError(
+            f"checkpoint at step {state.step} not written: {problem}. The older ones are untouched in {root}; "
+            "make room and start again with --resume"
+        ) from None
     prune(root, keep, state.best_step)
     return target
 
@@ -123,8 +127,11 @@ def find_newest(folder: RunFolder) -> tuple[Path, State, list[str]] | None:
             return path, state, problems
         problems.append(f"{path}: {', '.join(broken)} is not what was written")
     if problems:
-        raise RequestError(f"no usable checkpoint in {folder.checkpoints}:\n  " + "\n  ".join(problems) +
-                           "\nstart again without --resume in another run folder")
+        raise RequestError(
+            f"no usable checkpoint in {folder.checkpoints}:\n  "
+            + "\n  ".join(problems)
+            + "\nstart again without --resume in another run folder"
+        )
     return None
 
 
@@ -135,8 +142,10 @@ def load(path: Path, replica: Replica) -> None:
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
     if missing or extra or shapes:
-        raise RequestError(f"{path}: the checkpoint is of another model (missing {missing[:5]}, unknown {extra[:5]}, "
-                           f"other shape {shapes[:5]})")
+        raise RequestError(
+            f"{path}: the checkpoint is of another model (missing {missing[:5]}, unknown {extra[:5]}, "
+            f"other shape {shapes[:5]})"
+        )
     with torch.no_grad():
         for name, value in own.items():  # in place: parameters are views into the buckets
             value.copy_(weights[name])

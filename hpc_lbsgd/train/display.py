@@ -26,8 +26,9 @@ class Display:
         self.recent: deque[dict] = deque(maxlen=WINDOW)
         self.bar = None
         if self.stream.isatty():
-            self.bar = tqdm(total=steps, initial=first_step, unit="step", file=self.stream, dynamic_ncols=True,
-                            smoothing=0.05)
+            self.bar = tqdm(
+                total=steps, initial=first_step, unit="step", file=self.stream, dynamic_ncols=True, smoothing=0.05
+            )
         self._next_line = 0.0
 
     def __call__(self, record: dict) -> None:
@@ -46,18 +47,25 @@ class Display:
         wait = sum(x["data_wait_s"] for x in self.recent) / seconds
         if self.bar is not None:
             self.bar.update(1)
-            self.bar.set_postfix_str(f"epoch {r['epoch'] + 1}/{self.epochs} loss {r['loss']:.4f} lr {r['lr']:.4g} "
-                                     f"kn {r['global_batch']} {rate:.0f} images/s data {wait:.1%}", refresh=False)
+            self.bar.set_postfix_str(
+                f"epoch {r['epoch'] + 1}/{self.epochs} loss {r['loss']:.4f} lr {r['lr']:.4g} "
+                f"kn {r['global_batch']} {rate:.0f} images/s data {wait:.1%}",
+                refresh=False,
+            )
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_EVERY_S
             left = (self.steps - r["step"] - 1) * seconds / len(self.recent)
-            self._say(f"epoch {r['epoch'] + 1}/{self.epochs}  step {r['step'] + 1}/{self.steps}  loss {r['loss']:.4f}  "
-                      f"lr {r['lr']:.4g}  kn {r['global_batch']}  {rate:.0f} images/s  data wait {wait:.1%}  "
-                      f"ETA {duration(left)}")
+            self._say(
+                f"epoch {r['epoch'] + 1}/{self.epochs}  step {r['step'] + 1}/{self.steps}  loss {r['loss']:.4f}  "
+                f"lr {r['lr']:.4g}  kn {r['global_batch']}  {rate:.0f} images/s  data wait {wait:.1%}  "
+                f"ETA {duration(left)}"
+            )
 
     def _eval(self, r: dict) -> None:
-        self._say(f"epoch {r['epoch']}/{self.epochs}  test loss {r['loss']:.4f}  test accuracy {r['accuracy']:.2%}  "
-                  f"({r['samples']} images)")
+        self._say(
+            f"epoch {r['epoch']}/{self.epochs}  test loss {r['loss']:.4f}  test accuracy {r['accuracy']:.2%}  "
+            f"({r['samples']} images)"
+        )
 
     def _checkpoint(self, r: dict) -> None:
         self._say(f"checkpoint at step {r['step']}: {r['path']}")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from hpc_lbsgd.errors import RequestError
 
 
 class Block(nn.Module):
@@ -33,12 +39,16 @@ class SmallResNet(nn.Module):
 
     def __init__(self, channels: int, classes: int, blocks: int, widths: list[int], stem_stride: int, dropout: float):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(channels, widths[0], 3, stem_stride, 1, bias=False),
-                                  nn.BatchNorm2d(widths[0]), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, widths[0], 3, stem_stride, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
         inputs, stages = widths[0], []
         for stage, width in enumerate(widths):
-            stages.append(nn.Sequential(*[Block(inputs if i == 0 else width, width, 2 if stage and i == 0 else 1)
-                                          for i in range(blocks)]))
+            stages.append(
+                nn.Sequential(
+                    *[Block(inputs if i == 0 else width, width, 2 if stage and i == 0 else 1) for i in range(blocks)]
+                )
+            )
             inputs = width
         self.stages = nn.Sequential(*stages)
         self.dropout = nn.Dropout(dropout)
@@ -75,9 +85,21 @@ def build(section, channels: int, classes: int, seed: int, dtype: torch.dtype = 
     """The model of a recipe's `model` section, on the CPU; the same weights for the same seed on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if ":" in section.name:  # the user's own, initialised by its author
+            return from_user(section.name)(channels, classes).to(dtype)
         model = MODELS[section.name](section, channels, classes)
         initialise(model, section.zero_gamma)
     return model.to(dtype)
+
+
+def from_user(name: str):
+    """The function that `package.module:function` names."""
+    module, function = name.split(":")
+    sys.path.insert(0, os.getcwd())  # a console script's path does not have it
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as problem:
+        raise RequestError(f"model.name = {name}: {problem}") from None
 
 
 def initialise(model: nn.Module, zero_gamma: bool) -> None:
@@ -99,9 +121,10 @@ def initialise(model: nn.Module, zero_gamma: bool) -> None:
 def compile_stages(model: nn.Module) -> None:
     """torch.compile a residual stage at a time: one compiled whole would delay every gradient to backward's
     end, and communication could not overlap it."""
-    if isinstance(model, SmallResNet):
-        for stage in model.stages:
-            stage.compile()
-    else:
-        for name in ("layer1", "layer2", "layer3", "layer4"):
-            getattr(model, name).compile()
+    stages = getattr(model, "stages", None) or [getattr(model, f"layer{i}", None) for i in (1, 2, 3, 4)]
+    if None in stages:
+        raise RequestError(
+            f"machine.compile = stages: {type(model).__name__} has neither `stages` nor layer1 to layer4"
+        )
+    for stage in stages:
+        stage.compile()

@@ -28,8 +28,10 @@ class Sgd:
         self.parts = []  # (weights, gradients, velocity, weight decay), flat
         for bucket, velocity in zip(buckets.buckets, self.velocity, strict=True):
             layout = bucket.layout
-            for start, stop, decay in ((layout.statistics, layout.decay_end, optim.weight_decay),
-                                       (layout.decay_end, layout.size, 0.0)):
+            for start, stop, decay in (
+                (layout.statistics, layout.decay_end, optim.weight_decay),
+                (layout.decay_end, layout.size, 0.0),
+            ):
                 if stop > start:
                     part = slice(start, stop)
                     self.parts.append((bucket.weights[part], bucket.gradients[part], velocity[part], decay))

@@ -57,7 +57,9 @@ def prepare(name: str, recipe: Recipe, run: str | None, resume: bool, ranks: int
     notes: list[str] = []
     if folder.exists():
         if not resume:
-            raise RequestError(f"--run {folder.path}: a run is there already; continue it with --resume, or name another")
+            raise RequestError(
+                f"--run {folder.path}: a run is there already; continue it with --resume, or name another"
+            )
         recipe = settle_again(recipe, recipes.load_resolved(folder.recipe))
     else:
         recipe = recipe.with_workers(ranks)
@@ -68,8 +70,10 @@ def prepare(name: str, recipe: Recipe, run: str | None, resume: bool, ranks: int
     if newest:
         path, state, notes = newest
         if state.data_fingerprint != data_fingerprint(train, evaluation):
-            raise RequestError(f"data.train = {recipe.data.train}: not the data that {folder.path} was trained on; "
-                               "resume with the same data, or start a new run")
+            raise RequestError(
+                f"data.train = {recipe.data.train}: not the data that {folder.path} was trained on; "
+                "resume with the same data, or start a new run"
+            )
     attempt = sum(1 for r in read_metrics(folder.metrics) if r["kind"] == "start")
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.clear_status()
@@ -77,9 +81,16 @@ def prepare(name: str, recipe: Recipe, run: str | None, resume: bool, ranks: int
     if attempt:
         cut_metrics(folder, state.step if state else 0)
     write_atomically(folder.recipe, recipe.to_yaml())
-    return Prepared(str(folder.path), recipe.model_dump(mode="json"), str(train.path),
-                    str(evaluation.path) if evaluation else None, str(newest[0]) if newest else None,
-                    vars(state) if state else None, attempt, notes)
+    return Prepared(
+        str(folder.path),
+        recipe.model_dump(mode="json"),
+        str(train.path),
+        str(evaluation.path) if evaluation else None,
+        str(newest[0]) if newest else None,
+        vars(state) if state else None,
+        attempt,
+        notes,
+    )
 
 
 def settle_again(asked: Recipe, before: Recipe) -> Recipe:
@@ -87,8 +98,11 @@ def settle_again(asked: Recipe, before: Recipe) -> Recipe:
     if asked.batch.workers == "per_rank":
         asked = asked.with_workers(before.batch.workers)
     old, new = flatten(before.result_part()), flatten(asked.result_part())
-    changed = [f"{key} = {new.get(key)} (the run has {old.get(key)})" for key in sorted(old.keys() | new.keys())
-               if old.get(key) != new.get(key)]
+    changed = [
+        f"{key} = {new.get(key)} (the run has {old.get(key)})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
     if changed:
         raise RequestError(f"--resume: the run was made by another recipe: {'; '.join(changed)}")
     return asked
@@ -161,16 +175,30 @@ def software_facts() -> dict:
         except metadata.PackageNotFoundError:
             versions[package] = None
     try:
-        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                                capture_output=True, text=True, timeout=10).stdout.strip() or None
+        commit = (
+            subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                capture_output=True,
+                text=True,
+                timeout=10,
+            ).stdout.strip()
+            or None
+        )
     except (OSError, subprocess.SubprocessError):
         commit = None
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = None
-    return {"python": platform.python_version(), "platform": platform.platform(), "versions": versions,
-            "git_commit": commit, "user": user, "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-            "modules": os.environ.get("LOADEDMODULES", "").split(":") if os.environ.get("LOADEDMODULES") else [],
-            "settings": {k: v for k, v in sorted(os.environ.items())
-                         if k.startswith(("HOROVOD_", "NCCL_", "OMPI_MCA_", "OMP_"))}}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git_commit": commit,
+        "user": user,
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "modules": os.environ.get("LOADEDMODULES", "").split(":") if os.environ.get("LOADEDMODULES") else [],
+        "settings": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith(("HOROVOD_", "NCCL_", "OMPI_MCA_", "OMP_"))
+        },
+    }

@@ -62,12 +62,22 @@ class Replica:
         self.running = RunningStatistics(make_virtual(self.model, self.context), dtype, device)
         compress = recipe.wire == "fp16"
         limit = 0 if machine.reduction == "fusion" else machine.bucket_mb * 2**20
-        layouts = plan_layouts([(n, p) for n, p in self.model.named_parameters() if p.requires_grad],
-                               no_decay_names(self.model), self.running.size, limit,
-                               min(limit, machine.first_bucket_mb * 2**20), compress)
-        self.buckets = Buckets(layouts, engine, device, dtype,
-                               bits=recipe.fixed_point_bits if recipe.determinism == "any-ranks" else None,
-                               wire_scale=2.0**recipe.wire_scale_bits if compress else None)
+        layouts = plan_layouts(
+            [(n, p) for n, p in self.model.named_parameters() if p.requires_grad],
+            no_decay_names(self.model),
+            self.running.size,
+            limit,
+            min(limit, machine.first_bucket_mb * 2**20),
+            compress,
+        )
+        self.buckets = Buckets(
+            layouts,
+            engine,
+            device,
+            dtype,
+            bits=recipe.fixed_point_bits if recipe.determinism == "any-ranks" else None,
+            wire_scale=2.0**recipe.wire_scale_bits if compress else None,
+        )
         self.running.collect_in(self.buckets.statistics)
         self.optimizer = Sgd(self.buckets, recipe.optim)
         if machine.compile == "stages":
@@ -87,8 +97,11 @@ class Replica:
         digests = self.engine.gather(digest)
         other = [rank for rank, d in enumerate(digests) if d != digests[0]]
         if other:
-            raise RunError(f"weights differ between ranks at the {when}: ranks {other[:20]} are not equal to rank 0. A rank "
-                           "computed or received something else; do not trust results since the last checkpoint", everywhere=True)
+            raise RunError(
+                f"weights differ between ranks at the {when}: ranks {other[:20]} are not equal to rank 0. A rank "
+                "computed or received something else; do not trust results since the last checkpoint",
+                everywhere=True,
+            )
         return digest
 
     def gradient_bytes(self) -> int:

@@ -42,8 +42,9 @@ def passes(point: Point, rank: int, size: int, workers_per_pass: int) -> list[Pa
     return result
 
 
-def requests(schedule: Schedule, seed: int, rank: int, size: int, workers_per_pass: int,
-             first_step: int, last_step: int) -> Iterator[Request]:
+def requests(
+    schedule: Schedule, seed: int, rank: int, size: int, workers_per_pass: int, first_step: int, last_step: int
+) -> Iterator[Request]:
     """What the loader is to make for this rank from `first_step` up to `last_step`: a request a pass."""
     permutation, epoch = None, None
     for step in range(first_step, last_step):
@@ -74,8 +75,13 @@ class Stepper:
     """Runs steps on a replica. `batches` must yield what `requests` asked for; `mark(phase, step)` hears of
     progress."""
 
-    def __init__(self, replica: Replica, recipe, batches: Iterator[Batch],
-                 mark: Callable[[str, int], None] = lambda phase, step: None):
+    def __init__(
+        self,
+        replica: Replica,
+        recipe,
+        batches: Iterator[Batch],
+        mark: Callable[[str, int], None] = lambda phase, step: None,
+    ):
         self.replica, self.batches, self.engine, self.mark = replica, batches, replica.engine, mark
         self.workers_per_pass = recipe.machine.workers_per_pass
         self.bn_group = recipe.batch.group
@@ -131,6 +137,14 @@ class Stepper:
         if ok:
             replica.optimizer.step(point.lr, point.momentum)
             replica.running.update(buckets.statistics)
-        return Outcome(loss=sums[LOSS], count=round(sums[COUNT]), finite=ok, bad_ranks=round(sums[BAD_RANKS]),
-                       bad_rank=round(sums[BAD_RANK_SUM]), stop=sums[STOP] > 0, checkpoint=sums[CHECKPOINT] > 0,
-                       data_wait_s=data_wait_s, exposed_comm_s=exposed_comm_s)
+        return Outcome(
+            loss=sums[LOSS],
+            count=round(sums[COUNT]),
+            finite=ok,
+            bad_ranks=round(sums[BAD_RANKS]),
+            bad_rank=round(sums[BAD_RANK_SUM]),
+            stop=sums[STOP] > 0,
+            checkpoint=sums[CHECKPOINT] > 0,
+            data_wait_s=data_wait_s,
+            exposed_comm_s=exposed_comm_s,
+        )

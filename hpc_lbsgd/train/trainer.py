@@ -62,8 +62,13 @@ def train(name: str, recipe: Recipe, run: str | None = None, resume: bool = Fals
             return EXIT_FAILED
         fail(engine, folder, where, str(problem))
     except BaseException as problem:
-        fail(engine, folder, f"rank {engine.rank} on {socket.gethostname()}",
-             f"{type(problem).__name__}: {problem}", traceback.format_exc())
+        fail(
+            engine,
+            folder,
+            f"rank {engine.rank} on {socket.gethostname()}",
+            f"{type(problem).__name__}: {problem}",
+            traceback.format_exc(),
+        )
     return EXIT_FAILED
 
 
@@ -90,14 +95,29 @@ def agree(engine, work: Callable):
     return value
 
 
+def together(engine, work: Callable):
+    """`work` on every rank; if it raises RequestError on some of them, all ranks raise it and name those."""
+    result = problem = None
+    try:
+        result = work()
+    except RequestError as found:
+        problem = f"rank {engine.rank} on {socket.gethostname()}: {found}" if engine.rank else str(found)
+    problems = [p for p in engine.gather(problem) if p]
+    if problems:
+        raise RequestError(problems[0] + (f" (and {len(problems) - 1} more ranks)" if len(problems) > 1 else ""))
+    return result
+
+
 def choose_device(world: worlds.World) -> torch.device:
     """The GPU of this rank's place on its node, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if torch.cuda.device_count() <= world.local_rank:
-        raise RequestError(f"rank {world.rank} is the {world.local_rank + 1}th on its node, which shows "
-                           f"{torch.cuda.device_count()} GPUs: start at most one rank a GPU, and let every rank see all "
-                           "GPUs of its node (--gpus-per-node, not --gpus-per-task)")
+        raise RequestError(
+            f"rank {world.rank} is the {world.local_rank + 1}th on its node, which shows "
+            f"{torch.cuda.device_count()} GPUs: start at most one rank a GPU, and let every rank see all "
+            "GPUs of its node (--gpus-per-node, not --gpus-per-task)"
+        )
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     return device
@@ -123,11 +143,17 @@ class Trainer:
         self.recipe = Recipe.model_validate(found.recipe)
         self.folder = RunFolder(found.run)
         self.lead = engine.rank == 0
-        self.train_manifest = Manifest(Path(found.train_manifest))
-        self.eval_manifest = Manifest(Path(found.eval_manifest)) if found.eval_manifest else None
+        self.train_manifest, self.eval_manifest = together(
+            engine, lambda: [Manifest(Path(p)) if p else None for p in (found.train_manifest, found.eval_manifest)]
+        )
         self.schedule = self.recipe.build_schedule(len(self.train_manifest))
-        self.state = checkpoint.State(**found.state) if found.state else checkpoint.State(
-            0, self.recipe.fingerprint(), data_fingerprint(self.train_manifest, self.eval_manifest))
+        self.state = (
+            checkpoint.State(**found.state)
+            if found.state
+            else checkpoint.State(
+                0, self.recipe.fingerprint(), data_fingerprint(self.train_manifest, self.eval_manifest)
+            )
+        )
         self.stop_asked = False
         self.last_checkpoint = time.monotonic()
         self.last_eval: dict = {}
@@ -137,17 +163,26 @@ class Trainer:
     def run(self) -> int:
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
-        self.watchdog = Watchdog(self.folder, self.engine.rank, self.engine.size,
-                                 self.recipe.machine.stall_timeout_s, self._on_stall)
-        self.replica = Replica(self.recipe, len(self.train_manifest.classes), self.engine, self.device)
-        if self.lead and self.found.checkpoint:
-            checkpoint.load(Path(self.found.checkpoint), self.replica)
+        self.watchdog = Watchdog(
+            self.folder, self.engine.rank, self.engine.size, self.recipe.machine.stall_timeout_s, self._on_stall
+        )
+        classes = len(self.train_manifest.classes)
+        self.replica = together(self.engine, lambda: Replica(self.recipe, classes, self.engine, self.device))
+        if self.found.checkpoint:
+            agree(self.engine, lambda: checkpoint.load(Path(self.found.checkpoint), self.replica))
         self.replica.synchronise()
         self._open_records()
         first = self.first_step = self.state.step
-        self._make_loaders()
-        requests = step.requests(self.schedule, self.recipe.seed, self.engine.rank, self.engine.size,
-                                 self.recipe.machine.workers_per_pass, first, self.schedule.steps)
+        together(self.engine, self._make_loaders)
+        requests = step.requests(
+            self.schedule,
+            self.recipe.seed,
+            self.engine.rank,
+            self.engine.size,
+            self.recipe.machine.workers_per_pass,
+            first,
+            self.schedule.steps,
+        )
         stepper = step.Stepper(self.replica, self.recipe, self.train_loader.batches(requests), self._mark)
         started = time.monotonic()
         stopped = False
@@ -169,9 +204,20 @@ class Trainer:
         if not outcome.finite:
             self._refuse(point, outcome)
         seconds = time.perf_counter() - before
-        self._write("step", step=number, epoch=point.epoch, loss=outcome.loss, lr=point.lr, momentum=point.momentum,
-                    global_batch=point.global_batch, samples=outcome.count, images_per_s=outcome.count / seconds,
-                    data_wait_s=outcome.data_wait_s, exposed_comm_s=outcome.exposed_comm_s, step_s=seconds)
+        self._write(
+            "step",
+            step=number,
+            epoch=point.epoch,
+            loss=outcome.loss,
+            lr=point.lr,
+            momentum=point.momentum,
+            global_batch=point.global_batch,
+            samples=outcome.count,
+            images_per_s=outcome.count / seconds,
+            data_wait_s=outcome.data_wait_s,
+            exposed_comm_s=outcome.exposed_comm_s,
+            step_s=seconds,
+        )
         self.state.step = done = number + 1
         last = done == self.schedule.steps
         epoch_ends = done == self.schedule.first_step(point.epoch + 1)
@@ -187,8 +233,13 @@ class Trainer:
     def _evaluate(self, epochs: int) -> bool:
         """Evaluate after `epochs` epochs; True if it is the best so far."""
         self.watchdog.enter("evaluation", self.state.step)
-        result = evaluate(self.replica, self.eval_loader, len(self.eval_manifest), self.recipe.machine.eval_batch,
-                          self.recipe.precision)
+        result = evaluate(
+            self.replica,
+            self.eval_loader,
+            len(self.eval_manifest),
+            self.recipe.machine.eval_batch,
+            self.recipe.precision,
+        )
         self.last_eval = result
         self._write("eval", step=self.state.step, epoch=epochs, **result)
         best = self.state.best_accuracy is None or result["accuracy"] > self.state.best_accuracy
@@ -210,9 +261,15 @@ class Trainer:
     def _end(self, stopped: bool, seconds: float) -> int:
         self.watchdog.enter("end", self.state.step)
         digest = self.replica.check_equal("end")
-        self._write("end", step=self.state.step, steps=self.state.step, weights_sha256=digest, seconds=seconds,
-                    status="stopped" if stopped else "done", **{k: self.last_eval[k] for k in ("accuracy",)
-                                                               if k in self.last_eval})
+        self._write(
+            "end",
+            step=self.state.step,
+            steps=self.state.step,
+            weights_sha256=digest,
+            seconds=seconds,
+            status="stopped" if stopped else "done",
+            **{k: self.last_eval[k] for k in ("accuracy",) if k in self.last_eval},
+        )
         self.engine.barrier()
         if self.lead:
             status = "stopped" if stopped else "done"
@@ -232,11 +289,18 @@ class Trainer:
         recipe, machine = self.recipe, self.recipe.machine
         threads = machine.loader_threads or min(8, worlds.cores_per_rank(self.engine.local_size))
         shared = (threads, machine.prefetch, machine.channels_last, self.device)
-        self.train_loader = loaders.create(recipe.data, self.train_manifest, recipe.seed, True,
-                                           recipe.batch.samples_per_worker * machine.workers_per_pass, *shared)
+        self.train_loader = loaders.create(
+            recipe.data,
+            self.train_manifest,
+            recipe.seed,
+            True,
+            recipe.batch.samples_per_worker * machine.workers_per_pass,
+            *shared,
+        )
         if self.eval_manifest:
-            self.eval_loader = loaders.create(recipe.data, self.eval_manifest, recipe.seed, False, machine.eval_batch,
-                                              *shared)
+            self.eval_loader = loaders.create(
+                recipe.data, self.eval_manifest, recipe.seed, False, machine.eval_batch, *shared
+            )
 
     def _open_records(self) -> None:
         ranks = self.engine.gather(environment_facts(self.device))
@@ -246,20 +310,35 @@ class Trainer:
         recipe, first = self.recipe, self.state.step
         plan = outline(recipe, self.schedule, self.engine.size)
         print(render(self.name, plan, recipe), file=sys.stderr)
-        print(f"  run folder     {self.folder.path}" + (f", resumed at step {first}" if self.found.attempt else ""),
-              file=sys.stderr, flush=True)
+        print(
+            f"  run folder     {self.folder.path}" + (f", resumed at step {first}" if self.found.attempt else ""),
+            file=sys.stderr,
+            flush=True,
+        )
         for note in self.found.notes:
             print(f"  passed over    {note}", file=sys.stderr)
         self.folder.add_environment({"time": now(), "attempt": self.found.attempt, **software_facts(), "ranks": ranks})
-        self.listeners = [Display(self.schedule.steps, first, self.schedule.epochs),
-                          TensorBoard(self.folder.path / "tensorboard")]
+        self.listeners = [
+            Display(self.schedule.steps, first, self.schedule.epochs),
+            TensorBoard(self.folder.path / "tensorboard"),
+        ]
         self.metrics = Metrics(self.folder, self.listeners)
-        self._write("start", step=first, engine=self.engine.name, ranks=self.engine.size, attempt=self.found.attempt,
-                    global_batch=plan["global_batch"], workers=plan["workers"], device=ranks[0]["device"],
-                    recipe_fingerprint=recipe.fingerprint(), data_fingerprint=self.state.data_fingerprint)
+        self._write(
+            "start",
+            step=first,
+            engine=self.engine.name,
+            ranks=self.engine.size,
+            attempt=self.found.attempt,
+            global_batch=plan["global_batch"],
+            workers=plan["workers"],
+            device=ranks[0]["device"],
+            recipe_fingerprint=recipe.fingerprint(),
+            data_fingerprint=self.state.data_fingerprint,
+        )
         if self.found.attempt:
-            self._write("event", event="resume", attempt=self.found.attempt, step=first,
-                        checkpoint=self.found.checkpoint)
+            self._write(
+                "event", event="resume", attempt=self.found.attempt, step=first, checkpoint=self.found.checkpoint
+            )
 
     def _mark(self, phase: str, number: int) -> None:
         compiling = self.recipe.machine.compile != "none" and number == self.first_step
@@ -282,8 +361,10 @@ class Trainer:
         what = "loss or gradient is not finite"
         if self.recipe.determinism == "any-ranks":
             what += f", or beyond the range of fixed_point_bits = {self.recipe.fixed_point_bits}"
-        message = (f"step {point.step} (epoch {point.epoch + 1}): {what}, on {where}. The step was not taken; {good}. "
-                   f"Try a lower optim.base_lr (learning rate now {point.lr:g}) or a longer schedule.warmup_epochs")
+        message = (
+            f"step {point.step} (epoch {point.epoch + 1}): {what}, on {where}. The step was not taken; {good}. "
+            f"Try a lower optim.base_lr (learning rate now {point.lr:g}) or a longer schedule.warmup_epochs"
+        )
         self._write("event", event="non-finite", step=point.step, rank=outcome.bad_rank, ranks=outcome.bad_ranks)
         if self.lead:
             self.metrics.sync()
@@ -293,8 +374,11 @@ class Trainer:
     def _say_end(self, stopped: bool, seconds: float) -> None:
         what = "stopped at a safe point; start it again with --resume" if stopped else "done"
         accuracy = f", test accuracy {self.last_eval['accuracy']:.2%}" if self.last_eval else ""
-        print(f"{what}: {self.state.step} steps{accuracy}, {seconds:.0f} s\nrun folder: {self.folder.path}",
-              file=sys.stderr, flush=True)
+        print(
+            f"{what}: {self.state.step} steps{accuracy}, {seconds:.0f} s\nrun folder: {self.folder.path}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _on_signal(self, number: int, frame) -> None:
         if self.stop_asked and number == signal.SIGINT:

@@ -24,7 +24,9 @@ class Watchdog:
     """Beats every few seconds, and calls `on_stall(message, speaks)` when nothing moved for `timeout_s`: all
     ranks that are alive notice, the first of them speaks."""
 
-    def __init__(self, folder: RunFolder, rank: int, size: int, timeout_s: float, on_stall: Callable[[str, bool], None]):
+    def __init__(
+        self, folder: RunFolder, rank: int, size: int, timeout_s: float, on_stall: Callable[[str, bool], None]
+    ):
         self.folder, self.rank, self.size, self.timeout_s, self.on_stall = folder, rank, size, timeout_s, on_stall
         self.interval_s = min(5.0, timeout_s / 4)
         self._state = ("start", 0)
@@ -51,8 +53,15 @@ class Watchdog:
     def _beat(self) -> None:
         self._beat_count += 1
         phase, step = self._state
-        beat = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "phase": phase, "step": step,
-                "beat": self._beat_count, "time": time.time()}
+        beat = {
+            "rank": self.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "phase": phase,
+            "step": step,
+            "beat": self._beat_count,
+            "time": time.time(),
+        }
         temporary = self._path(self.rank).with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps(beat))
@@ -80,13 +89,17 @@ class Watchdog:
         return beats
 
     def diagnosis(self) -> tuple[str, bool]:
-        """(message, this rank is the first that is alive): who holds the job up: ranks that no longer beat, else those that are not waiting for others."""
+        """(message, this rank is the first that is alive). The message names who holds the job up: ranks that no
+        longer beat, else those that do not wait for others."""
         first = self._read()
         time.sleep(1.5 * self.interval_s)
         self._beat()
         second = self._read()
-        silent = [r for r in range(self.size) if r not in second
-                  or (r != self.rank and second[r]["beat"] == first.get(r, {}).get("beat"))]
+        silent = [
+            r
+            for r in range(self.size)
+            if r not in second or (r != self.rank and second[r]["beat"] == first.get(r, {}).get("beat"))
+        ]
         if silent:
             stalest, why = silent, "no heartbeat: stopped, swapped out, or its node is gone"
         else:
@@ -94,9 +107,14 @@ class Watchdog:
             behind = [r for r, b in second.items() if b["step"] == oldest]
             stalest = [r for r in behind if second[r]["phase"] != "sum"] or behind
             why = f"alive, in phase {second[stalest[0]]['phase']!r} of step {oldest}"
-        named = ", ".join(f"rank {r} on {second[r]['host'] if r in second else 'unknown host'}"
-                          f"{' (pid ' + str(second[r]['pid']) + ')' if r in second else ''}" for r in stalest[:8])
+        named = ", ".join(
+            f"rank {r} on {second[r]['host'] if r in second else 'unknown host'}"
+            f"{' (pid ' + str(second[r]['pid']) + ')' if r in second else ''}"
+            for r in stalest[:8]
+        )
         more = f" and {len(stalest) - 8} more" if len(stalest) > 8 else ""
-        message = (f"no step for {self.timeout_s:g} s (machine.stall_timeout_s). Stalest: {named}{more}: {why}. "
-                   "The job ends here; start it again with --resume")
+        message = (
+            f"no step for {self.timeout_s:g} s (machine.stall_timeout_s). Stalest: {named}{more}: {why}. "
+            "The job ends here; start it again with --resume"
+        )
         return message, self.rank == min(set(range(self.size)) - set(silent))

