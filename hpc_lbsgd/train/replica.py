@@ -50,13 +50,17 @@ class RunningStatistics:
 
 
 class Replica:
-    """The model as `recipe` says, its parameters laid into buckets, on this rank's device."""
+    """The model as `recipe` says, its parameters laid into buckets, on this rank's device.
+
+    channels_last: the memory format of the weights, and the one that images should have.
+    """
 
     def __init__(self, recipe, classes: int, engine: Engine, device: torch.device):
         self.engine, self.device = engine, device
         dtype, machine = DTYPES[recipe.precision], recipe.machine
         model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
-        memory_format = torch.channels_last if machine.channels_last else torch.contiguous_format
+        self.channels_last = machine.channels_last and (device.type != "cpu" or channels_last_is_safe(model))
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         self.model: nn.Module = model.to(device, memory_format=memory_format)
         self.context = PassContext(recipe.seed, recipe.batch.group)
         self.running = RunningStatistics(make_virtual(self.model, self.context), dtype, device)
@@ -106,6 +110,15 @@ class Replica:
 
     def gradient_bytes(self) -> int:
         return sum(b.layout.size * b.gradients.element_size() for b in self.buckets.buckets)
+
+
+def channels_last_is_safe(model: nn.Module) -> bool:
+    """False where oneDNN's backward of a strided 1x1 convolution writes past its buffer: with fewer channels than
+    its block of 16, channels last (uxlfoundation/oneDNN#6035). The heap is corrupted without a message."""
+    return not any(
+        isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels // m.groups < 16
+        for m in model.modules()
+    )
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -288,7 +288,7 @@ class Trainer:
     def _make_loaders(self) -> None:
         recipe, machine = self.recipe, self.recipe.machine
         threads = machine.loader_threads or min(8, worlds.cores_per_rank(self.engine.local_size))
-        shared = (threads, machine.prefetch, machine.channels_last, self.device)
+        shared = (threads, machine.prefetch, self.replica.channels_last, self.device)
         self.train_loader = loaders.create(
             recipe.data,
             self.train_manifest,

@@ -1,0 +1,112 @@
+"""What all tests share: small real image data, a small recipe, and ways to run commands and ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+if os.geteuid() == 0:  # Open MPI refuses root; containers and CI have no other user
+    os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+
+CLASSES = 4
+SAMPLES = 203  # with k*n = 128 or 24: the tail has full workers, a short one and empty ones
+
+
+def write_images(root: Path, samples: int, size: int, classes: int = CLASSES, suffix: str = ".png", seed: int = 0) -> Path:
+    """`samples` pictures in class folders; what a class looks like can be learnt, each sample is its own."""
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    prototypes = np.random.default_rng(99).uniform(0, 255, (classes, 4, 4))
+    for i in range(samples):
+        label = i % classes
+        coarse = prototypes[label] + rng.normal(0, 60, (4, 4))
+        image = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+        folder = root / f"class-{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i:04d}{suffix}")
+    return root
+
+
+SMALL_RECIPE = {
+    "seed": 7,
+    "data": {"channels": 1, "image_size": 12, "augment": "pad-crop", "crop_padding": 2, "eval_resize": 0,
+             "mean": [127.0], "std": [60.0], "loader": "torchvision"},
+    "model": {"name": "resnet8", "widths": [16, 16, 16], "dropout": 0.2},
+    "batch": {"samples_per_worker": 8, "workers": 16, "bn_group": 4, "last_batch": "partial"},
+    "optim": {"base_lr": 0.05, "base_batch": 128, "weight_decay": 1e-3},
+    "schedule": {"kind": "cosine", "warmup_epochs": 1, "warmup_start_lr": 0.01},
+    "train": {"epochs": 10, "max_steps": 20},
+    "machine": {"prefetch": 2},
+}  # fmt: skip
+
+
+def changed(recipe: dict, **changes) -> dict:
+    """A copy with dotted keys changed: changed(r, batch__workers=3)."""
+    copy = json.loads(json.dumps(recipe))
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        place = copy
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return copy
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> Path:
+    """DIR/train (203 pictures of 12x12) and DIR/eval (61), indexed."""
+    from hpc_lbsgd.data import manifest
+
+    root = tmp_path_factory.mktemp("data")
+    for part, samples, seed in (("train", SAMPLES, 1), ("eval", 61, 2)):
+        manifest.index(write_images(root / part, samples, 12, seed=seed), processes=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_recipe(small_data) -> dict:
+    return changed(SMALL_RECIPE, data__train=str(small_data / "train"), data__eval=str(small_data / "eval"))
+
+
+def write_recipe(path: Path, recipe: dict) -> Path:
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def command(*words, timeout: float = 120, env: dict | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run `hpc-lbsgd WORDS` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "hpc_lbsgd.cli", *map(str, words)],
+        capture_output=True, text=True, timeout=timeout, cwd=cwd, env={**os.environ, **(env or {})},
+    )  # fmt: skip
+
+
+def mpirun_line(ranks: int, *program) -> list[str]:
+    from hpc_lbsgd.cluster.launch import find_mpirun
+
+    return [find_mpirun(), "-np", str(ranks), "--oversubscribe", "--bind-to", "none", sys.executable, *map(str, program)]
+
+
+def mpirun(ranks: int, *program, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a Python program on real ranks to its end."""
+    return subprocess.run(mpirun_line(ranks, *program), capture_output=True, text=True, timeout=timeout)
+
+
+def train_on(ranks: int, recipe: Path, run: Path, *more, timeout: float = 240) -> subprocess.CompletedProcess:
+    """`train` under mpirun, as a user without `launch` would start it."""
+    return mpirun(ranks, "-m", "hpc_lbsgd.cli", "train", recipe, "--run", run, *more, timeout=timeout)
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    from hpc_lbsgd.records import read_metrics
+
+    return [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == kind]

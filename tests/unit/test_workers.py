@@ -1,0 +1,293 @@
+"""Ghost BatchNorm, keyed dropout, buckets and the optimizer, against plain PyTorch. One rank, real Horovod."""
+
+import pytest
+import torch
+from conftest import changed
+from torch import nn
+
+from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.parallel import engine as engines
+from hpc_lbsgd.parallel.buckets import plan_layouts
+from hpc_lbsgd.theory.schedule import Point
+from hpc_lbsgd.train import models, step
+from hpc_lbsgd.train.optim import Sgd, no_decay_names
+from hpc_lbsgd.train.replica import Replica, RunningStatistics, weights_sha256
+from hpc_lbsgd.train.workers import GhostBatchNorm, PassContext, groups_in_step, make_virtual
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return engines.create(recipes.Machine(), "off", CPU)
+
+
+def context_of(counts, bn_group, groups=None, step=0, workers=None):
+    context = PassContext(0, bn_group)
+    context.begin(step, workers or list(range(len(counts))), counts, groups or len(counts))
+    return context
+
+
+@pytest.mark.parametrize("counts, group", [([8], 8), ([8, 8], 4), ([8, 3], 4), ([5], 4)])
+def test_ghost_batchnorm_is_batchnorm_on_each_group(counts, group):
+    torch.manual_seed(0)
+    x = torch.randn(sum(counts), 6, 5, 5, dtype=torch.float64, requires_grad=True)
+    plain = nn.BatchNorm2d(6).double()
+    nn.init.uniform_(plain.weight)
+    context = context_of(counts, group)
+    sizes = context.groups()
+    context.group_share = 1 / len(sizes)
+    ghost = GhostBatchNorm.of(plain, context)
+    running = RunningStatistics([ghost], torch.float64, CPU)
+    collected = torch.zeros(running.size, dtype=torch.float64)
+    running.collect_in(collected)
+    y = ghost(x)
+    expected, means, variances = [], [], []
+    for part in x.split(sizes):
+        expected.append(nn.functional.batch_norm(part, None, None, plain.weight, plain.bias, True, eps=plain.eps))
+        means.append(part.mean((0, 2, 3)))
+        variances.append(part.var((0, 2, 3), unbiased=True))
+    torch.testing.assert_close(y, torch.cat(expected), rtol=0, atol=1e-12)
+    upstream = torch.randn_like(x)
+    (gradient,) = torch.autograd.grad(y, x, upstream)
+    (reference,) = torch.autograd.grad(torch.cat(expected), x, upstream)
+    torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-12)
+    running.update(collected)
+    torch.testing.assert_close(ghost.running_mean, 0.1 * torch.stack(means).mean(0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ghost.running_var, 0.9 + 0.1 * torch.stack(variances).mean(0), rtol=0, atol=1e-12)
+
+
+def test_one_sample_without_space_normalises_to_zero():
+    ghost = GhostBatchNorm.of(nn.BatchNorm1d(3), context_of([4, 1], 4))
+    y = ghost(torch.randn(5, 3))
+    assert torch.equal(y[4], torch.zeros(3)) and y[:4].abs().sum() > 0
+
+
+def test_groups_in_step_counts_all_ranks_groups():
+    point = Point(0, 0, 0, 0.1, 0.9, workers=16, samples_per_worker=8, first=0, count=75)
+    assert groups_in_step(point, 4) == 9 * 2 + 1  # nine full workers of two groups, one of three samples
+    assert groups_in_step(point, 8) == 10
+
+
+def test_dropout_does_not_see_the_pass():
+    torch.manual_seed(0)
+    x = torch.randn(16, 10)
+    together, apart = [], []
+    for counts, workers, out in (([8, 8], [2, 5], together), ([8], [2], apart), ([8], [5], apart)):
+        model = nn.Sequential(nn.Dropout(0.5))
+        context = PassContext(1, 8)
+        make_virtual(model, context)
+        context.begin(3, workers, counts, 2)
+        part = x if len(counts) == 2 else x[:8] if workers == [2] else x[8:]
+        out.append(model(part))
+    assert torch.equal(together[0], torch.cat(apart))
+    kept = together[0] != 0
+    assert 0.35 < kept.float().mean() < 0.65
+    torch.testing.assert_close(together[0][kept], 2 * x[kept])
+
+
+def small_recipe(**changes):
+    base = {"seed": 3, "data": {"channels": 1, "image_size": 12, "augment": "none", "eval_resize": 0, "mean": [0.0],
+                                "std": [1.0]},
+            "model": {"name": "resnet8", "widths": [16, 16, 16]},
+            "batch": {"samples_per_worker": 8, "workers": 4}, "optim": {"weight_decay": 0.01}}  # fmt: skip
+    return recipes.validate(changed(base, **changes))
+
+
+def batches(recipe, point, seed=0):
+    """What a loader would yield for one rank: fixed random pictures, a batch a pass."""
+    torch.manual_seed(seed)
+    dtype = torch.float64 if recipe.precision == "float64" else torch.float32
+    x = torch.randn(point.count, 1, 12, 12, dtype=dtype)
+    y = torch.randint(0, 5, (point.count,))
+    for work in step.passes(point, 0, 1, recipe.machine.workers_per_pass):
+        where = torch.cat([torch.arange(*point.worker_range(j)) for j in work.workers])
+        yield x[where], y[where]
+
+
+def point_of(workers=4, count=32, number=0, lr=0.1):
+    return Point(number, 0, number, lr, 0.9, workers, 8, 0, count)
+
+
+def run_steps(engine, recipe, counts=(32, 27, 32)):
+    replica = Replica(recipe, 5, engine, CPU)
+    outcomes = []
+    for i, count in enumerate(counts):
+        point = point_of(count=count, number=i)
+        outcomes.append(step.Stepper(replica, recipe, batches(recipe, point, i)).run(point))
+    return replica, outcomes
+
+
+def weights(replica):
+    return {k: v.double() for k, v in replica.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("changes", [
+    {"machine__reduction": "fusion"}, {"machine__bucket_mb": 0.002, "machine__first_bucket_mb": 0.001},
+    {"machine__workers_per_pass": 3}, {"machine__channels_last": False}, {"determinism": "any-ranks"},
+])  # fmt: skip
+def test_machine_choices_do_not_change_the_result(engine, changes):
+    base = {"precision": "float64", "model__dropout": 0.3}
+    reference, expected = run_steps(engine, small_recipe(**base))
+    found, outcomes = run_steps(engine, small_recipe(**base, **changes))
+    tolerance = 1e-9 if "determinism" not in changes else 1e-7
+    for name, value in weights(reference).items():
+        torch.testing.assert_close(weights(found)[name], value, rtol=0, atol=tolerance)
+    for a, b in zip(expected, outcomes, strict=True):
+        assert a.loss == pytest.approx(b.loss, abs=1e-8) and a.count == b.count
+
+
+def test_channels_last_is_left_where_the_library_would_corrupt_memory(engine):
+    """A strided 1x1 convolution over 4 channels: 100 steps with odd batches, which crash channels last."""
+    narrow = small_recipe(model__widths=[4, 8, 8])
+    replica, outcomes = run_steps(engine, narrow, counts=(27,) * 100)
+    assert not replica.channels_last and all(o.finite for o in outcomes)
+    assert Replica(small_recipe(), 5, engine, CPU).channels_last
+
+
+def test_any_ranks_does_not_depend_on_the_bucket_layout(engine):
+    hashes = {weights_sha256(run_steps(engine, small_recipe(determinism="any-ranks", machine__bucket_mb=mb))[0].model)
+              for mb in (0.002, 0.01, 25)}  # fmt: skip
+    assert len(hashes) == 1
+
+
+def test_fp16_wire_costs_little(engine):
+    """One rank: gradients are rounded to 11 bits once; statistics are not."""
+    exact, rounded = (run_steps(engine, small_recipe(wire=w))[0] for w in ("fp32", "fp16"))
+    a, b = weights(exact), weights(rounded)
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=2e-3, atol=2e-3)
+    assert not torch.equal(a["fc.weight"], b["fc.weight"])
+
+
+class NoBatchNorm(nn.Sequential):
+    def __init__(self, channels, classes):
+        super().__init__(nn.Conv2d(channels, 6, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(150, classes))
+
+
+def plain_net(channels, classes):
+    return NoBatchNorm(channels, classes)
+
+
+@pytest.mark.parametrize("count", [32, 27])
+def test_k_workers_of_n_equal_one_worker_of_kn(engine, count):
+    """Without BatchNorm (which makes n part of the objective), tail included: Goyal et al. 2017, eq. 4, Remark 3."""
+    results = []
+    for workers, n in ((4, 8), (1, 32), (32, 1)):
+        recipe = small_recipe(model={"name": "test_workers:plain_net"}, precision="float64",
+                              batch={"samples_per_worker": n, "workers": workers})  # fmt: skip
+        replica = Replica(recipe, 5, engine, CPU)
+        point = Point(0, 0, 0, 0.1, 0.9, workers, n, 0, count)
+        step.Stepper(replica, recipe, batches(recipe, point)).run(point)
+        results.append(weights(replica))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-12)
+
+
+def test_sgd_is_torchs_sgd_with_decay_on_weights_only(engine):
+    recipe = small_recipe(precision="float64", batch__workers=1, batch__samples_per_worker=32)
+    for nesterov, momentum in ((True, 0.9), (False, 0.9), (False, 0.0)):
+        optim = recipe.optim.model_copy(update={"nesterov": nesterov, "momentum": momentum})
+        replica = Replica(recipe.model_copy(update={"optim": optim}), 5, engine, CPU)
+        reference = models.build(recipe.model, 1, 5, recipe.seed, torch.float64)
+        skip = no_decay_names(reference)
+        assert any("bn" in n for n in skip) and "fc.bias" in skip and "fc.weight" not in skip
+        named = list(reference.named_parameters())
+        torch_sgd = torch.optim.SGD(
+            [{"params": [p for n, p in named if n not in skip], "weight_decay": optim.weight_decay},
+             {"params": [p for n, p in named if n in skip], "weight_decay": 0.0}],
+            lr=0.1, momentum=momentum, nesterov=nesterov)  # fmt: skip
+        reference.train()
+        for i in range(4):
+            lr = 0.1 / (i + 1)
+            point = Point(i, 0, i, lr, momentum, 1, 32, 0, 32)
+            ((x, y),) = batches(recipe, point, i)
+            for group in torch_sgd.param_groups:
+                group["lr"] = lr
+            torch_sgd.zero_grad()
+            nn.functional.cross_entropy(reference(x), y).backward()
+            torch_sgd.step()
+            step.Stepper(replica, recipe, iter([(x, y)])).run(point)
+        for name, value in reference.state_dict().items():
+            torch.testing.assert_close(replica.model.state_dict()[name], value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("determinism", ["off", "any-ranks"])
+def test_a_non_finite_step_changes_nothing(engine, determinism):
+    recipe = small_recipe(determinism=determinism)
+    replica = Replica(recipe, 5, engine, CPU)
+    point = point_of()
+    before = weights_sha256(replica.model)
+    velocity = [v.clone() for v in replica.optimizer.velocity]
+    poisoned = [(x.index_fill(0, torch.tensor([0]), float("nan")), y) for x, y in batches(recipe, point)]
+    outcome = step.Stepper(replica, recipe, iter(poisoned)).run(point)
+    assert not outcome.finite and (outcome.bad_ranks, outcome.bad_rank) == (1, 0)
+    assert weights_sha256(replica.model) == before
+    assert all(torch.equal(a, b) for a, b in zip(velocity, replica.optimizer.velocity, strict=True))
+    assert step.Stepper(replica, recipe, batches(recipe, point)).run(point).finite
+
+
+def test_any_ranks_refuses_what_would_wrap(engine):
+    recipe = small_recipe(determinism="any-ranks", fixed_point_bits=52)
+    replica = Replica(recipe, 5, engine, CPU)
+    point = point_of()
+    large = [(x * 1e4, y) for x, y in batches(recipe, point)]  # BatchNorm variances of 1e8 * 2^52 > 2^62
+    before = weights_sha256(replica.model)
+    assert not step.Stepper(replica, recipe, iter(large)).run(point).finite
+    assert weights_sha256(replica.model) == before
+
+
+def test_unused_and_frozen_parameters(engine):
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(144, 5), nn.Linear(144, 5)
+            self.frozen = nn.Linear(144, 5)
+            self.frozen.requires_grad_(False)
+            self.tied = self.used.weight  # the same parameter under a second name
+
+        def forward(self, x):
+            x = x.flatten(1)
+            return self.used(x) + self.frozen(x) + nn.functional.linear(x, self.tied)
+
+    models.MODELS["partly"] = lambda section, channels, classes: Partly()
+    try:
+        base = small_recipe(optim__weight_decay=0.0)
+        recipe = base.model_copy(update={"model": base.model.model_copy(update={"name": "partly"})})
+        replica = Replica(recipe, 5, engine, CPU)
+        before = weights(replica)
+        point = point_of()
+        assert step.Stepper(replica, recipe, batches(recipe, point)).run(point).finite
+        after = weights(replica)
+        changed_names = {n for n in before if not torch.equal(before[n], after[n])}
+        assert changed_names == {"used.weight", "used.bias", "tied"}
+        assert torch.equal(after["used.weight"], after["tied"])
+    finally:
+        del models.MODELS["partly"]
+
+
+def test_layout_covers_every_parameter_aligned_and_in_backward_order():
+    model = models.build(recipes.Model(name="resnet20"), 3, 10, 0)
+    named = list(model.named_parameters())
+    layouts = plan_layouts(named, no_decay_names(model), 100, 200_000, 50_000)
+    assert layouts[0].statistics == 100 and all(x.statistics == 0 for x in layouts[1:])
+    names = [v.name for x in layouts for v in x.views]
+    assert sorted(names) == sorted(n for n, _ in named)
+    assert layouts[0].views[0].name == "fc.weight"
+    for x in layouts:
+        places = sorted((v.offset, v.offset + v.parameter.numel()) for v in x.views)
+        assert all(a_end <= b for (_, a_end), (b, _) in zip(places, places[1:], strict=False))
+        assert all(v.offset * 4 % 64 == 0 for v in x.views if v.offset != x.statistics)
+        assert all((v.offset < x.decay_end) == (v.parameter.dim() > 1) for v in x.views)
+    first_of = [min(names.index(v.name) for v in x.views) for x in layouts]
+    assert first_of == sorted(first_of)
+
+
+def test_sgd_never_touches_statistics(engine):
+    replica = Replica(small_recipe(), 5, engine, CPU)
+    assert isinstance(replica.optimizer, Sgd)
+    head = replica.buckets.buckets[0].layout.statistics
+    assert head > 0
+    assert all(w.data_ptr() >= replica.buckets.buckets[0].weights[head:].data_ptr() or w.data_ptr() == 0
+               for w, _, _, _ in replica.optimizer.parts[:1])  # fmt: skip
