@@ -38,8 +38,8 @@ class Model(Section):
     called with (channels, classes) and returns a torch module"""
     widths: list[Count] | None = None
     """channels of resnet8's three blocks (default 16, 32, 64)"""
-    stem_stride: Annotated[int, Field(ge=1, le=2)] = 1
-    """stride of the first convolution of resnet8 and resnet20"""
+    stem: Literal["plain", "pool"] = "plain"
+    """pool: resnet8 and resnet20 halve the picture after the first convolution, at a third of the cost"""
     zero_gamma: bool = True
     """start each residual block's last BatchNorm at gamma = 0 (Goyal et al. 2017, section 5.1)"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -249,10 +249,15 @@ class Recipe(Section):
         return self.model_copy(update={"batch": self.batch.model_copy(update={"workers": ranks})})
 
     def result_part(self) -> dict:
-        """What decides the weights. Paths are left out: what they hold is fingerprinted apart."""
+        """What decides the weights. Paths and sizes of data are left out: the data is fingerprinted apart."""
         part = self.model_dump(
             mode="json",
-            exclude={"machine": True, "checkpoint": True, "train": {"max_steps"}, "data": {"train", "eval", "samples"}},
+            exclude={
+                "machine": True,
+                "checkpoint": True,
+                "train": {"max_steps"},
+                "data": {"train", "eval", "samples", "classes"},
+            },
         )
         part["batch"]["bn_group"] = self.batch.group
         return part

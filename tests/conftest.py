@@ -20,7 +20,9 @@ CLASSES = 4
 SAMPLES = 203  # with k*n = 128 or 24: the tail has full workers, a short one and empty ones
 
 
-def write_images(root: Path, samples: int, size: int, classes: int = CLASSES, suffix: str = ".png", seed: int = 0) -> Path:
+def write_images(
+    root: Path, samples: int, size: int, classes: int = CLASSES, suffix: str = ".png", seed: int = 0
+) -> Path:
     """`samples` pictures in class folders; what a class looks like can be learnt, each sample is its own."""
     from PIL import Image
 
@@ -38,12 +40,12 @@ def write_images(root: Path, samples: int, size: int, classes: int = CLASSES, su
 
 SMALL_RECIPE = {
     "seed": 7,
-    "data": {"channels": 1, "image_size": 12, "augment": "pad-crop", "crop_padding": 2, "eval_resize": 0,
+    "data": {"channels": 1, "image_size": 8, "augment": "pad-crop", "crop_padding": 2, "eval_resize": 0,
              "mean": [127.0], "std": [60.0], "loader": "torchvision"},
-    "model": {"name": "resnet8", "widths": [16, 16, 16], "dropout": 0.2},
+    "model": {"name": "resnet8", "widths": [16, 16, 16], "dropout": 0.2, "zero_gamma": False},
     "batch": {"samples_per_worker": 8, "workers": 16, "bn_group": 4, "last_batch": "partial"},
-    "optim": {"base_lr": 0.05, "base_batch": 128, "weight_decay": 1e-3},
-    "schedule": {"kind": "cosine", "warmup_epochs": 1, "warmup_start_lr": 0.01},
+    "optim": {"base_lr": 0.2, "base_batch": 128, "weight_decay": 1e-3},
+    "schedule": {"kind": "cosine", "warmup_epochs": 1, "warmup_start_lr": 0.05},
     "train": {"epochs": 10, "max_steps": 20},
     "machine": {"prefetch": 2},
 }  # fmt: skip
@@ -63,12 +65,12 @@ def changed(recipe: dict, **changes) -> dict:
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory) -> Path:
-    """DIR/train (203 pictures of 12x12) and DIR/eval (61), indexed."""
+    """DIR/train (203 pictures of 8x8) and DIR/eval (61), indexed."""
     from hpc_lbsgd.data import manifest
 
     root = tmp_path_factory.mktemp("data")
     for part, samples, seed in (("train", SAMPLES, 1), ("eval", 61, 2)):
-        manifest.index(write_images(root / part, samples, 12, seed=seed), processes=1)
+        manifest.index(write_images(root / part, samples, 8, seed=seed), processes=1)
     return root
 
 
@@ -82,7 +84,9 @@ def write_recipe(path: Path, recipe: dict) -> Path:
     return path
 
 
-def command(*words, timeout: float = 120, env: dict | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess:
+def command(
+    *words, timeout: float = 120, env: dict | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
     """Run `hpc-lbsgd WORDS` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "hpc_lbsgd.cli", *map(str, words)],
@@ -93,7 +97,16 @@ def command(*words, timeout: float = 120, env: dict | None = None, cwd: Path | N
 def mpirun_line(ranks: int, *program) -> list[str]:
     from hpc_lbsgd.cluster.launch import find_mpirun
 
-    return [find_mpirun(), "-np", str(ranks), "--oversubscribe", "--bind-to", "none", sys.executable, *map(str, program)]
+    return [
+        find_mpirun(),
+        "-np",
+        str(ranks),
+        "--oversubscribe",
+        "--bind-to",
+        "none",
+        sys.executable,
+        *map(str, program),
+    ]
 
 
 def mpirun(ranks: int, *program, timeout: float = 240) -> subprocess.CompletedProcess:

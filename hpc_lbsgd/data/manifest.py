@@ -161,6 +161,15 @@ def scan(root: Path) -> tuple[list[str], list[str], list[int]]:
     return classes, paths, labels
 
 
+def has_end(image_format: str | None, data: bytes) -> bool:
+    """The format's end marker is there. PIL does not miss the last bytes of a PNG or JPEG."""
+    if image_format == "JPEG":
+        return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")  # end of image, after the last start of scan
+    if image_format == "PNG":
+        return b"IEND\xaeB`\x82" in data
+    return True
+
+
 def examine(root: str, paths: list[str]) -> list[tuple[int, int, int, int] | str]:
     """For each file (width, height, bytes, checksum), or a sentence about what is wrong with it.
 
@@ -175,6 +184,10 @@ def examine(root: str, paths: list[str]) -> list[tuple[int, int, int, int] | str
         try:
             with open(os.path.join(root, path), "rb") as f:
                 data = f.read()
+            with Image.open(io.BytesIO(data)) as image:
+                image.verify()  # chunk checksums, where the format has them
+            if not has_end(image.format, data):
+                raise ValueError("image file is truncated (no end marker)")
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
                 results.append((image.width, image.height, len(data), checksum(data)))

@@ -34,14 +34,16 @@ class Block(nn.Module):
 class SmallResNet(nn.Module):
     """The CIFAR ResNet of 6n+2 layers (He et al. 2015, section 4.2), with projection shortcuts.
 
-    widths: channels of the three stages; blocks: n; stem_stride: 2 halves the picture first, at a third of the cost.
+    widths: channels of the three stages; blocks: n; stem 'pool': the picture is halved after the first convolution.
     """
 
-    def __init__(self, channels: int, classes: int, blocks: int, widths: list[int], stem_stride: int, dropout: float):
+    def __init__(self, channels: int, classes: int, blocks: int, widths: list[int], stem: str, dropout: float):
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 3, stem_stride, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+            nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
         )
+        if stem == "pool":
+            self.stem.append(nn.MaxPool2d(2))
         inputs, stages = widths[0], []
         for stage, width in enumerate(widths):
             stages.append(
@@ -59,7 +61,7 @@ class SmallResNet(nn.Module):
 
 
 def _small(section, channels: int, classes: int, blocks: int) -> nn.Module:
-    return SmallResNet(channels, classes, blocks, section.widths or [16, 32, 64], section.stem_stride, section.dropout)
+    return SmallResNet(channels, classes, blocks, section.widths or [16, 32, 64], section.stem, section.dropout)
 
 
 def _torchvision(section, channels: int, classes: int, name: str) -> nn.Module:

@@ -74,13 +74,16 @@ def prepare(name: str, recipe: Recipe, run: str | None, resume: bool, ranks: int
                 f"data.train = {recipe.data.train}: not the data that {folder.path} was trained on; "
                 "resume with the same data, or start a new run"
             )
-    attempt = sum(1 for r in read_metrics(folder.metrics) if r["kind"] == "start")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.clear_status()
-    checkpoint.sweep(folder)
-    if attempt:
-        cut_metrics(folder, state.step if state else 0)
-    write_atomically(folder.recipe, recipe.to_yaml())
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        attempt = sum(1 for r in read_metrics(folder.metrics) if r["kind"] == "start")
+        folder.clear_status()
+        checkpoint.sweep(folder)
+        if attempt:
+            cut_metrics(folder, state.step if state else 0)
+        write_atomically(folder.recipe, recipe.to_yaml())
+    except OSError as problem:
+        raise RequestError(f"--run {folder.path}: cannot be written: {problem.strerror or problem}") from None
     return Prepared(
         str(folder.path),
         recipe.model_dump(mode="json"),

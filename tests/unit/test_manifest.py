@@ -68,6 +68,17 @@ def test_unreadable_images_are_listed_by_name(tree):
     assert not (tree / manifest.FILE_NAME).exists()
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp"])
+@pytest.mark.parametrize("cut", [1, 2, 5, 20, 100])
+def test_any_truncation_is_found(tmp_path, suffix, cut):
+    tree = write_images(tmp_path, 4, 24, suffix=suffix)
+    manifest.index(tree, processes=1)
+    path = tree / "class-2" / f"0002{suffix}"
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(RequestError, match=f"1 of 4 images .*\n.*0002{suffix}"):
+        manifest.index(tree, processes=1)
+
+
 def test_manifest_that_no_longer_matches(tree):
     m = manifest.index(tree, processes=1)
     (tree / "class-0" / "0000.png").unlink()

@@ -62,7 +62,13 @@ def test_partial_tail_scales_the_learning_rate():
     tail = schedule.at(1)
     assert (tail.first, tail.count) == (128, 75)
     assert tail.lr == 0.5 * 75 / 128
-    assert [tail.worker_range(j) for j in (0, 8, 9, 10, 15)] == [(128, 136), (192, 200), (200, 203), (203, 203), (203, 203)]
+    assert [tail.worker_range(j) for j in (0, 8, 9, 10, 15)] == [
+        (128, 136),
+        (192, 200),
+        (200, 203),
+        (203, 203),
+        (203, 203),
+    ]
 
 
 def test_dropped_tail_and_cap():

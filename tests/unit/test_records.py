@@ -1,0 +1,149 @@
+"""Run folders: records, cutting back, checkpoints whole or not at all."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.parallel import engine as engines
+from hpc_lbsgd.records import Metrics, RunFolder, cut_metrics, read_metrics
+from hpc_lbsgd.train import checkpoint
+from hpc_lbsgd.train.replica import Replica, weights_sha256
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path)
+
+
+def test_cutting_back_loses_no_line_and_doubles_none(folder):
+    metrics = Metrics(folder)
+    metrics.write("start", step=0)
+    for step in range(6):
+        metrics.write("step", step=step, loss=1.0)
+        if step == 2:
+            metrics.write("eval", step=3, accuracy=0.5)
+            metrics.write("checkpoint", step=3)
+    metrics.write("end", step=6)
+    metrics.close()
+    with open(folder.metrics, "a") as f:
+        f.write('{"kind": "step", "step": 6, "lo')  # what a kill leaves
+    assert cut_metrics(folder, 3) == 4
+    kept = [(r["kind"], r["step"]) for r in read_metrics(folder.metrics)]
+    assert kept == [("start", 0), ("step", 0), ("step", 1), ("step", 2), ("eval", 3), ("checkpoint", 3)]
+    assert [r["step"] for r in read_metrics(folder.lost)] == [3, 4, 5, 6]
+
+
+def test_records_are_strict_json(folder):
+    metrics = Metrics(folder)
+    metrics.write("step", step=0, loss=float("nan"), lr=0.1)
+    metrics.close()
+    (line,) = folder.metrics.read_text().splitlines()
+    assert json.loads(line, parse_constant=lambda name: pytest.fail(name))["loss"] is None
+
+
+def test_the_first_failure_keeps_its_place(folder):
+    folder.claim_failure(rank=3, error="first")
+    folder.claim_failure(rank=0, error="second")
+    assert (folder.status()["status"], folder.status()["error"]) == ("failed", "first")
+
+
+def make_replica(**model):
+    recipe = recipes.validate({"data": {"channels": 1, "mean": [0.0], "std": [1.0]},
+                               "model": {"name": "resnet8", "widths": [4, 4, 4], **model}})  # fmt: skip
+    return Replica(recipe, 3, engines.create(recipe.machine, "off", CPU), CPU)
+
+
+def state(step, **more):
+    return checkpoint.State(step, "recipe", "data", **more)
+
+
+def test_round_trip_keeps_every_bit(folder):
+    replica, other = make_replica(), make_replica()
+    with torch.no_grad():
+        for tensor in [*replica.model.state_dict().values(), *replica.optimizer.velocity]:
+            if tensor.is_floating_point():
+                tensor.uniform_(-1, 1)
+    checkpoint.save(folder, replica, state(5), keep=2)
+    path, found, problems = checkpoint.find_newest(folder)
+    assert found.step == 5 and not problems
+    checkpoint.load(path, other)
+    assert weights_sha256(other.model) == weights_sha256(replica.model) == found.weights_sha256
+    assert (folder.checkpoints / "LATEST").read_text().strip() == path.name
+    for (name, a), b in zip(replica.optimizer.state()["momentum"].items(),
+                            other.optimizer.state()["momentum"].values(), strict=True):  # fmt: skip
+        assert torch.equal(a, b), name
+
+
+def test_last_and_best_are_kept(folder):
+    replica = make_replica()
+    for step in range(1, 7):
+        checkpoint.save(folder, replica, state(step, best_step=2), keep=2)
+    assert checkpoint.steps_there(folder.checkpoints) == [2, 5, 6]
+    assert not [p for p in os.listdir(folder.checkpoints) if p.startswith(".")]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(folder):
+    replica = make_replica()
+    for step in (1, 2, 3):
+        checkpoint.save(folder, replica, state(step), keep=9)
+    weights = folder.checkpoints / "step-00000003" / "weights.pt"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    (folder.checkpoints / "step-00000002" / "optimizer.pt").unlink()
+    path, found, problems = checkpoint.find_newest(folder)
+    assert found.step == 1
+    assert "step-00000003: weights.pt is not what was written" in problems[0] and "step-00000002" in problems[1]
+    (path / "state.json").write_text("{")
+    with pytest.raises(RequestError, match="no usable checkpoint"):
+        checkpoint.find_newest(folder)
+
+
+def test_a_write_that_fails_leaves_the_old_one(folder, monkeypatch):
+    replica = make_replica()
+    checkpoint.save(folder, replica, state(1), keep=2)
+
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", no_space)
+    with pytest.raises(Exception, match="checkpoint at step 2 not written: .*No space left"):
+        checkpoint.save(folder, replica, state(2), keep=2)
+    monkeypatch.undo()
+    assert checkpoint.find_newest(folder)[1].step == 1
+    assert sorted(os.listdir(folder.checkpoints)) == ["LATEST", "step-00000001"]
+
+
+def test_killed_writers_leave_nothing_that_counts(folder):
+    replica = make_replica()
+    checkpoint.save(folder, replica, state(1), keep=2)
+    (folder.checkpoints / ".step-00000002.77").mkdir()
+    (folder.checkpoints / ".old.step-00000000").mkdir()
+    assert checkpoint.find_newest(folder)[1].step == 1
+    checkpoint.sweep(folder)
+    assert sorted(os.listdir(folder.checkpoints)) == ["LATEST", "step-00000001"]
+
+
+def test_another_models_checkpoint_is_refused(folder):
+    checkpoint.save(folder, make_replica(), state(1), keep=2)
+    with pytest.raises(RequestError, match=r"another model .*other shape \['"):
+        checkpoint.load(folder.checkpoints / "step-00000001", make_replica(widths=[8, 8, 8]))
+
+
+def test_loading_runs_no_code(folder):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(folder.path / "trapped"),))
+
+    replica = make_replica()
+    path = checkpoint.save(folder, replica, state(1), keep=2)
+    torch.save({"fc.weight": Trap()}, path / "weights.pt")
+    with pytest.raises(Exception, match="(?i)weights_only|unsupported|unpickl"):
+        checkpoint.load(path, replica)
+    assert not (folder.path / "trapped").exists()
