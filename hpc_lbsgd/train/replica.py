@@ -93,6 +93,11 @@ class Replica:
         self.engine.broadcast(self.running.flat, "running")
         for i, flat in enumerate(self.optimizer.flats()):
             self.engine.broadcast(flat, f"optimizer.{i}")
+        flats = [self.running.flat, *(bucket.weights for bucket in self.buckets.buckets)]
+        done = {flat.untyped_storage().data_ptr() for flat in flats}
+        for name, tensor in self.model.state_dict().items():
+            if tensor.untyped_storage().data_ptr() not in done:  # counters, frozen parameters, the user's buffers
+                self.engine.broadcast(tensor, f"state.{name}")
         self.check_equal("start")
 
     def check_equal(self, when: str) -> str:

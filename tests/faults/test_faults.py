@@ -63,7 +63,8 @@ def slow_recipe(small_recipe, tmp_path):
     """Writes a checkpoint every 5 steps, and long enough to be hurt on the way."""
 
     def make(**changes):
-        recipe = changed(small_recipe, train__max_steps=STEPS, train__epochs=40, checkpoint__steps=5, **changes)
+        slow = {"train__max_steps": STEPS, "train__epochs": 40, "checkpoint__steps": 5}
+        recipe = changed(small_recipe, **slow | changes)
         return write_recipe(tmp_path / "recipe.yaml", recipe)
 
     return make
