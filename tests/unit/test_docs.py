@@ -1,0 +1,34 @@
+"""The manual says what the code does, and its links lead somewhere."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_recipe_reference_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("recipe_reference", ROOT / "tools" / "recipe_reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    wanted = module.reference()
+    assert (ROOT / "docs" / "recipe.md").read_text() == wanted, "run tools/recipe_reference.py > docs/recipe.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_recipe_in_the_readme_is_valid():
+    import yaml
+
+    from hpc_lbsgd import recipe
+
+    block = re.search(r"## A recipe\n\n((?:    .*\n|\n)+)", (ROOT / "README.md").read_text()).group(1)
+    assert recipe.validate(yaml.safe_load(block)).determinism == "any-ranks"

@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""Print docs/recipe.md: every recipe key with its type, default and meaning, from the code.
+
+python tools/recipe_reference.py > docs/recipe.md      (a test compares the two)
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+
+from pydantic import BaseModel
+
+from hpc_lbsgd import recipe
+
+HEAD = """# Recipe reference
+
+A recipe is a YAML file. The *result part* decides the weights and is fingerprinted: everything but `machine`,
+`checkpoint`, `train.max_steps` and the paths of data (what the data holds is fingerprinted apart). An unknown key or
+an impossible value is refused before any rank starts work. `--set section.key=value` changes a key on the command line.
+"""
+
+
+def type_of(annotation: object) -> str:
+    """A type as a person would write it: int, float, a choice of words, a list."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return type_of(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) is typing.Literal:
+        return ", ".join(f"`{a}`" for a in typing.get_args(annotation))
+    arguments = [a for a in typing.get_args(annotation) if a is not type(None)]
+    if typing.get_origin(annotation) in (list, tuple):
+        return f"list of {type_of(arguments[0])}"
+    if arguments:
+        return " or ".join(type_of(a) for a in arguments)
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def limits(field) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    found = dict.fromkeys(re.findall(r"\b(ge|gt|le|lt)=([\d.e+-]+)", repr(field)))
+    return " and ".join(f"{signs[k]} {v}" for k, v in found)
+
+
+def default(value: object) -> str:
+    if value is None:
+        return "none"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def section(model: type[BaseModel], prefix: str) -> list[str]:
+    rows = ["| key | is | default | meaning |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            continue
+        what = " ".join(p for p in (type_of(kind), limits(field)) if p)
+        rows.append(f"| `{prefix}{name}` | {what} | {default(field.default)} | {(field.description or '').strip()} |")
+    return rows
+
+
+def reference() -> str:
+    lines = [HEAD, *section(recipe.Recipe, "")]
+    for name, field in recipe.Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines += ["", f"## {name}", "", *section(field.annotation, f"{name}.")]
+    return "\n".join(re.sub(r"\s*\n\s*", " ", line) if line.startswith("|") else line for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
