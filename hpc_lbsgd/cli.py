@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     with_recipe(p)
     with_run(p)
+    with_json(p)
 
     p = command("launch", launch, help="compose and run the mpirun line of a job: launch --np 8 -- train RECIPE ...")
     p.add_argument("--np", type=positive, required=True, dest="ranks", help="ranks")
@@ -223,7 +224,7 @@ def train(args) -> int:
     recipe = recipes.read(args.recipe, args.settings)
     from hpc_lbsgd.train import trainer
 
-    return trainer.train(Path(args.recipe).stem, recipe, args.run, args.resume)
+    return trainer.train(Path(args.recipe).stem, recipe, args.run, args.resume, args.json)
 
 
 def launch(args) -> int:

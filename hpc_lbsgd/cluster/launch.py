@@ -64,8 +64,7 @@ def launch(layout: Layout, job, dry_run: bool) -> int:
     program = [sys.executable, "-m", "hpc_lbsgd.cli", "train", job.recipe, "--run", str(folder.path)]
     for setting in job.settings:
         program += ["--set", setting]
-    if job.resume:
-        program.append("--resume")
+    program += [flag for flag, wanted in (("--resume", job.resume), ("--json", job.json)) if wanted]
     line = compose(find_mpirun(), layout, exported() if layout.hosts or layout.hostfile else {}, program)
     if dry_run:
         print(shlex.join(line))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -31,10 +32,11 @@ from hpc_lbsgd.train.watchdog import Watchdog
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not USR1, which NCCL may take
 
 
-def train(name: str, recipe: Recipe, run: str | None = None, resume: bool = False) -> int:
+def train(name: str, recipe: Recipe, run: str | None = None, resume: bool = False, as_json: bool = False) -> int:
     """Train `recipe` on all ranks of this job; returns the process's exit code.
 
-    name: of the recipe, for the run folder (default: runs/NAME-TIME). Collective: every rank calls it.
+    name: of the recipe, for the run folder (default: runs/NAME-TIME). as_json: rank 0 prints how the run ended as
+    one JSON object. Collective: every rank calls it.
     """
     world = worlds.from_environment()
     device = choose_device(world)
@@ -45,6 +47,8 @@ def train(name: str, recipe: Recipe, run: str | None = None, resume: bool = Fals
         found = agree(engine, lambda: prepare(name, recipe, run, resume, engine.size))
         folder = RunFolder(found.run)
         code = Trainer(name, found, engine, device).run()
+        if as_json and engine.rank == 0:
+            print(json.dumps({"run": found.run, **folder.status()}), flush=True)
         engine.close()
         return code
     except RequestError as problem:  # on every rank alike: `agree` saw to it
