@@ -67,6 +67,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gpus-per-node", type=positive, default=8, help="ranks a node (default: %(default)s)")
     p.add_argument("--images-per-s", type=positive_float, help="a rank's measured rate without communication")
     p.add_argument("--steps", type=step_range, metavar="A:B", help="add a table of steps A to B-1")
+    noise = p.add_mutually_exclusive_group()
+    noise.add_argument(
+        "--critical-batch", type=positive_float, metavar="B", help="add steps, examples and node-hours by batch"
+    )
+    noise.add_argument("--noise-from", metavar="RUN", help="the same, with the noise scale that a run measured")
     with_json(p)
 
     p = command(
@@ -187,7 +192,7 @@ def data_index(args) -> int:
 
 
 def data_order(args) -> int:
-    from hpc_lbsgd.plan import order
+    from hpc_lbsgd.data.who import order
 
     found = order(
         args.recipe,
@@ -213,7 +218,8 @@ def plan(args) -> int:
     from hpc_lbsgd import recipe as recipes
 
     recipe = recipes.read(args.recipe, args.settings)
-    result = plans.plan(recipe, args.nodes, args.gpus_per_node, args.images_per_s, args.steps)
+    critical = plans.measured_noise_scale(args.noise_from) if args.noise_from else args.critical_batch
+    result = plans.plan(recipe, args.nodes, args.gpus_per_node, args.images_per_s, args.steps, critical)
     print(json.dumps(result) if args.json else plans.show(Path(args.recipe).stem, recipe, result))
     return EXIT_DONE
 
@@ -222,9 +228,9 @@ def train(args) -> int:
     from hpc_lbsgd import recipe as recipes
 
     recipe = recipes.read(args.recipe, args.settings)
-    from hpc_lbsgd.train import trainer
+    from hpc_lbsgd.train import job
 
-    return trainer.train(Path(args.recipe).stem, recipe, args.run, args.resume, args.json)
+    return job.train(Path(args.recipe).stem, recipe, args.run, args.resume, args.json)
 
 
 def launch(args) -> int:

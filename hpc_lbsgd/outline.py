@@ -6,9 +6,43 @@ from hpc_lbsgd.data.order import passes_of_rank
 from hpc_lbsgd.theory.scaling import accumulator_warmin_epochs, noise_scale, noise_scale_exact
 from hpc_lbsgd.theory.schedule import Schedule
 
+GOYALS_LIMIT = 8192  # Goyal et al. 2017, figure 1: above it accuracy falls on ImageNet
 
-def outline(recipe, schedule: Schedule, ranks: int) -> dict:
-    """The plan of a run on `ranks` ranks; keys as in DESIGN.md, "Command line". `batch.workers` must be settled."""
+
+def warnings(recipe, schedule: Schedule, critical_batch: float | None = None) -> list[str]:
+    """What the papers would say against this run. Never an error: people may know better."""
+    found = []
+    n = schedule.samples_per_worker
+    start, largest = (n * k for k in (schedule.stages[0].workers, max(s.workers for s in schedule.stages)))
+    if start > GOYALS_LIMIT and recipe.optim.name != "lars":
+        found.append(
+            f"the run starts at kn = {start}, above {GOYALS_LIMIT}, where linear scaling broke on ImageNet "
+            "(Goyal et al. 2017); optim.name = lars is made for it"
+        )
+    if largest > schedule.samples / 10:
+        found.append(
+            f"kn = {largest} is more than N/10 = {schedule.samples / 10:.0f}, where noise scale and batch part "
+            "company (Smith et al. 2018)"
+        )
+    if critical_batch and largest > critical_batch:
+        found.append(
+            f"kn = {largest} is above the critical batch {critical_batch:.0f}: more than twice the fewest examples "
+            "(McCandlish et al. 2018)"
+        )
+    for stage in schedule.stages:
+        kn = stage.workers * schedule.samples_per_worker
+        epochs = accumulator_warmin_epochs(kn, schedule.samples, stage.momentum)
+        if epochs > 1:
+            found.append(
+                f"momentum {stage.momentum} at kn = {kn} fills its buffer in {epochs:.1f} epochs, more than one "
+                "(Smith et al. 2018)"
+            )
+            break
+    return found
+
+
+def outline(recipe, schedule: Schedule, ranks: int, critical_batch: float | None = None) -> dict:
+    """The plan of a run on `ranks` ranks. `batch.workers` must be settled."""
     workers, n = recipe.batch.workers, recipe.batch.samples_per_worker
     first = schedule.stages[0]
     kn = first.workers * n
@@ -51,6 +85,7 @@ def outline(recipe, schedule: Schedule, ranks: int) -> dict:
         "steps_per_epoch": schedule.steps_in_epoch(0),
         "accumulator_warmin_epochs": accumulator_warmin_epochs(kn, schedule.samples, first.momentum),
         "stages": stages,
+        "warnings": warnings(recipe, schedule, critical_batch),
     }
 
 
@@ -59,22 +94,28 @@ def render(name: str, o: dict, recipe) -> str:
     each = f"{o['passes_per_step']} pass{'es' if o['passes_per_step'] > 1 else ''} a step each"
     if o["idle_ranks"]:
         each += f", {o['idle_ranks']} ranks without work"
+    lr = f"{o['peak_lr']:g}, {recipe.schedule.kind}"
     if o["warmup_steps"]:
+        how = "over" if recipe.schedule.warmup == "gradual" else "constant for"
         lr = (
-            f"{o['warmup_start_lr']:g} -> {o['peak_lr']:g} over {o['warmup_steps']} steps "
+            f"{o['warmup_start_lr']:g} -> {o['peak_lr']:g}, {how} {o['warmup_steps']} steps "
             f"({o['warmup_epochs']:g} epochs), then {recipe.schedule.kind}"
         )
+    batches = list(dict.fromkeys(s["global_batch"] for s in o["stages"]))
+    grows = f", growing to {', '.join(map(str, batches[1:]))}" if len(batches) > 1 else ""
+    if grows:
+        steps = f"{o['stages'][-1]['last_step'] + 1} in {o['epochs']} epochs"
     else:
-        lr = f"{o['peak_lr']:g}, {recipe.schedule.kind}"
+        steps = f"{o['steps_per_epoch']} an epoch, {o['epochs']} epochs"
     capped = f", capped at {o['steps']}" if recipe.train.max_steps else ""
     return "\n".join(
         [
-            f"{name}: kn = {o['global_batch']} (k = {o['workers']} workers of n = {o['samples_per_worker']}, "
+            f"{name}: kn = {o['global_batch']}{grows} (k = {o['workers']} workers of n = {o['samples_per_worker']}, "
             f"BatchNorm over {o['bn_group']})",
             f"  ranks          {o['ranks']}, {each}",
             f"  learning rate  {lr}",
-            f"  steps          {o['steps_per_epoch']} an epoch, {o['epochs']} epochs{capped}; "
-            f"N = {o['samples']}, last batch: {recipe.batch.last_batch}",
+            f"  steps          {steps}{capped}; N = {o['samples']}, last batch: {recipe.batch.last_batch}",
             f"  precision      {recipe.precision}, determinism {recipe.determinism}",
+            *(f"  warning        {w}" for w in o["warnings"]),
         ]
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.data import manifest as manifests
-from hpc_lbsgd.data.order import Permutation, worker_samples
+import math
+
+from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.recipe import Recipe
+from hpc_lbsgd.records import RunFolder, read_metrics
 from hpc_lbsgd.theory.scaling import required_gbit_per_s
+from hpc_lbsgd.theory.tradeoff import Tradeoff
 
 # Sustained bf16 training rate that stands in for a measured images/s: one A100 at 2470 ResNet-50 images/s
 # (NVIDIA DeepLearningExamples, mixed precision), 3 * 8.2 GFLOP an image.
@@ -31,53 +33,29 @@ def model_costs(recipe: Recipe, classes: int) -> tuple[int, float]:
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / len(images)
 
 
-def samples_and_classes(recipe: Recipe) -> tuple[int, int]:
-    """N and the number of classes: from the data where it is there, else from the recipe."""
-    data = recipe.data
-    try:
-        found = manifests.Manifest(manifests.find(data.train)) if data.train else None
-    except RequestError:
-        found = None
-    samples, classes = data.samples or (found and len(found)), data.classes or (found and len(found.classes))
-    if not samples:
-        raise RequestError("data.samples is not set, and data.train has no manifest to count: set data.samples=N")
-    if found and len(found) != samples:
-        raise RequestError(f"data.samples = {samples}, but {data.train} has {len(found)}")
-    return samples, classes or 1000
-
-
 def plan(
     recipe: Recipe,
     nodes: int,
     gpus_per_node: int,
     images_per_s: float | None = None,
     steps: tuple[int, int] | None = None,
+    critical_batch: float | None = None,
 ) -> dict:
     """Everything `plan` reports.
 
     images_per_s: a rank's training rate without communication, measured; else assumed from the model's FLOP.
-    steps: (a, b) adds a table of steps a..b-1.
+    steps: (a, b) adds a table of steps a..b-1. critical_batch: B_crit (or B_simple, its predictor) adds a table of
+    batches with a recommendation.
     """
     ranks = nodes * gpus_per_node
     settled = recipe.with_workers(ranks)
     samples, classes = samples_and_classes(settled)
     schedule = settled.build_schedule(samples)
-    result = {"nodes": nodes, "gpus_per_node": gpus_per_node, **outline(settled, schedule, ranks)}
-    parameters, flop = model_costs(settled, classes)
-    assumed = images_per_s is None
-    rate = images_per_s or ASSUMED_TFLOPS * 1e12 / flop
-    # the last pass of a step is the one whose backward can hide the sum
-    last_pass = settled.batch.samples_per_worker * settled.machine.workers_per_pass
-    gradient_bytes = parameters * {"fp32": 4, "fp16": 2}[settled.wire]
-    if settled.precision == "float64" or settled.determinism == "any-ranks":
-        gradient_bytes = parameters * 8
-    result |= {
-        "parameters": parameters,
-        "gradient_bytes": gradient_bytes,
-        "flop_per_image": flop,
-        "images_per_s_per_rank": rate,
-        "images_per_s_assumed": assumed,
-        "required_gbit_per_s": required_gbit_per_s(gradient_bytes, BACKWARD_SHARE * last_pass / rate),
+    result = {
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        **outline(settled, schedule, ranks, critical_batch),
+        **demands(settled, classes, images_per_s),
     }
     if steps:
         first, last = steps
@@ -91,7 +69,73 @@ def plan(
             {"step": p.step, "epoch": p.epoch, "lr": p.lr, "momentum": p.momentum, "global_batch": p.global_batch}
             for p in points
         ]
+    if critical_batch:
+        result["critical_batch"] = critical_batch
+        result["batches"] = batches(settled, samples, gpus_per_node, result["images_per_s_per_rank"], critical_batch)
+        # the knee: above it each saved step costs more examples than it did below
+        within = [b["global_batch"] for b in result["batches"] if b["global_batch"] <= critical_batch]
+        result["recommended_batch"] = max(within, default=result["batches"][0]["global_batch"])
     return result
+
+
+def measured_noise_scale(run: str) -> float:
+    """B_simple as a run measured it last."""
+    found = [r["noise_scale"] for r in read_metrics(RunFolder(run).metrics) if r.get("noise_scale")]
+    if not found:
+        raise RequestError(f"--noise-from {run}: no noise scale in it (train.noise_scale_steps)")
+    return found[-1]
+
+
+def demands(recipe: Recipe, classes: int, images_per_s: float | None) -> dict:
+    """What a step computes and sends, and the bandwidth that hides it."""
+    parameters, flop = model_costs(recipe, classes)
+    rate = images_per_s or ASSUMED_TFLOPS * 1e12 / flop
+    # the last pass of a step is the one whose backward can hide the sum
+    last_pass = recipe.batch.samples_per_worker * recipe.machine.workers_per_pass
+    item_bytes = {"fp32": 4, "fp16": 2}[recipe.wire]
+    if recipe.precision == "float64" or recipe.determinism == "any-ranks":
+        item_bytes = 8
+    gradient_bytes = parameters * item_bytes
+    return {
+        "parameters": parameters,
+        "gradient_bytes": gradient_bytes,
+        "flop_per_image": flop,
+        "images_per_s_per_rank": rate,
+        "images_per_s_assumed": images_per_s is None,
+        "required_gbit_per_s": required_gbit_per_s(gradient_bytes, BACKWARD_SHARE * last_pass / rate),
+    }
+
+
+def batches(recipe: Recipe, samples: int, gpus_per_node: int, rate: float, critical_batch: float) -> list[dict]:
+    """Steps, examples, time and node-hours against the batch, one worker a GPU (McCandlish et al. 2018, eq. 2.11).
+
+    The recipe's epochs are taken to be right at optim.base_batch; the frontier says what other batches need for the
+    same loss. Compute only: communication is not in it.
+    """
+    n, reference = recipe.batch.samples_per_worker, recipe.optim.base_batch
+    examples = recipe.train.epochs * samples
+    min_examples = examples / (1 + reference / critical_batch)
+    frontier = Tradeoff(min_examples / critical_batch, min_examples)
+    rows = []
+    batch = n * gpus_per_node
+    while batch <= min(64 * critical_batch, samples):
+        needed, ranks = frontier.examples(batch), batch // n
+        hours = needed / (rate * ranks) / 3600
+        nodes = math.ceil(ranks / gpus_per_node)
+        rows.append(
+            {
+                "global_batch": batch,
+                "ranks": ranks,
+                "nodes": nodes,
+                "steps": round(frontier.steps(batch)),
+                "examples": round(needed),
+                "examples_over_fewest": needed / min_examples,
+                "hours": hours,
+                "node_hours": hours * nodes,
+            }
+        )
+        batch *= 2
+    return rows
 
 
 def show(name: str, recipe: Recipe, p: dict) -> str:
@@ -112,6 +156,15 @@ def show(name: str, recipe: Recipe, p: dict) -> str:
             f"  {i:5d}  {s['first_step']:8d} - {s['last_step']:<8d} {s['first_epoch']:6d} {s['global_batch']:8d} "
             f"{s['lr']:10.6g} {s['momentum']:9g} {s['noise_scale']:12.1f}"
         )
+    if "batches" in p:
+        lines += ["", f"  to the same loss, by batch (critical batch {p['critical_batch']:.0f}; compute only)"]
+        lines += ["        kn  nodes      steps     examples  x fewest      hours  node-hours"]
+        for b in p["batches"]:
+            mark = "  <- recommended" if b["global_batch"] == p["recommended_batch"] else ""
+            lines.append(
+                f"  {b['global_batch']:8d} {b['nodes']:6d} {b['steps']:10d} {b['examples']:12d} "
+                f"{b['examples_over_fewest']:9.2f} {b['hours']:10.2f} {b['node_hours']:11.1f}{mark}"
+            )
     if "table" in p:
         lines += ["", "    step  epoch          lr  momentum       kn"]
         lines += [
@@ -119,61 +172,3 @@ def show(name: str, recipe: Recipe, p: dict) -> str:
             for r in p["table"]
         ]
     return "\n".join(lines)
-
-
-def order(
-    name: str | None,
-    settings: list[str],
-    samples: int | None,
-    workers: int | None,
-    samples_per_worker: int | None,
-    seed: int | None,
-    last_batch: str | None,
-    epoch: int,
-    worker: int,
-) -> dict:
-    """Worker j's samples of an epoch: `samples` in order, `steps` the same a list a step.
-
-    From a recipe, or from numbers alone; numbers beside a recipe change it.
-    """
-    overrides = {
-        "batch.workers": workers,
-        "batch.samples_per_worker": samples_per_worker,
-        "seed": seed,
-        "batch.last_batch": last_batch,
-        "data.samples": samples,
-    }
-    changed = [*settings, *(f"{k}={v}" for k, v in overrides.items() if v is not None)]
-    if name:
-        recipe = recipes.read(name, changed)
-    else:
-        if samples is None or workers is None:
-            raise RequestError("data order: give a recipe, or --samples N and --workers K")
-        content: dict = {}
-        for setting in changed:
-            recipes.override(content, setting)
-        recipe = recipes.validate(content, "data order")
-    if recipe.batch.workers == "per_rank":
-        raise RequestError("batch.workers = per_rank: say for how many with --workers K")
-    if worker >= recipe.batch.workers:
-        raise RequestError(
-            f"--worker {worker}: there are {recipe.batch.workers} workers, 0 to {recipe.batch.workers - 1}"
-        )
-    if epoch >= recipe.train.epochs:
-        raise RequestError(f"--epoch {epoch}: the run has epochs 0 to {recipe.train.epochs - 1}")
-    n_samples = samples_and_classes(recipe)[0]
-    schedule = recipe.build_schedule(n_samples)
-    permutation = Permutation(n_samples, recipe.seed, epoch)
-    first = schedule.first_step(epoch)
-    steps = [
-        worker_samples(permutation, schedule.at(first + i), worker).tolist()
-        for i in range(schedule.steps_in_epoch(epoch))
-    ]
-    return {
-        "epoch": epoch,
-        "worker": worker,
-        "workers": recipe.batch.workers,
-        "samples_total": n_samples,
-        "samples": [s for step in steps for s in step],
-        "steps": steps,
-    }

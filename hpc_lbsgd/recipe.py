@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -31,11 +32,12 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    name: Literal["resnet50", "resnet101", "resnet20", "resnet8"] | Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = (
-        "resnet50"
-    )
-    """resnet50, resnet101 (ImageNet shapes); resnet20, resnet8 (28-32 pixels); or package.module:function, which is
-    called with (channels, classes) and returns a torch module"""
+    name: (
+        Literal["resnet50", "resnet101", "inception-resnet-v2", "resnet20", "resnet8", "wrn-16-4"]
+        | Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    ) = "resnet50"
+    """resnet50, resnet101, inception-resnet-v2 (ImageNet shapes); resnet20, resnet8, wrn-16-4 (28-32 pixels); or
+    package.module:function, which is called with (channels, classes) and returns a torch module"""
     widths: list[Count] | None = None
     """channels of resnet8's three blocks (default 16, 32, 64)"""
     stem: Literal["plain", "pool"] = "plain"
@@ -47,6 +49,8 @@ class Model(Section):
 
 
 class Data(Section):
+    dataset: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """package.module:function in place of train and eval; called with "train" and "eval" (see docs/your-model.md)"""
     train: str | None = None
     """a folder of class folders, or a manifest"""
     eval: str | None = None
@@ -111,31 +115,68 @@ class Batch(Section):
 
 
 class Optim(Section):
+    name: Literal["sgd", "adam", "lars"] = "sgd"
+    """sgd: (Nesterov) momentum; lars: layer-wise rates, for batches above 8k"""
     base_lr: Positive = 0.1
     """learning rate that is right at base_batch"""
     base_batch: Count = 256
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """adam: beta1"""
     nesterov: bool = True
+    form: Literal["u", "v"] = "u"
+    """sgd: u keeps the learning rate out of the momentum buffer (torch's); v absorbs it (Goyal et al. 2017, eq. 10)"""
+    momentum_correction: bool = True
+    """form v: scale the buffer when the learning rate changes (Goyal et al. 2017, Remark 2)"""
     weight_decay: NotNegative = 1e-4
     """not on BatchNorm's parameters and biases"""
+    decay_in: Literal["gradient", "loss"] = "gradient"
+    """where weight decay enters: added to the reduced gradient, or as a term of the loss"""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """adam: decay of the second moment"""
+    epsilon: Positive = 1e-8
+    """adam: added to the root of the second moment"""
+    trust: Positive = 0.001
+    """lars: trust coefficient"""
+
+
+GROWING = ("hybrid", "increasing-batch", "adaptive-batch")  # schedules whose batch changes
 
 
 class ScheduleSection(Section):
-    kind: Literal["constant", "decaying-lr", "cosine"] = "decaying-lr"
+    kind: Literal[
+        "constant", "decaying-lr", "hybrid", "increasing-batch", "adaptive-batch", "cosine", "polynomial", "slow-start"
+    ] = "decaying-lr"
+    """decaying-lr, hybrid, increasing-batch: Smith et al. 2018, at milestones; adaptive-batch: McCandlish et al. 2018;
+    slow-start: Akiba et al. 2017"""
     scaling: Literal["linear", "sqrt", "none"] = "linear"
-    """how the learning rate follows the global batch"""
-    warmup: Literal["gradual", "none"] = "gradual"
+    """how the learning rate follows the global batch that the run starts with"""
+    warmup: Literal["gradual", "constant", "none"] = "gradual"
+    """gradual: a constant increment a step; constant: warmup_start_lr, then a jump"""
     warmup_epochs: NotNegative = 5.0
-    warmup_start_lr: Positive | None = None
-    """where gradual warm-up starts (default base_lr: the learning rate of base_batch, not of one worker)"""
+    warmup_start_lr: NotNegative | None = None
+    """where warm-up starts (default base_lr: the learning rate of base_batch, not of one worker)"""
     milestones: list[Count] = []
-    """decaying-lr: epochs at which the learning rate is divided by factor"""
+    """epochs at which the noise scale is divided by factor"""
     factor: Annotated[float, Field(gt=1)] = 10.0
+    """by the learning rate, by the batch, or by both where max_batch caps it"""
+    max_batch: Count | None = None
+    """hybrid, increasing-batch, adaptive-batch: the largest global batch"""
+    power: Positive = 2.0
+    """polynomial: (1 - progress)^power"""
+    noise_factor: Positive = 1.0
+    """adaptive-batch: r in B = sqrt(r * B_simple) (McCandlish et al. 2018, eq. D.6)"""
+    lr_on_batch_change: Literal["keep", "linear", "noise"] = "noise"
+    """adaptive-batch: what the learning rate does when the batch changes (noise: McCandlish et al. 2018, eq. 2.6)"""
 
     @model_validator(mode="after")
-    def _milestones_rise(self):
+    def _consistent(self):
         if any(a >= b for a, b in zip(self.milestones, self.milestones[1:], strict=False)):
             raise ValueError(f"schedule.milestones = {self.milestones} must rise")
+        if self.max_batch and self.kind not in GROWING:
+            raise ValueError(
+                f"schedule.max_batch = {self.max_batch} has no meaning for schedule.kind = {self.kind}; "
+                f"allowed with: {', '.join(GROWING)}"
+            )
         return self
 
 
@@ -145,6 +186,15 @@ class Train(Section):
     """a cap for this start; not part of the fingerprint"""
     eval_epochs: Count = 1
     """evaluate every so many epochs, and at the end"""
+    loss: Annotated[str, Field(pattern=r"^(cross-entropy|[\w.]+:\w+)$")] = "cross-entropy"
+    """or package.module:function, which takes (outputs, labels) and returns a loss a sample, shape (B,)"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """evaluate and keep an exponential moving average of the weights too"""
+    noise_scale_steps: Annotated[int, Field(ge=0)] = 100
+    """measure the noise scale every so many steps; 0: never"""
+    noise_scale_window: Annotated[int, Field(ge=2)] = 20
+    """measurements that are averaged"""
 
 
 class Checkpoint(Section):
@@ -184,6 +234,14 @@ class Machine(Section):
     """images in one evaluation pass"""
     stall_timeout_s: Positive = 600.0
     """no step for so long: the stalest ranks are named and the job ends"""
+
+
+class Decision(NamedTuple):
+    """An adaptive-batch run's choice at the end of an epoch: what holds from `epoch` on."""
+
+    epoch: int
+    workers: int
+    lr: float
 
 
 class Recipe(Section):
@@ -233,10 +291,24 @@ class Recipe(Section):
                 f"schedule.milestones = {self.schedule.milestones}: the last must come before "
                 f"train.epochs = {self.train.epochs}"
             )
-        if self.schedule.warmup == "gradual" and self.schedule.warmup_epochs > self.train.epochs:
+        if self.schedule.warmup != "none" and self.schedule.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"schedule.warmup_epochs = {self.schedule.warmup_epochs} is more than "
                 f"train.epochs = {self.train.epochs}"
+            )
+        if self.optim.form == "v" and self.schedule.warmup_start_lr == 0 and self.schedule.warmup != "none":
+            raise ValueError(
+                "schedule.warmup_start_lr = 0 with optim.form = v: momentum correction divides by the last "
+                "learning rate; allowed: above 0"
+            )
+        if self.schedule.kind == "adaptive-batch" and not self.train.noise_scale_steps:
+            raise ValueError(
+                "train.noise_scale_steps = 0 with schedule.kind = adaptive-batch, which follows the "
+                "measured noise scale; allowed: at least 1"
+            )
+        if self.train.loss != "cross-entropy" and self.train.label_smoothing:
+            raise ValueError(
+                f"train.label_smoothing = {self.train.label_smoothing}: only with train.loss = cross-entropy"
             )
         return self
 
@@ -269,31 +341,58 @@ class Recipe(Section):
         kn = self.batch.workers * self.batch.samples_per_worker
         return scaled_lr(self.optim.base_lr, self.optim.base_batch, kn, self.schedule.scaling)
 
-    def build_schedule(self, samples: int) -> schedules.Schedule:
-        """The run as a function of the step, on N samples; `batch.workers` must be settled."""
-        s, workers, momentum = self.schedule, self.batch.workers, self.optim.momentum
-        if s.kind == "decaying-lr":
-            stages = schedules.step_decay(workers, self.peak_lr(), momentum, s.milestones, s.factor)
-        else:
-            stages = [schedules.Stage(0, workers, self.peak_lr(), momentum, s.kind)]
-        kn = workers * self.batch.samples_per_worker
-        if self.batch.last_batch == "drop" and kn > samples:
+    def build_schedule(self, samples: int, decisions: Sequence[Decision] = ()) -> schedules.Schedule:
+        """The run as a function of the step, on N samples; `batch.workers` must be settled.
+
+        decisions: what an adaptive-batch run has decided so far.
+        """
+        n, kn = self.batch.samples_per_worker, self.batch.workers * self.batch.samples_per_worker
+        stages = [*self._stages(), *(schedules.Stage(d.epoch, d.workers, d.lr, self.optim.momentum) for d in decisions)]
+        largest = max(s.workers for s in stages) * n
+        if self.batch.last_batch == "drop" and largest > samples:
             raise RequestError(
-                f"batch.workers = {workers} times batch.samples_per_worker = "
-                f"{self.batch.samples_per_worker} is {kn}, more than the {samples} samples of an epoch; "
-                "with batch.last_batch = drop no step is left"
+                f"batch.workers = {self.batch.workers} times batch.samples_per_worker = {n} is {kn}"
+                + (f", and grows to {largest}" if largest > kn else "")
+                + f": more than the {samples} samples of an epoch; with batch.last_batch = drop no step is left"
             )
-        start = s.warmup_start_lr or self.optim.base_lr
-        warmup = schedules.Warmup(s.warmup_epochs if s.warmup == "gradual" else 0.0, start)
+        s = self.schedule
+        start = self.optim.base_lr if s.warmup_start_lr is None else s.warmup_start_lr
+        warmup = schedules.Warmup(0.0 if s.warmup == "none" else s.warmup_epochs, start, s.warmup)
         return schedules.Schedule(
-            samples,
-            self.batch.samples_per_worker,
-            stages,
-            self.train.epochs,
-            self.batch.last_batch,
-            warmup,
-            self.train.max_steps,
+            samples, n, stages, self.train.epochs, self.batch.last_batch, warmup, self.train.max_steps
         )
+
+    def _stages(self) -> list[schedules.Stage]:
+        s, lr = self.schedule, self.peak_lr()
+        first = (self.batch.workers, lr, self.optim.momentum)
+        if s.kind == "decaying-lr":
+            return schedules.step_decay(*first, s.milestones, s.factor)
+        if s.kind in ("hybrid", "increasing-batch"):
+            grow_at = 1 if s.kind == "hybrid" else len(s.milestones)
+            try:
+                return schedules.growing_batch(*first, s.milestones, s.factor, self.max_workers(), grow_at)
+            except ValueError:
+                raise RequestError(
+                    f"schedule.factor = {s.factor:g}: the batch grows by whole workers of batch.samples_per_worker = "
+                    f"{self.batch.samples_per_worker}, and {self.batch.workers} workers times it are not whole"
+                ) from None
+        if s.kind == "slow-start":
+            return schedules.slow_start(*first, self.train.epochs)
+        shape = {"adaptive-batch": "constant"}.get(s.kind, s.kind)
+        return [schedules.Stage(0, *first, shape, s.power)]
+
+    def max_workers(self) -> int | None:
+        """schedule.max_batch in workers; refuses what is no whole number of them, or below the start."""
+        n, largest = self.batch.samples_per_worker, self.schedule.max_batch
+        if largest is None:
+            return None
+        if largest % n:
+            raise RequestError(f"schedule.max_batch = {largest} must be a multiple of batch.samples_per_worker = {n}")
+        if largest < self.batch.workers * n:
+            raise RequestError(
+                f"schedule.max_batch = {largest} is below the batch that the run starts with, {self.batch.workers * n}"
+            )
+        return largest // n
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

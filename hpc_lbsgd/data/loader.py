@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from hpc_lbsgd.data import augment
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.storage import Folder, Request
+from hpc_lbsgd.data.user import PREFIX, UserLoader, UserSet
 from hpc_lbsgd.errors import RequestError
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (B, C, H, W) float32, normalised; labels (B,) int64
@@ -45,6 +47,13 @@ class Source:
         return self.manifest.labels[request.samples].astype(np.int64)
 
 
+def open_set(recipe, path: str | Path) -> Manifest | UserSet:
+    """The data set that a path stands for: a manifest, or a part of the user's own."""
+    if str(path).startswith(PREFIX):
+        return UserSet(recipe.data.dataset, str(path).removeprefix(PREFIX))
+    return Manifest(Path(path))
+
+
 def check_sizes(data, manifest: Manifest, train: bool) -> None:
     """Refuse images of the wrong size where nothing resizes them, before any step."""
     if Source(data, manifest, 0, train).resizes:
@@ -61,7 +70,7 @@ def check_sizes(data, manifest: Manifest, train: bool) -> None:
 
 def create(
     data,
-    manifest: Manifest,
+    manifest: Manifest | UserSet,
     seed: int,
     train: bool,
     max_batch: int,
@@ -70,7 +79,9 @@ def create(
     channels_last: bool,
     device: torch.device,
 ) -> Loader:
-    """The loader that `data.loader` names, for batches of up to `max_batch` samples."""
+    """The loader that `data.loader` names (a user's set has its own), for batches of up to `max_batch` samples."""
+    if isinstance(manifest, UserSet):
+        return UserLoader(manifest, seed, threads, prefetch, channels_last, device)
     source = Source(data, manifest, seed, train)
     if data.loader == "dali":
         from hpc_lbsgd.data.dali import DaliLoader as kind

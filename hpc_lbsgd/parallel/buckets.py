@@ -130,7 +130,8 @@ class Buckets:
                 torch.zeros(b.layout.size if b.layout.compress else 0, dtype=torch.float16, device=device)
                 for b in self.buckets
             ]
-        self._last_pass = False
+        self._last_pass = self._measured = False
+        self._held: list[torch.Tensor] | None = None  # sums of passes while each is measured by itself
         for bucket in self.buckets:
             for view in bucket.layout.views:
                 view.parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
@@ -148,15 +149,19 @@ class Buckets:
             self._largest = 2.0**62 / workers
             self.out_of_range = torch.zeros((), dtype=torch.bool, device=self.device)
 
-    def arm(self, last_pass: bool) -> None:
-        """Before each forward-backward; after the last one of the step, buckets leave as they fill."""
-        self._last_pass = last_pass
+    def arm(self, last_pass: bool, measured: bool = False) -> None:
+        """Before each forward-backward; after the last one of the step, buckets leave as they fill.
+
+        measured: `end_pass` is to return this pass's squared norm. Buckets then stay until it has been taken, and the
+        sum of the passes before lies in a second buffer.
+        """
+        self._last_pass, self._measured = last_pass, measured
         for bucket in self.buckets:
             bucket.missing, bucket.full = len(bucket.layout.views), False
 
     def _arrived(self, bucket: Bucket) -> None:
         bucket.missing -= 1
-        if bucket.missing == 0:
+        if bucket.missing == 0 and not self._measured:
             self._fill(bucket)
 
     def _fill(self, bucket: Bucket) -> None:
@@ -166,11 +171,39 @@ class Buckets:
         if self._last_pass:
             self._launch(bucket)
 
-    def end_pass(self) -> None:
-        """After each backward: parameters that the pass did not use count as arrived, with a zero gradient."""
+    def end_pass(self) -> torch.Tensor | None:
+        """After each backward: parameters that the pass did not use count as arrived, with a zero gradient.
+
+        Returns |gradient of this pass|^2, a float64 scalar on the device, if the pass was armed to be measured.
+        """
+        square = self.square() if self._measured else None
+        if self._measured and self.bits is None:
+            self._hold()
         for bucket in self.buckets:
             if not bucket.full:
                 self._fill(bucket)
+        return square
+
+    def _hold(self) -> None:
+        """Put a measured pass aside; with the last one, bring back the sum of all."""
+        if self._held is None and not self._last_pass:
+            self._held = [torch.zeros_like(b.gradients) for b in self.buckets]
+        if self._held is None:  # one pass is all there is
+            return
+        for bucket, held in zip(self.buckets, self._held, strict=True):
+            if self._last_pass:
+                bucket.gradients.add_(held)
+                held.zero_()
+            else:
+                held.add_(bucket.gradients)
+                bucket.gradients.zero_()
+
+    def square(self) -> torch.Tensor:
+        """|gradient|^2 over all parameters, float64 scalar on the device (BatchNorm's statistics left out)."""
+        norms = [
+            torch.linalg.vector_norm(b.gradients[b.layout.statistics :], dtype=torch.float64) for b in self.buckets
+        ]
+        return torch.stack(norms).square().sum()
 
     def join_idle(self) -> None:
         """In place of passes, on a rank without workers: its zeros."""

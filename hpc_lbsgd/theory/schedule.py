@@ -15,8 +15,8 @@ from dataclasses import dataclass
 class Stage:
     """From `first_epoch` on: `workers` workers, this learning rate (after warm-up) and momentum.
 
-    `shape` says how the learning rate goes on inside the stage: 'constant', or 'cosine' down to zero at
-    the last step.
+    `shape` says how the learning rate goes on from the end of warm-up (or from the stage's first epoch, if that is
+    later) to the end of the run: 'constant', 'cosine' to zero, or 'polynomial', (1 - progress)^power.
     """
 
     first_epoch: int
@@ -24,15 +24,20 @@ class Stage:
     lr: float
     momentum: float
     shape: str = "constant"
+    power: float = 2.0
 
 
 @dataclass(frozen=True)
 class Warmup:
-    """Gradual warm-up (Goyal et al. 2017, section 2.2): a constant increment each step, from `start_lr` to
-    the first stage's learning rate, over `epochs` epochs (0: none)."""
+    """Warm-up over `epochs` epochs (0: none), from `start_lr` (Goyal et al. 2017, section 2.2).
+
+    gradual   a constant increment each step, up to the first stage's learning rate
+    constant  `start_lr` all the time, then the jump
+    """
 
     epochs: float
     start_lr: float
+    kind: str = "gradual"
 
 
 @dataclass(frozen=True)
@@ -134,13 +139,68 @@ class Schedule:
     def _lr(self, step: int, stage: Stage, epoch: float) -> float:
         if step < self.warmup_steps:
             start = min(self.warmup.start_lr, stage.lr)
+            if self.warmup.kind == "constant":
+                return start
             return start + (stage.lr - start) * step / self.warmup_steps
+        if stage.shape == "constant":
+            return stage.lr
+        begin = max(self.warmup.epochs, stage.first_epoch)
+        progress = (epoch - begin) / (self.epochs - begin)
         if stage.shape == "cosine":
-            begin = max(self.warmup.epochs, stage.first_epoch)
-            return stage.lr * 0.5 * (1 + math.cos(math.pi * (epoch - begin) / (self.epochs - begin)))
-        return stage.lr
+            return stage.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return stage.lr * (1 - progress) ** stage.power
+
+
+# ---------------------------------------------------------------- stages, by paper
 
 
 def step_decay(workers: int, lr: float, momentum: float, milestones: list[int], factor: float) -> list[Stage]:
-    """The learning rate divided by `factor` at each milestone epoch (Goyal et al. 2017, section 5.1)."""
+    """The learning rate divided by `factor` at each milestone epoch (Goyal et al. 2017, section 5.1; Smith et al. 2018,
+    "decaying learning rate")."""
     return [Stage(epoch, workers, lr / factor**i, momentum) for i, epoch in enumerate([0, *milestones])]
+
+
+def capped_step(batch: int, lr: float, factor: float, max_batch: int | None) -> tuple[int, float]:
+    """Divide the noise scale by `factor`: by growing the batch as far as `max_batch`, by the learning rate for the rest
+    (Smith et al. 2018, section 3: r = min(f, B_max/B); B <- B*r; eps <- eps / (f/r)).
+
+    Raises ValueError where the batch would not be whole.
+    """
+    grown = batch * factor if max_batch is None else min(batch * factor, max_batch)
+    if grown != int(grown):
+        raise ValueError(f"a batch of {batch} times {factor:g} is not whole")
+    return int(grown), lr / (factor * batch / grown)
+
+
+def growing_batch(
+    workers: int,
+    lr: float,
+    momentum: float,
+    milestones: list[int],
+    factor: float,
+    max_workers: int | None,
+    grow_at: int,
+) -> list[Stage]:
+    """At each of the first `grow_at` milestones the batch grows, by workers; afterwards the learning rate falls.
+
+    Smith et al. 2018, section 5.1: grow_at = len(milestones) is "increasing batch size", 1 is "hybrid".
+    """
+    stages = [Stage(0, workers, lr, momentum)]
+    for i, epoch in enumerate(milestones):
+        if i < grow_at:
+            workers, lr = capped_step(workers, lr, factor, max_workers)
+        else:
+            lr = lr / factor
+        stages.append(Stage(epoch, workers, lr, momentum))
+    return stages
+
+
+# Akiba et al. 2017: shares of the reference learning rate over 90 epochs, so that the start is slow at 32k
+SLOW_START = ((0, 0.5), (40, 0.075), (70, 0.01), (85, 0.001))
+
+
+def slow_start(workers: int, lr: float, momentum: float, epochs: int) -> list[Stage]:
+    """Akiba et al. 2017: 0.5, 0.075, 0.01, 0.001 of the scaled learning rate for 40, 30, 15, 5 of 90 epochs; other
+    lengths in proportion."""
+    stages = {round(epoch * epochs / 90): share for epoch, share in SLOW_START}
+    return [Stage(epoch, workers, lr * share, momentum) for epoch, share in stages.items()]

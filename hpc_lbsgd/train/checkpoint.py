@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, loaded without running code.
 
-    checkpoints/step-00012345/weights.pt    a plain state dict, BatchNorm statistics in it
-                              optimizer.pt  {"momentum": {parameter name: tensor}, ...}
-                              state.json    step, fingerprints, metrics so far, SHA-256 of the two files
+    checkpoints/step-00012345/weights.pt      a plain state dict, BatchNorm statistics in it
+                              weights_ema.pt  the same with averaged weights, if the recipe has train.ema_decay
+                              optimizer.pt    {"momentum": {parameter name: tensor}, ...}
+                              state.json      step, fingerprints, decisions, noise, SHA-256 of the files
     checkpoints/LATEST                      the name of the newest
 No data state: the order of samples is a function of the step.
 """
@@ -22,7 +23,7 @@ from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.records import RunFolder, sync_folder, write_atomically
 from hpc_lbsgd.train.replica import Replica, weights_sha256
 
-FILES = ("weights.pt", "optimizer.pt")
+WEIGHTS, AVERAGE, OPTIMIZER = "weights.pt", "weights_ema.pt", "optimizer.pt"
 LATEST = "LATEST"
 
 
@@ -34,8 +35,10 @@ class State:
     recipe_fingerprint: str
     data_fingerprint: str
     weights_sha256: str = ""
-    best_accuracy: float | None = None
+    best_score: float | None = None  # accuracy, of the averaged weights where there are any; else minus the loss
     best_step: int | None = None
+    decisions: list[list] = field(default_factory=list)  # adaptive batch: [epoch, workers, learning rate]
+    noise: list[list[float]] = field(default_factory=list)  # the last measurements: [trace, square]
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 by file name
 
 
@@ -64,7 +67,12 @@ def save(folder: RunFolder, replica: Replica, state: State, keep: int) -> Path:
             kind: {k: v.detach().cpu().clone() for k, v in named.items()}
             for kind, named in replica.optimizer.state().items()
         }
-        for name, content in zip(FILES, (weights, moments), strict=True):
+        contents = {WEIGHTS: weights, OPTIMIZER: moments}
+        if replica.average:
+            averaged = replica.buckets.named(replica.average.flats)
+            contents[AVERAGE] = weights | {k: v.detach().cpu().clone() for k, v in averaged.items()}
+        state.files = {}
+        for name, content in contents.items():
             with open(building / name, "wb") as f:
                 torch.save(content, f)
                 f.flush()
@@ -119,7 +127,7 @@ def find_newest(folder: RunFolder) -> tuple[Path, State, list[str]] | None:
         path = folder.checkpoints / name_of(step)
         try:
             state = State(**json.loads((path / "state.json").read_text()))
-            broken = [n for n in FILES if file_sha256(path / n) != state.files[n]]
+            broken = [n for n, digest in state.files.items() if file_sha256(path / n) != digest]
         except (OSError, ValueError, TypeError, KeyError) as problem:
             problems.append(f"{path}: {problem}")
             continue
@@ -137,7 +145,7 @@ def find_newest(folder: RunFolder) -> tuple[Path, State, list[str]] | None:
 
 def load(path: Path, replica: Replica) -> None:
     """Fill this rank's replica from a checkpoint's files."""
-    weights, moments = (torch.load(path / name, map_location="cpu", weights_only=True) for name in FILES)
+    weights, moments = read(path / WEIGHTS), read(path / OPTIMIZER)
     own = replica.model.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
@@ -154,3 +162,12 @@ def load(path: Path, replica: Replica) -> None:
                 raise RequestError(f"{path}: no {kind} in it; the checkpoint is of another optimizer")
             for name, value in named.items():
                 value.copy_(moments[kind][name])
+        if replica.average:
+            averaged = read(path / AVERAGE)
+            for name, value in replica.buckets.named(replica.average.flats).items():
+                value.copy_(averaged[name])
+
+
+def read(path: Path) -> dict:
+    """A file of tensors; refuses anything that would run code."""
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -62,10 +62,10 @@ class Display:
             )
 
     def _eval(self, r: dict) -> None:
-        self._say(
-            f"epoch {r['epoch']}/{self.epochs}  test loss {r['loss']:.4f}  test accuracy {r['accuracy']:.2%}  "
-            f"({r['samples']} images)"
-        )
+        accuracy = "" if r["accuracy"] is None else f"test accuracy {r['accuracy']:.2%}  "
+        if r.get("ema_accuracy") is not None:
+            accuracy += f"of averaged weights {r['ema_accuracy']:.2%}  "
+        self._say(f"epoch {r['epoch']}/{self.epochs}  test loss {r['loss']:.4f}  {accuracy}({r['samples']} samples)")
 
     def _checkpoint(self, r: dict) -> None:
         self._say(f"checkpoint at step {r['step']}: {r['path']}")
@@ -91,11 +91,13 @@ class TensorBoard:
     def __call__(self, record: dict) -> None:
         if record["kind"] == "step" and time.monotonic() >= self._next:
             self._next = time.monotonic() + 1.0
-            for key in ("loss", "lr", "global_batch", "images_per_s", "data_wait_s", "step_s"):
-                self.writer.add_scalar(f"train/{key}", record[key], record["step"])
+            for key in ("loss", "lr", "global_batch", "images_per_s", "data_wait_s", "step_s", "noise_scale"):
+                if record.get(key) is not None:
+                    self.writer.add_scalar(f"train/{key}", record[key], record["step"])
         elif record["kind"] == "eval":
-            for key in ("loss", "accuracy"):
-                self.writer.add_scalar(f"eval/{key}", record[key], record["step"])
+            for key in ("loss", "accuracy", "ema_loss", "ema_accuracy"):
+                if record.get(key) is not None:
+                    self.writer.add_scalar(f"eval/{key}", record[key], record["step"])
 
     def close(self) -> None:
         self.writer.close()

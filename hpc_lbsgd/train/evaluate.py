@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from hpc_lbsgd.data.loader import Loader
 from hpc_lbsgd.data.storage import Request
+from hpc_lbsgd.train.losses import Loss
 from hpc_lbsgd.train.replica import Replica
-from hpc_lbsgd.train.step import LOSS_BITS
+from hpc_lbsgd.train.step import exact
+
+LOSS_BITS = 14  # sums over thousands of samples: coarser than a step's loss, and still exact in any order
 
 
 def requests(samples: int, batch: int, rank: int, size: int) -> Iterator[Request]:
@@ -20,25 +22,26 @@ def requests(samples: int, batch: int, rank: int, size: int) -> Iterator[Request
         yield Request(0, np.arange(start, min(start + batch, samples)))
 
 
-def evaluate(replica: Replica, loader: Loader, samples: int, batch: int, precision: str) -> dict:
-    """Mean loss and accuracy over all samples, equal on all ranks.
+def evaluate(replica: Replica, loader: Loader, samples: int, batch: int, precision: str, loss: Loss) -> dict:
+    """Mean loss and accuracy over all samples, equal on all ranks. Accuracy is None where labels are no classes.
 
     Running statistics are the same on all ranks at every step, so there is nothing to gather first.
     """
     engine, model = replica.engine, replica.model
-    sums = torch.zeros(3, dtype=torch.float64, device=replica.device)  # loss, right answers, samples
+    sums = torch.zeros(4, dtype=torch.float64, device=replica.device)  # loss, right answers, samples, classified
     model.eval()
     with torch.no_grad():
         for images, labels in loader.batches(requests(samples, batch, engine.rank, engine.size)):
             with torch.autocast(replica.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 outputs = model(images.double() if precision == "float64" else images)
             outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-            loss = F.cross_entropy(outputs, labels, reduction="sum").double()
-            sums[0] += (loss * 2.0 ** (LOSS_BITS - 16)).round() * 2.0 ** (16 - LOSS_BITS)  # exact sums in any order
-            sums[1] += (outputs.argmax(1) == labels).sum()
+            sums[0] += exact(loss(outputs, labels), LOSS_BITS)
+            if labels.dim() == 1 and not labels.is_floating_point() and outputs.dim() == 2:
+                sums[1] += (outputs.argmax(1) == labels).sum()
+                sums[3] += len(labels)
             sums[2] += len(labels)
     engine.wait(engine.start_sum(sums, "evaluation"))
-    loss, right, count = sums.tolist()
+    total, right, count, classified = sums.tolist()
     if round(count) != samples:
         raise RuntimeError(f"evaluation counted {count:.0f} of {samples} samples")
-    return {"loss": loss / samples, "accuracy": right / samples, "samples": samples}
+    return {"loss": total / samples, "accuracy": right / samples if classified else None, "samples": samples}

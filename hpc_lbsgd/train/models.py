@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.imports import load
 
 
 class Block(nn.Module):
@@ -60,6 +57,51 @@ class SmallResNet(nn.Module):
         return self.fc(self.dropout(self.stages(self.stem(x)).mean((2, 3))))
 
 
+class PreactivationBlock(nn.Module):
+    """Wide residual block (Zagoruyko & Komodakis 2016): BatchNorm and ReLU before each 3x3 convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.project = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x):
+        y = F.relu(self.norm1(x))
+        shortcut = x if self.project is None else self.project(y)
+        return self.conv2(F.relu(self.norm2(self.conv1(y)))) + shortcut
+
+
+class WideResNet(nn.Module):
+    """WRN-16-4: three stages of two blocks, 64, 128 and 256 channels."""
+
+    def __init__(self, channels: int, classes: int, dropout: float):
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
+        self.stages = nn.Sequential(
+            *[
+                nn.Sequential(PreactivationBlock(inputs, outputs, stride), PreactivationBlock(outputs, outputs, 1))
+                for inputs, outputs, stride in ((16, 64, 1), (64, 128, 2), (128, 256, 2))
+            ]
+        )
+        self.norm = nn.BatchNorm2d(256)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(256, classes)
+
+    def forward(self, x):
+        return self.fc(self.dropout(F.relu(self.norm(self.stages(self.stem(x)))).mean((2, 3))))
+
+
+def _inception(section, channels: int, classes: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise RequestError("model.name = inception-resnet-v2 comes from timm: pip install timm") from None
+    return timm.create_model("inception_resnet_v2", num_classes=classes, in_chans=channels, drop_rate=section.dropout)
+
+
 def _small(section, channels: int, classes: int, blocks: int) -> nn.Module:
     return SmallResNet(channels, classes, blocks, section.widths or [16, 32, 64], section.stem, section.dropout)
 
@@ -78,6 +120,8 @@ def _torchvision(section, channels: int, classes: int, name: str) -> nn.Module:
 MODELS = {
     "resnet8": lambda s, channels, classes: _small(s, channels, classes, 1),
     "resnet20": lambda s, channels, classes: _small(s, channels, classes, 3),
+    "wrn-16-4": lambda s, channels, classes: WideResNet(channels, classes, s.dropout),
+    "inception-resnet-v2": _inception,
     "resnet50": lambda s, channels, classes: _torchvision(s, channels, classes, "resnet50"),
     "resnet101": lambda s, channels, classes: _torchvision(s, channels, classes, "resnet101"),
 }
@@ -88,20 +132,10 @@ def build(section, channels: int, classes: int, seed: int, dtype: torch.dtype = 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if ":" in section.name:  # the user's own, initialised by its author
-            return from_user(section.name)(channels, classes).to(dtype)
+            return load(section.name, "model.name")(channels, classes).to(dtype)
         model = MODELS[section.name](section, channels, classes)
         initialise(model, section.zero_gamma)
     return model.to(dtype)
-
-
-def from_user(name: str):
-    """The function that `package.module:function` names."""
-    module, function = name.split(":")
-    sys.path.insert(0, os.getcwd())  # a console script's path does not have it
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as problem:
-        raise RequestError(f"model.name = {name}: {problem}") from None
 
 
 def initialise(model: nn.Module, zero_gamma: bool) -> None:

@@ -1,11 +1,19 @@
-"""Optimizers over flat buckets: a few long vectors instead of many parameters."""
+"""Optimizers over flat buckets: a few long vectors instead of many parameters.
+
+Each is a class of a few lines with the equation it computes. What they keep between steps is by kind ("momentum",
+"second") one flat tensor a bucket, so that a checkpoint can name it by parameter.
+"""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from hpc_lbsgd.parallel.buckets import Buckets
+from hpc_lbsgd.theory.schedule import Point
 
 
 def no_decay_names(model: nn.Module) -> set[str]:
@@ -14,43 +22,154 @@ def no_decay_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.dim() <= 1}
 
 
-class Sgd:
-    """SGD with (Nesterov) momentum, u-form: u <- m*u + g; w <- w - lr*u (Goyal et al. 2017, eq. 9).
+class Part(NamedTuple):
+    """One flat run of parameters that are treated alike; all tensors are views of the same length."""
 
-    In this form the momentum buffer does not contain the learning rate, so a learning rate that changes needs no
-    momentum correction (Remark 2). Weight decay is added to the gradient (eq. 8), never scaled with the loss
-    (Remark 1). Agrees with torch.optim.SGD.
+    weights: torch.Tensor
+    gradients: torch.Tensor
+    state: dict[str, torch.Tensor]
+    decay: float
+
+
+class Optimizer(ABC):
+    """Base of all: cuts buckets into parts with and without weight decay.
+
+    `step` may overwrite gradients.
     """
 
+    kinds: tuple[str, ...] = ("momentum",)
+
     def __init__(self, buckets: Buckets, optim):
-        self.buckets, self.nesterov = buckets, optim.nesterov
-        self.velocity = [torch.zeros_like(b.weights) for b in buckets.buckets]
-        self.parts = []  # (weights, gradients, velocity, weight decay), flat
-        for bucket, velocity in zip(buckets.buckets, self.velocity, strict=True):
+        self.buckets, self.optim = buckets, optim
+        decay = optim.weight_decay if optim.decay_in == "gradient" else 0.0
+        self.flats = {kind: [torch.zeros_like(b.weights) for b in buckets.buckets] for kind in self.kinds}
+        self.parts: list[Part] = []
+        for i, bucket in enumerate(buckets.buckets):
             layout = bucket.layout
-            for start, stop, decay in (
-                (layout.statistics, layout.decay_end, optim.weight_decay),
+            for start, stop, rate in (
+                (layout.statistics, layout.decay_end, decay),
                 (layout.decay_end, layout.size, 0.0),
             ):
                 if stop > start:
-                    part = slice(start, stop)
-                    self.parts.append((bucket.weights[part], bucket.gradients[part], velocity[part], decay))
+                    state = {kind: flats[i][start:stop] for kind, flats in self.flats.items()}
+                    self.parts.append(Part(bucket.weights[start:stop], bucket.gradients[start:stop], state, rate))
 
-    @torch.no_grad()
-    def step(self, lr: float, momentum: float) -> None:
-        """Update the weights. Gradients are used up: they hold something else afterwards."""
-        for w, g, u, decay in self.parts:
-            if decay:
-                g.add_(w, alpha=decay)
-            if momentum:
-                u.mul_(momentum).add_(g)
-                g = g.add_(u, alpha=momentum) if self.nesterov else u
-            w.add_(g, alpha=-lr)
+    @abstractmethod
+    def step(self, point: Point, previous_lr: float) -> None:
+        """Update the weights from the reduced gradients. previous_lr: of the step before (any value at step 0)."""
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """By kind, then by parameter name: views, valid as long as the optimizer lives."""
-        return {"momentum": self.buckets.named(self.velocity)}
+        return {kind: self.buckets.named(flats) for kind, flats in self.flats.items()}
 
-    def flats(self) -> list[torch.Tensor]:
-        """The state as flat tensors, for broadcasts."""
-        return self.velocity
+
+class Sgd(Optimizer):
+    """u <- m*u + g; w <- w - lr*u (Goyal et al. 2017, eq. 9); Nesterov: w <- w - lr*(g + m*u). Torch's SGD.
+
+    The buffer does not contain the learning rate, so a learning rate that changes needs no correction (Remark 2).
+    Weight decay is added to the gradient (eq. 8), never scaled with the loss (Remark 1).
+    """
+
+    @torch.no_grad()
+    def step(self, point: Point, previous_lr: float) -> None:
+        for w, g, state, decay in self.parts:
+            if decay:
+                g.add_(w, alpha=decay)
+            if point.momentum:
+                u = state["momentum"].mul_(point.momentum).add_(g)
+                g = g.add_(u, alpha=point.momentum) if self.optim.nesterov else u
+            w.add_(g, alpha=-point.lr)
+
+
+class AbsorbedSgd(Optimizer):
+    """v <- m*(lr/previous lr)*v + lr*g; w <- w - v (Goyal et al. 2017, eq. 10 with Remark 2's correction).
+
+    Nesterov: w <- w - (lr*g + m*v), with the uncorrected m. Equal to `Sgd` at any learning rates above zero; without
+    the correction only where the learning rate is constant.
+    """
+
+    @torch.no_grad()
+    def step(self, point: Point, previous_lr: float) -> None:
+        m = point.momentum
+        correction = point.lr / previous_lr if self.optim.momentum_correction and point.step else 1.0
+        for w, g, state, decay in self.parts:
+            if decay:
+                g.add_(w, alpha=decay)
+            v = state["momentum"].mul_(m * correction).add_(g, alpha=point.lr)
+            w.sub_(g.mul_(point.lr).add_(v, alpha=m) if self.optim.nesterov and m else v)
+
+
+class Adam(Optimizer):
+    """Kingma & Ba 2015, algorithm 1, with momentum as beta1 and weight decay in the gradient. Torch's Adam.
+
+    The number of updates that the bias correction needs is the step.
+    """
+
+    kinds = ("momentum", "second")
+
+    @torch.no_grad()
+    def step(self, point: Point, previous_lr: float) -> None:
+        beta1, beta2, updates = point.momentum, self.optim.beta2, point.step + 1
+        root = (1 - beta2**updates) ** 0.5
+        rate = point.lr / (1 - beta1**updates)
+        for w, g, state, decay in self.parts:
+            if decay:
+                g.add_(w, alpha=decay)
+            first = state["momentum"].lerp_(g, 1 - beta1)
+            second = state["second"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            w.addcdiv_(first, second.sqrt().div_(root).add_(self.optim.epsilon), value=-rate)
+
+
+class Lars(Optimizer):
+    """Layer-wise rates (You et al. 2017): v <- m*v + lr*r*(g + decay*w); w <- w - v, with a layer's
+    r = trust * |w| / (|g| + decay*|w|). Parameters without weight decay (BatchNorm, biases) have r = 1.
+    """
+
+    def __init__(self, buckets: Buckets, optim):
+        super().__init__(buckets, optim)
+        self.decay = optim.weight_decay if optim.decay_in == "gradient" else 0.0
+        self.layers = [
+            (view.of(bucket.weights), view.of(bucket.gradients))
+            for bucket in buckets.buckets
+            for view in bucket.layout.views
+            if view.offset < bucket.layout.decay_end
+        ]
+
+    @torch.no_grad()
+    def step(self, point: Point, previous_lr: float) -> None:
+        for w, g in self.layers:
+            weight, gradient = torch.linalg.vector_norm(w), torch.linalg.vector_norm(g)
+            ratio = self.optim.trust * weight / (gradient + self.decay * weight)
+            # a layer of zeros, or without gradient, has no ratio: it goes at the plain rate
+            ratio = torch.where((weight > 0) & (gradient > 0), ratio, torch.ones_like(ratio))
+            g.add_(w, alpha=self.decay).mul_(ratio)
+        for w, g, state, _ in self.parts:
+            w.sub_(state["momentum"].mul_(point.momentum).add_(g, alpha=point.lr))
+
+
+def create(buckets: Buckets, optim) -> Optimizer:
+    """The optimizer of a recipe's `optim` section."""
+    if optim.name == "sgd":
+        return (Sgd if optim.form == "u" else AbsorbedSgd)(buckets, optim)
+    return {"adam": Adam, "lars": Lars}[optim.name](buckets, optim)
+
+
+class WeightAverage:
+    """Exponential moving average of the weights: a <- d*a + (1-d)*w after each update."""
+
+    def __init__(self, buckets: Buckets, decay: float):
+        self.buckets, self.decay = buckets, decay
+        self.flats = [b.weights.clone() for b in buckets.buckets]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for average, bucket in zip(self.flats, self.buckets.buckets, strict=True):
+            average.lerp_(bucket.weights, 1 - self.decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange weights and average: once before an evaluation of the average, once after."""
+        for i, bucket in enumerate(self.buckets.buckets):
+            kept = bucket.weights.clone()
+            bucket.weights.copy_(self.flats[i])
+            self.flats[i] = kept

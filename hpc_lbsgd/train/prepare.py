@@ -15,6 +15,7 @@ from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.loader import check_sizes
 from hpc_lbsgd.data.manifest import Manifest
+from hpc_lbsgd.data.user import UserSet
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
@@ -28,8 +29,8 @@ class Prepared(NamedTuple):
 
     run: str
     recipe: dict
-    train_manifest: str
-    eval_manifest: str | None
+    train_set: str  # path of a manifest, or user:train
+    eval_set: str | None
     checkpoint: str | None
     state: dict | None
     attempt: int  # 0 at the first start of this run folder
@@ -121,6 +122,8 @@ def flatten(part: dict, prefix: str = "") -> dict:
 def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | None, Recipe]:
     """The manifests, checked against their files and the recipe. A folder without a manifest is indexed now."""
     data = recipe.data
+    if data.dataset:
+        return open_user_data(recipe)
     if not data.train:
         raise RequestError("data.train is not set: name a folder of class folders, or a manifest")
     found = {}
@@ -150,6 +153,19 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
         raise RequestError(f"data.eval = {data.eval}: its classes are not those of data.train = {data.train}")
     settled = data.model_copy(update={"samples": len(train), "classes": len(train.classes)})
     return train, found.get("eval"), recipe.model_copy(update={"data": settled})
+
+
+def open_user_data(recipe: Recipe) -> tuple[UserSet, UserSet, Recipe]:
+    train, evaluation = (UserSet(recipe.data.dataset, part) for part in ("train", "eval"))
+    for key, there in (("samples", len(train)), ("classes", len(train.classes) or None)):
+        asked = getattr(recipe.data, key)
+        if there and asked not in (None, there):
+            raise RequestError(f"data.{key} = {asked}, but {recipe.data.dataset} has {there}")
+    classes = recipe.data.classes or len(train.classes)
+    if not classes:
+        raise RequestError(f"data.classes is not set, and {recipe.data.dataset} has no `classes`: set data.classes=N")
+    settled = recipe.data.model_copy(update={"samples": len(train), "classes": classes})
+    return train, evaluation, recipe.model_copy(update={"data": settled})
 
 
 def data_fingerprint(train: Manifest, evaluation: Manifest | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -10,8 +11,8 @@ from torch import nn
 from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.parallel.buckets import Buckets, aligned, plan_layouts
 from hpc_lbsgd.parallel.engine import Engine
-from hpc_lbsgd.train import models
-from hpc_lbsgd.train.optim import Sgd, no_decay_names
+from hpc_lbsgd.theory.schedule import Point
+from hpc_lbsgd.train import models, optim
 from hpc_lbsgd.train.workers import GhostBatchNorm, PassContext, make_virtual
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.float32}  # of weights
@@ -68,7 +69,7 @@ class Replica:
         limit = 0 if machine.reduction == "fusion" else machine.bucket_mb * 2**20
         layouts = plan_layouts(
             [(n, p) for n, p in self.model.named_parameters() if p.requires_grad],
-            no_decay_names(self.model),
+            optim.no_decay_names(self.model),
             self.running.size,
             limit,
             min(limit, machine.first_bucket_mb * 2**20),
@@ -83,16 +84,33 @@ class Replica:
             wire_scale=2.0**recipe.wire_scale_bits if compress else None,
         )
         self.running.collect_in(self.buckets.statistics)
-        self.optimizer = Sgd(self.buckets, recipe.optim)
+        self.optimizer = optim.create(self.buckets, recipe.optim)
+        decay = recipe.train.ema_decay
+        self.average = optim.WeightAverage(self.buckets, decay) if decay else None
         if machine.compile == "stages":
             models.compile_stages(self.model)
+
+    def update(self, point: Point, previous_lr: float) -> None:
+        """Take the step: the buckets hold the sums over all workers."""
+        self.optimizer.step(point, previous_lr)
+        self.running.update(self.buckets.statistics)
+        if self.average:
+            self.average.update()
+
+    def decayed(self) -> Iterator[nn.Parameter]:
+        """Parameters that have weight decay."""
+        for bucket in self.buckets.buckets:
+            yield from (v.parameter for v in bucket.layout.views if v.offset < bucket.layout.decay_end)
 
     def synchronise(self) -> None:
         """Rank 0's weights, statistics and optimizer state on every rank; then all must have one checksum."""
         self.buckets.broadcast_weights()
         self.engine.broadcast(self.running.flat, "running")
-        for i, flat in enumerate(self.optimizer.flats()):
-            self.engine.broadcast(flat, f"optimizer.{i}")
+        for kind, kept in self.optimizer.flats.items():
+            for i, flat in enumerate(kept):
+                self.engine.broadcast(flat, f"optimizer.{kind}.{i}")
+        for i, flat in enumerate(self.average.flats if self.average else ()):
+            self.engine.broadcast(flat, f"average.{i}")
         flats = [self.running.flat, *(bucket.weights for bucket in self.buckets.buckets)]
         done = {flat.untyped_storage().data_ptr() for flat in flats}
         for name, tensor in self.model.state_dict().items():

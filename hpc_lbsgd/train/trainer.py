@@ -1,233 +1,121 @@
-"""A run from its first step to its end, on one rank of many."""
+"""A run from its first step to its end, on one rank of many: step, record, evaluate, decide, checkpoint."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import socket
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from hpc_lbsgd.data import loader as loaders
-from hpc_lbsgd.data.manifest import Manifest
-from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, RequestError, RunError
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunError
 from hpc_lbsgd.outline import outline, render
-from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel import world as worlds
-from hpc_lbsgd.recipe import Recipe
-from hpc_lbsgd.records import Metrics, RunFolder, now
-from hpc_lbsgd.train import checkpoint, step
+from hpc_lbsgd.parallel.agree import agree, together
+from hpc_lbsgd.recipe import Decision, Recipe
+from hpc_lbsgd.records import Metrics, RunFolder, now, read_metrics
+from hpc_lbsgd.theory import noise
+from hpc_lbsgd.theory.schedule import Point
+from hpc_lbsgd.train import checkpoint
 from hpc_lbsgd.train.display import Display, TensorBoard
 from hpc_lbsgd.train.evaluate import evaluate
-from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, prepare, software_facts
+from hpc_lbsgd.train.losses import loss_function
+from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, software_facts
 from hpc_lbsgd.train.replica import Replica
+from hpc_lbsgd.train.step import Outcome, Passes, Stepper
 from hpc_lbsgd.train.watchdog import Watchdog
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not USR1, which NCCL may take
 
 
-def train(name: str, recipe: Recipe, run: str | None = None, resume: bool = False, as_json: bool = False) -> int:
-    """Train `recipe` on all ranks of this job; returns the process's exit code.
-
-    name: of the recipe, for the run folder (default: runs/NAME-TIME). as_json: rank 0 prints how the run ended as
-    one JSON object. Collective: every rank calls it.
-    """
-    world = worlds.from_environment()
-    device = choose_device(world)
-    configure_torch(recipe, world, device)
-    engine = engines.create(recipe.machine, recipe.determinism, device)
-    folder = None
-    try:
-        found = agree(engine, lambda: prepare(name, recipe, run, resume, engine.size))
-        folder = RunFolder(found.run)
-        code = Trainer(name, found, engine, device).run()
-        if as_json and engine.rank == 0:
-            print(json.dumps({"run": found.run, **folder.status()}), flush=True)
-        engine.close()
-        return code
-    except RequestError as problem:  # on every rank alike: `agree` saw to it
-        if engine.rank == 0:
-            print(f"hpc-lbsgd: {problem}", file=sys.stderr)
-        engine.close()
-        return EXIT_REQUEST
-    except RunError as problem:
-        where = f"rank {engine.rank} on {socket.gethostname()}"
-        if problem.everywhere:
-            if engine.rank == 0:
-                folder.claim_failure(rank=0, host=socket.gethostname(), error=str(problem))
-                print(f"hpc-lbsgd: {problem}", file=sys.stderr)
-            engine.close()
-            return EXIT_FAILED
-        fail(engine, folder, where, str(problem))
-    except BaseException as problem:
-        fail(
-            engine,
-            folder,
-            f"rank {engine.rank} on {socket.gethostname()}",
-            f"{type(problem).__name__}: {problem}",
-            traceback.format_exc(),
-        )
-    return EXIT_FAILED
-
-
-def fail(engine, folder: RunFolder | None, where: str, message: str, trace: str = "") -> None:
-    """One rank cannot go on: say so, leave a record, and end all ranks (a job of one rank just ends)."""
-    print(f"{trace}hpc-lbsgd: {where}: {message}", file=sys.stderr, flush=True)
-    if folder is not None:
-        folder.claim_failure(rank=engine.rank, host=socket.gethostname(), error=message)
-    if engine.size > 1:
-        engine.abort(EXIT_FAILED)
-
-
-def agree(engine, work: Callable):
-    """Rank 0's result of `work` on every rank; if it raises RequestError there, every rank does."""
-    verdict = None
-    if engine.rank == 0:
-        try:
-            verdict = ("ok", work())
-        except RequestError as problem:
-            verdict = ("refused", str(problem))
-    kind, value = engine.share(verdict)
-    if kind == "refused":
-        raise RequestError(value)
-    return value
-
-
-def together(engine, work: Callable):
-    """`work` on every rank; if it raises RequestError on some of them, all ranks raise it and name those."""
-    result = problem = None
-    try:
-        result = work()
-    except RequestError as found:
-        problem = f"rank {engine.rank} on {socket.gethostname()}: {found}" if engine.rank else str(found)
-    problems = [p for p in engine.gather(problem) if p]
-    if problems:
-        raise RequestError(problems[0] + (f" (and {len(problems) - 1} more ranks)" if len(problems) > 1 else ""))
-    return result
-
-
-def choose_device(world: worlds.World) -> torch.device:
-    """The GPU of this rank's place on its node, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if torch.cuda.device_count() <= world.local_rank:
-        raise RequestError(
-            f"rank {world.rank} is the {world.local_rank + 1}th on its node, which shows "
-            f"{torch.cuda.device_count()} GPUs: start at most one rank a GPU, and let every rank see all "
-            "GPUs of its node (--gpus-per-node, not --gpus-per-task)"
-        )
-    device = torch.device("cuda", world.local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def configure_torch(recipe: Recipe, world: worlds.World, device: torch.device) -> None:
-    exact = recipe.determinism != "off"
-    if device.type == "cpu":
-        # the number of threads changes the order of sums inside a kernel
-        default = 1 if recipe.determinism == "any-ranks" else worlds.cores_per_rank(world.local_size)
-        torch.set_num_threads(recipe.machine.threads or default)
-    if exact:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not exact
-
-
 class Trainer:
-    """The loop: step, record, evaluate, checkpoint; all decisions from sums that every rank has."""
+    """All decisions come from sums that every rank has; only rank 0 writes."""
 
     def __init__(self, name: str, found: Prepared, engine, device: torch.device):
         self.name, self.found, self.engine, self.device = name, found, engine, device
-        self.recipe = Recipe.model_validate(found.recipe)
+        self.recipe = recipe = Recipe.model_validate(found.recipe)
         self.folder = RunFolder(found.run)
         self.lead = engine.rank == 0
-        self.train_manifest, self.eval_manifest = together(
-            engine, lambda: [Manifest(Path(p)) if p else None for p in (found.train_manifest, found.eval_manifest)]
+        sets = (found.train_set, found.eval_set)
+        self.train_set, self.eval_set = together(
+            engine, lambda: [loaders.open_set(recipe, path) if path else None for path in sets]
         )
-        self.schedule = self.recipe.build_schedule(len(self.train_manifest))
-        self.state = (
-            checkpoint.State(**found.state)
-            if found.state
-            else checkpoint.State(
-                0, self.recipe.fingerprint(), data_fingerprint(self.train_manifest, self.eval_manifest)
-            )
-        )
+        fresh = checkpoint.State(0, recipe.fingerprint(), data_fingerprint(self.train_set, self.eval_set))
+        self.state = checkpoint.State(**found.state) if found.state else fresh
+        self._schedule_from_decisions()
+        self.first_step = self.state.step
         self.stop_asked = False
         self.last_checkpoint = time.monotonic()
         self.last_eval: dict = {}
+
+    def _schedule_from_decisions(self) -> None:
+        decisions = [Decision(*d) for d in self.state.decisions]
+        self.schedule = self.recipe.build_schedule(len(self.train_set), decisions)
 
     # ---------------------------------------------------------------- the run
 
     def run(self) -> int:
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        machine = self.recipe.machine
         self.watchdog = Watchdog(
-            self.folder, self.engine.rank, self.engine.size, self.recipe.machine.stall_timeout_s, self._on_stall
+            self.folder, self.engine.rank, self.engine.size, machine.stall_timeout_s, self._on_stall
         )
-        classes = len(self.train_manifest.classes)
+        classes = self.recipe.data.classes
         self.replica = together(self.engine, lambda: Replica(self.recipe, classes, self.engine, self.device))
         if self.found.checkpoint:
             agree(self.engine, lambda: checkpoint.load(Path(self.found.checkpoint), self.replica))
         self.replica.synchronise()
-        self._open_records()
-        first = self.first_step = self.state.step
         together(self.engine, self._make_loaders)
-        requests = step.requests(
-            self.schedule,
-            self.recipe.seed,
-            self.engine.rank,
-            self.engine.size,
-            self.recipe.machine.workers_per_pass,
-            first,
-            self.schedule.steps,
-        )
-        stepper = step.Stepper(self.replica, self.recipe, self.train_loader.batches(requests), self._mark)
+        self._open_records()
         started = time.monotonic()
-        stopped = False
-        for number in range(first, self.schedule.steps):
-            stopped = self._step(stepper, number)
-            if stopped:
-                break
-        if first >= self.schedule.steps and self.eval_manifest:
-            self._evaluate(self.schedule.at(first - 1).epoch + 1)
+        stopped = self._train()
+        if self.first_step == self.state.step and self.eval_set and self.first_step:
+            self._evaluate(self.schedule.at(self.first_step - 1).epoch + 1)  # nothing was left to do
         return self._end(stopped, time.monotonic() - started)
 
-    def _step(self, stepper: step.Stepper, number: int) -> bool:
+    def _train(self) -> bool:
+        """All steps that are left; True if the run was stopped on the way.
+
+        An adaptive batch is decided at epoch ends, so its loader is asked for an epoch at a time.
+        """
+        passes = Passes(self.recipe, self.engine.rank, self.engine.size)
+        adaptive = self.recipe.schedule.kind == "adaptive-batch"
+        while self.state.step < self.schedule.steps:
+            start, end = self.state.step, self.schedule.steps
+            if adaptive:
+                end = min(end, self.schedule.first_step(self.schedule.at(start).epoch + 1))
+            batches = self.train_loader.batches(passes.requests(self.schedule, self.recipe.seed, start, end))
+            stepper = Stepper(self.replica, self.recipe, batches, self._mark)
+            for number in range(start, end):
+                if self._step(stepper, number):
+                    return True
+            next(batches, None)  # drains the loader
+            if adaptive and end < self.schedule.steps:
+                self._decide(self.schedule.at(end).epoch)
+        return False
+
+    def _step(self, stepper: Stepper, number: int) -> bool:
         """One step and what follows it; True if the job is to stop here."""
         point = self.schedule.at(number)
+        previous_lr = self.schedule.at(number - 1).lr if number else 0.0
         before = time.perf_counter()
         minutes = self.recipe.checkpoint.minutes
         due = self.lead and minutes is not None and time.monotonic() - self.last_checkpoint > 60 * minutes
-        outcome = stepper.run(point, self.stop_asked, due)
+        outcome = stepper.run(point, previous_lr, self.stop_asked, due)
         if not outcome.finite:
             self._refuse(point, outcome)
-        seconds = time.perf_counter() - before
-        self._write(
-            "step",
-            step=number,
-            epoch=point.epoch,
-            loss=outcome.loss,
-            lr=point.lr,
-            momentum=point.momentum,
-            global_batch=point.global_batch,
-            samples=outcome.count,
-            images_per_s=outcome.count / seconds,
-            data_wait_s=outcome.data_wait_s,
-            exposed_comm_s=outcome.exposed_comm_s,
-            step_s=seconds,
-        )
         self.state.step = done = number + 1
+        self._record(point, outcome, time.perf_counter() - before)
         last = done == self.schedule.steps
         epoch_ends = done == self.schedule.first_step(point.epoch + 1)
         best = False
-        every = self.recipe.train.eval_epochs
-        if self.eval_manifest and (last or (epoch_ends and (point.epoch + 1) % every == 0)):
+        if epoch_ends:
+            self._write_epoch(point.epoch)
+        if self.eval_set and (last or (epoch_ends and (point.epoch + 1) % self.recipe.train.eval_epochs == 0)):
             best = self._evaluate(point.epoch + 1)
         steps = self.recipe.checkpoint.steps
         if last or best or outcome.stop or outcome.checkpoint or (steps and done % steps == 0):
@@ -237,19 +125,69 @@ class Trainer:
     def _evaluate(self, epochs: int) -> bool:
         """Evaluate after `epochs` epochs; True if it is the best so far."""
         self.watchdog.enter("evaluation", self.state.step)
-        result = evaluate(
-            self.replica,
-            self.eval_loader,
-            len(self.eval_manifest),
-            self.recipe.machine.eval_batch,
-            self.recipe.precision,
-        )
+        recipe = self.recipe
+
+        def measure() -> dict:
+            return evaluate(
+                self.replica,
+                self.eval_loader,
+                len(self.eval_set),
+                recipe.machine.eval_batch,
+                recipe.precision,
+                loss_function(recipe.train.model_copy(update={"label_smoothing": 0.0})),
+            )
+
+        result = measure()
+        if self.replica.average:
+            self.replica.average.swap()
+            average = measure()
+            self.replica.average.swap()
+            result |= {"ema_loss": average["loss"], "ema_accuracy": average["accuracy"]}
         self.last_eval = result
         self._write("eval", step=self.state.step, epoch=epochs, **result)
-        best = self.state.best_accuracy is None or result["accuracy"] > self.state.best_accuracy
+        accuracy = result.get("ema_accuracy", result["accuracy"])
+        score = -result["loss"] if accuracy is None else accuracy
+        best = self.state.best_score is None or score > self.state.best_score
         if best:
-            self.state.best_accuracy, self.state.best_step = result["accuracy"], self.state.step
+            self.state.best_score, self.state.best_step = score, self.state.step
         return best
+
+    def _decide(self, epoch: int) -> None:
+        """The batch from `epoch` on, from the noise scale measured so far (McCandlish et al. 2018, eq. D.6).
+
+        Pure in (recipe, step, measurements), which every rank has; logged, and kept in the next checkpoint.
+        """
+        s, n = self.recipe.schedule, self.recipe.batch.samples_per_worker
+        measured = self._noise_scale()
+        if epoch < self.schedule.warmup.epochs or measured is None or measured.value is None:
+            return
+        now_stage = self.schedule.stages[-1]
+        largest = self.recipe.max_workers() or len(self.train_set) // n
+        wanted = round(noise.adaptive_batch(measured.value, s.noise_factor) / n)
+        workers = min(max(wanted, self.recipe.batch.workers), largest)
+        if workers == now_stage.workers:
+            return
+        lr = {
+            "keep": now_stage.lr,
+            "linear": now_stage.lr * workers / now_stage.workers,
+            "noise": noise.transferred_lr(now_stage.lr, now_stage.workers * n, workers * n, measured.value),
+        }[s.lr_on_batch_change]
+        self.state.decisions.append([epoch, workers, lr])
+        self._schedule_from_decisions()
+        self._write(
+            "event",
+            event="decision",
+            step=self.state.step,
+            epoch=epoch,
+            workers=workers,
+            global_batch=workers * n,
+            lr=lr,
+            noise_scale=measured.value,
+        )
+
+    def _noise_scale(self) -> noise.NoiseScale | None:
+        window = self.state.noise[-self.recipe.train.noise_scale_window :]
+        return noise.noise_scale([noise.Measurement(*m) for m in window])
 
     def _save(self) -> None:
         self.watchdog.enter("checkpoint", self.state.step)
@@ -265,19 +203,12 @@ class Trainer:
     def _end(self, stopped: bool, seconds: float) -> int:
         self.watchdog.enter("end", self.state.step)
         digest = self.replica.check_equal("end")
-        self._write(
-            "end",
-            step=self.state.step,
-            steps=self.state.step,
-            weights_sha256=digest,
-            seconds=seconds,
-            status="stopped" if stopped else "done",
-            **{k: self.last_eval[k] for k in ("accuracy",) if k in self.last_eval},
-        )
+        status = "stopped" if stopped else "done"
+        facts = {"weights_sha256": digest, **self.last_eval}
+        self._write("end", step=self.state.step, steps=self.state.step, seconds=seconds, status=status, **facts)
         self.engine.barrier()
         if self.lead:
-            status = "stopped" if stopped else "done"
-            self.folder.write_status(status, step=self.state.step, weights_sha256=digest, **self.last_eval)
+            self.folder.write_status(status, step=self.state.step, **facts)
             self.metrics.sync()
             for listener in self.listeners:
                 listener.close()
@@ -287,23 +218,17 @@ class Trainer:
         # srun and mpirun kill the other ranks when one exits non-zero; `launch` turns `stopped` into 75
         return EXIT_STOPPED if stopped and self.engine.size == 1 else EXIT_DONE
 
-    # ---------------------------------------------------------------- parts
+    # ---------------------------------------------------------------- records
 
     def _make_loaders(self) -> None:
         recipe, machine = self.recipe, self.recipe.machine
         threads = machine.loader_threads or min(8, worlds.cores_per_rank(self.engine.local_size))
         shared = (threads, machine.prefetch, self.replica.channels_last, self.device)
-        self.train_loader = loaders.create(
-            recipe.data,
-            self.train_manifest,
-            recipe.seed,
-            True,
-            recipe.batch.samples_per_worker * machine.workers_per_pass,
-            *shared,
-        )
-        if self.eval_manifest:
+        largest = recipe.batch.samples_per_worker * machine.workers_per_pass
+        self.train_loader = loaders.create(recipe.data, self.train_set, recipe.seed, True, largest, *shared)
+        if self.eval_set:
             self.eval_loader = loaders.create(
-                recipe.data, self.eval_manifest, recipe.seed, False, machine.eval_batch, *shared
+                recipe.data, self.eval_set, recipe.seed, False, machine.eval_batch, *shared
             )
 
     def _open_records(self) -> None:
@@ -311,17 +236,18 @@ class Trainer:
         self.hosts = [r["host"] for r in ranks]
         if not self.lead:
             return
-        recipe, first = self.recipe, self.state.step
+        recipe, first = self.recipe, self.first_step
         plan = outline(recipe, self.schedule, self.engine.size)
         print(render(self.name, plan, recipe), file=sys.stderr)
-        print(
-            f"  run folder     {self.folder.path}" + (f", resumed at step {first}" if self.found.attempt else ""),
-            file=sys.stderr,
-            flush=True,
-        )
+        resumed = f", resumed at step {first}" if self.found.attempt else ""
+        print(f"  run folder     {self.folder.path}{resumed}", file=sys.stderr, flush=True)
         for note in self.found.notes:
             print(f"  passed over    {note}", file=sys.stderr)
         self.folder.add_environment({"time": now(), "attempt": self.found.attempt, **software_facts(), "ranks": ranks})
+        # the steps of the epoch under way, for its mean: a resume may start in the middle
+        epoch = self.schedule.at(min(first, self.schedule.full_steps - 1)).epoch
+        steps = (r for r in read_metrics(self.folder.metrics) if r["kind"] == "step" and r["epoch"] == epoch)
+        self.epoch_steps = [(r["loss"], r["samples"], r["step_s"]) for r in steps]
         self.listeners = [
             Display(self.schedule.steps, first, self.schedule.epochs),
             TensorBoard(self.folder.path / "tensorboard"),
@@ -340,9 +266,42 @@ class Trainer:
             data_fingerprint=self.state.data_fingerprint,
         )
         if self.found.attempt:
-            self._write(
-                "event", event="resume", attempt=self.found.attempt, step=first, checkpoint=self.found.checkpoint
-            )
+            facts = {"attempt": self.found.attempt, "step": first, "checkpoint": self.found.checkpoint}
+            self._write("event", event="resume", **facts)
+
+    def _record(self, point: Point, outcome: Outcome, seconds: float) -> None:
+        extra = {}
+        if outcome.measurement:
+            self.state.noise = [*self.state.noise, list(outcome.measurement)][-self.recipe.train.noise_scale_window :]
+            extra = {"noise_trace": outcome.measurement.trace, "noise_square": outcome.measurement.square}
+            scale = self._noise_scale()
+            if scale:
+                extra |= {"noise_scale": scale.value, "noise_scale_low": scale.low, "noise_scale_high": scale.high}
+        self._write(
+            "step",
+            step=point.step,
+            epoch=point.epoch,
+            loss=outcome.loss,
+            lr=point.lr,
+            momentum=point.momentum,
+            global_batch=point.global_batch,
+            samples=outcome.count,
+            images_per_s=outcome.count / seconds,
+            data_wait_s=outcome.data_wait_s,
+            exposed_comm_s=outcome.exposed_comm_s,
+            step_s=seconds,
+            **extra,
+        )
+        if self.lead:
+            self.epoch_steps.append((outcome.loss, outcome.count, seconds))
+
+    def _write_epoch(self, epoch: int) -> None:
+        if self.lead:
+            samples, seconds = (sum(s[k] for s in self.epoch_steps) for k in (1, 2))
+            loss = sum(s[0] * s[1] for s in self.epoch_steps) / samples
+            rate = {"samples": samples, "seconds": seconds, "images_per_s": samples / seconds}
+            self._write("epoch", step=self.state.step, epoch=epoch, loss=loss, **rate)
+            self.epoch_steps = []
 
     def _mark(self, phase: str, number: int) -> None:
         compiling = self.recipe.machine.compile != "none" and number == self.first_step
@@ -352,7 +311,7 @@ class Trainer:
         if self.lead:
             self.metrics.write(kind, **fields)
 
-    def _refuse(self, point, outcome: step.Outcome) -> None:
+    def _refuse(self, point: Point, outcome: Outcome) -> None:
         """A non-finite step: nothing was updated; the run ends with what a person needs to know."""
         if outcome.bad_ranks == 1:
             where = f"rank {outcome.bad_rank} on {self.hosts[outcome.bad_rank]}"
@@ -377,12 +336,15 @@ class Trainer:
 
     def _say_end(self, stopped: bool, seconds: float) -> None:
         what = "stopped at a safe point; start it again with --resume" if stopped else "done"
-        accuracy = f", test accuracy {self.last_eval['accuracy']:.2%}" if self.last_eval else ""
+        known = self.last_eval.get("accuracy") is not None
+        accuracy = f", test accuracy {self.last_eval['accuracy']:.2%}" if known else ""
         print(
             f"{what}: {self.state.step} steps{accuracy}, {seconds:.0f} s\nrun folder: {self.folder.path}",
             file=sys.stderr,
             flush=True,
         )
+
+    # ---------------------------------------------------------------- what comes from outside
 
     def _on_signal(self, number: int, frame) -> None:
         if self.stop_asked and number == signal.SIGINT:

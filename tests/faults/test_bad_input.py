@@ -19,7 +19,7 @@ def refused(result, *says):
 @pytest.mark.parametrize(
     "setting, says",
     [
-        ("optim.lr=1", ["unknown key optim.lr", "allowed here: base_lr"]),
+        ("optim.lr=1", ["unknown key optim.lr", "allowed here: name, base_lr"]),
         ("optim.base_lr=-1", ["optim.base_lr = -1"]),
         ("optim.base_lr=.nan", ["optim.base_lr = nan"]),
         ("batch.samples_per_worker=0", ["batch.samples_per_worker = 0"]),

@@ -13,7 +13,7 @@ import torch
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.parallel import engine as engines
-from hpc_lbsgd.train.trainer import train
+from hpc_lbsgd.train.job import train
 
 jobs = [(recipes.read(path), run) for path, run in json.loads(Path(sys.argv[1]).read_text())]
 engine = engines.create(jobs[0][0].machine, jobs[0][0].determinism, torch.device("cpu"))

@@ -66,7 +66,7 @@ def state(step, **more):
 def test_round_trip_keeps_every_bit(folder):
     replica, other = make_replica(), make_replica()
     with torch.no_grad():
-        for tensor in [*replica.model.state_dict().values(), *replica.optimizer.velocity]:
+        for tensor in [*replica.model.state_dict().values(), *replica.optimizer.flats["momentum"]]:
             if tensor.is_floating_point():
                 tensor.uniform_(-1, 1)
     checkpoint.save(folder, replica, state(5), keep=2)

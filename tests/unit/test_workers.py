@@ -10,7 +10,7 @@ from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel.buckets import plan_layouts
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import models, step
-from hpc_lbsgd.train.optim import Sgd, no_decay_names
+from hpc_lbsgd.train.optim import no_decay_names
 from hpc_lbsgd.train.replica import Replica, RunningStatistics, weights_sha256
 from hpc_lbsgd.train.workers import GhostBatchNorm, PassContext, groups_in_step, make_virtual
 
@@ -100,7 +100,7 @@ def batches(recipe, point, seed=0):
     dtype = torch.float64 if recipe.precision == "float64" else torch.float32
     x = torch.randn(point.count, 1, 12, 12, dtype=dtype)
     y = torch.randint(0, 5, (point.count,))
-    for work in step.passes(point, 0, 1, recipe.machine.workers_per_pass):
+    for work in step.Passes(recipe, 0, 1).at(point):
         where = torch.cat([torch.arange(*point.worker_range(j)) for j in work.workers])
         yield x[where], y[where]
 
@@ -219,12 +219,12 @@ def test_a_non_finite_step_changes_nothing(engine, determinism):
     replica = Replica(recipe, 5, engine, CPU)
     point = point_of()
     before = weights_sha256(replica.model)
-    velocity = [v.clone() for v in replica.optimizer.velocity]
+    velocity = [v.clone() for v in replica.optimizer.flats["momentum"]]
     poisoned = [(x.index_fill(0, torch.tensor([0]), float("nan")), y) for x, y in batches(recipe, point)]
     outcome = step.Stepper(replica, recipe, iter(poisoned)).run(point)
     assert not outcome.finite and (outcome.bad_ranks, outcome.bad_rank) == (1, 0)
     assert weights_sha256(replica.model) == before
-    assert all(torch.equal(a, b) for a, b in zip(velocity, replica.optimizer.velocity, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(velocity, replica.optimizer.flats["momentum"], strict=True))
     assert step.Stepper(replica, recipe, batches(recipe, point)).run(point).finite
 
 
@@ -284,10 +284,43 @@ def test_layout_covers_every_parameter_aligned_and_in_backward_order():
     assert first_of == sorted(first_of)
 
 
-def test_sgd_never_touches_statistics(engine):
+@pytest.mark.parametrize("changes", [{}, {"machine__workers_per_pass": 4}])
+def test_decay_inside_the_loss_is_decay_of_the_gradient(engine, changes):
+    """Once over all workers, whatever the passes, tail included."""
+    a, b = (run_steps(engine, small_recipe(precision="float64", optim__decay_in=where, **changes))[0]
+            for where in ("gradient", "loss"))  # fmt: skip
+    for name, value in weights(a).items():
+        torch.testing.assert_close(weights(b)[name], value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("changes", [
+    {"precision": "bf16"}, {"optim__name": "adam", "optim__base_lr": 0.01}, {"optim__name": "lars"},
+    {"optim__form": "v"},
+    {"train__label_smoothing": 0.1}, {"train__ema_decay": 0.9}, {"machine__compile": "stages"},
+])  # fmt: skip
+def test_every_choice_trains(engine, changes):
+    """The loss on one batch falls, and stays the loss it was at the start where only precision differs."""
+    recipe = small_recipe(**changes)
+    replica = Replica(recipe, 5, engine, CPU)
+    losses = []
+    for i in range(12):
+        point = point_of(number=i, lr=0.05)
+        losses.append(step.Stepper(replica, recipe, batches(recipe, point)).run(point, 0.05).loss)
+    assert losses[-1] < losses[0] - 0.02, losses
+    if "precision" in changes or "machine__compile" in changes:
+        plain = run_steps(engine, small_recipe(), counts=(32,))[1][0].loss
+        assert losses[0] == pytest.approx(plain, rel=0.02)
+
+
+def test_optimizers_never_touch_statistics(engine):
     replica = Replica(small_recipe(), 5, engine, CPU)
-    assert isinstance(replica.optimizer, Sgd)
-    head = replica.buckets.buckets[0].layout.statistics
-    assert head > 0
-    assert all(w.data_ptr() >= replica.buckets.buckets[0].weights[head:].data_ptr() or w.data_ptr() == 0
-               for w, _, _, _ in replica.optimizer.parts[:1])  # fmt: skip
+    first = replica.buckets.buckets[0]
+    assert first.layout.statistics > 0
+    covered = sum(part.weights.numel() for part in replica.optimizer.parts)
+    assert covered == sum(b.layout.size - b.layout.statistics for b in replica.buckets.buckets)
+    start = first.weights[first.layout.statistics :].data_ptr()
+    end = first.weights.data_ptr() + first.weights.nbytes
+    inside = [
+        p.weights.data_ptr() for p in replica.optimizer.parts if first.weights.data_ptr() <= p.weights.data_ptr() < end
+    ]
+    assert inside and min(inside) >= start

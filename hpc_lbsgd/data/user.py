@@ -1,0 +1,87 @@
+"""A user's own data set: any object with a length that returns a sample by number.
+
+    def my_data(part):          # "train" or "eval"; named by data.dataset: package.module:my_data
+        return MyData(part)     # __len__() and sample(index, rng) -> (tensor, label); or __getitem__(index)
+
+Samples are asked for by the same global order as images. What is random must come from `rng`, a numpy Generator keyed
+by (seed, epoch, sample), so that it does not depend on ranks. Optional attributes: `classes` (names), `fingerprint`
+(a string that changes with the data).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from hpc_lbsgd.data.order import stream_key
+from hpc_lbsgd.data.storage import Request
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.imports import load
+
+PREFIX = "user:"  # in place of a manifest's path
+
+
+class UserSet:
+    """A user's data set, with what the trainer asks of a manifest."""
+
+    def __init__(self, name: str, part: str):
+        self.dataset = load(name, "data.dataset")(part)
+        self.path = PREFIX + part
+        if not hasattr(self.dataset, "__len__") or not (
+            hasattr(self.dataset, "sample") or hasattr(self.dataset, "__getitem__")
+        ):
+            raise RequestError(
+                f"data.dataset = {name}: what it returned for {part!r} ({type(self.dataset).__name__}) must have "
+                "__len__ and sample(index, rng) or __getitem__(index)"
+            )
+        self.classes = list(getattr(self.dataset, "classes", []))
+        own = getattr(self.dataset, "fingerprint", "")
+        self.fingerprint = hashlib.sha256(f"{name} {part} {len(self.dataset)} {own}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class UserLoader:
+    """Collects a user's samples into batches, in threads, `prefetch` batches ahead."""
+
+    def __init__(
+        self, data: UserSet, seed: int, threads: int, prefetch: int, channels_last: bool, device: torch.device
+    ):
+        self.dataset, self.seed, self.threads, self.device = data.dataset, seed, threads, device
+        self.ahead, self.channels_last = max(prefetch, threads), channels_last
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        waiting: deque[Future] = deque()
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="sample") as pool:
+            try:
+                for request in requests:
+                    waiting.append(pool.submit(self._make, request))
+                    if len(waiting) > self.ahead:
+                        yield self._place(waiting.popleft().result())
+                while waiting:
+                    yield self._place(waiting.popleft().result())
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _make(self, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = [self._sample(int(i), request.epoch) for i in request.samples]
+        inputs, labels = (torch.stack([torch.as_tensor(p[k]) for p in pairs]) for k in (0, 1))
+        return inputs, labels
+
+    def _sample(self, index: int, epoch: int):
+        if hasattr(self.dataset, "sample"):
+            return self.dataset.sample(index, np.random.default_rng(stream_key("user", self.seed, epoch, index)))
+        return self.dataset[index]
+
+    def _place(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, labels = batch
+        if self.channels_last and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return inputs.to(self.device), labels.to(self.device)

@@ -1,0 +1,94 @@
+"""`train`: one process of a job, from MPI's start to its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import traceback
+
+import torch
+
+from hpc_lbsgd.errors import EXIT_FAILED, EXIT_REQUEST, RequestError, RunError
+from hpc_lbsgd.parallel import engine as engines
+from hpc_lbsgd.parallel import world as worlds
+from hpc_lbsgd.parallel.agree import agree
+from hpc_lbsgd.recipe import Recipe
+from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.train.prepare import prepare
+from hpc_lbsgd.train.trainer import Trainer
+
+
+def train(name: str, recipe: Recipe, run: str | None = None, resume: bool = False, as_json: bool = False) -> int:
+    """Train `recipe` on all ranks of this job; returns the process's exit code.
+
+    name: of the recipe, for the run folder (default: runs/NAME-TIME). as_json: rank 0 prints how the run ended as
+    one JSON object. Collective: every rank calls it.
+    """
+    world = worlds.from_environment()
+    device = choose_device(world)
+    configure_torch(recipe, world, device)
+    engine = engines.create(recipe.machine, recipe.determinism, device)
+    folder = None
+    where = f"rank {engine.rank} on {socket.gethostname()}"
+    try:
+        found = agree(engine, lambda: prepare(name, recipe, run, resume, engine.size))
+        folder = RunFolder(found.run)
+        code = Trainer(name, found, engine, device).run()
+        if as_json and engine.rank == 0:
+            print(json.dumps({"run": found.run, **folder.status()}), flush=True)
+        engine.close()
+        return code
+    except RequestError as problem:  # on every rank alike: `agree` and `together` see to it
+        if engine.rank == 0:
+            print(f"hpc-lbsgd: {problem}", file=sys.stderr)
+        engine.close()
+        return EXIT_REQUEST
+    except RunError as problem:
+        if problem.everywhere:
+            if engine.rank == 0:
+                folder.claim_failure(rank=0, host=socket.gethostname(), error=str(problem))
+                print(f"hpc-lbsgd: {problem}", file=sys.stderr)
+            engine.close()
+            return EXIT_FAILED
+        fail(engine, folder, where, str(problem))
+    except BaseException as problem:
+        fail(engine, folder, where, f"{type(problem).__name__}: {problem}", traceback.format_exc())
+    return EXIT_FAILED
+
+
+def fail(engine, folder: RunFolder | None, where: str, message: str, trace: str = "") -> None:
+    """One rank cannot go on: say so, leave a record, and end all ranks (a job of one rank just ends)."""
+    print(f"{trace}hpc-lbsgd: {where}: {message}", file=sys.stderr, flush=True)
+    if folder is not None:
+        folder.claim_failure(rank=engine.rank, host=socket.gethostname(), error=message)
+    if engine.size > 1:
+        engine.abort(EXIT_FAILED)
+
+
+def choose_device(world: worlds.World) -> torch.device:
+    """The GPU of this rank's place on its node, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= world.local_rank:
+        raise RequestError(
+            f"rank {world.rank} is the {world.local_rank + 1}th on its node, which shows "
+            f"{torch.cuda.device_count()} GPUs: start at most one rank a GPU, and let every rank see all GPUs of its "
+            "node (--gpus-per-node, not --gpus-per-task)"
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def configure_torch(recipe: Recipe, world: worlds.World, device: torch.device) -> None:
+    exact = recipe.determinism != "off"
+    if device.type == "cpu":
+        # the number of threads changes the order of sums inside a kernel
+        default = 1 if recipe.determinism == "any-ranks" else worlds.cores_per_rank(world.local_size)
+        torch.set_num_threads(recipe.machine.threads or default)
+    if exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not exact
