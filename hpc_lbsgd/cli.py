@@ -81,6 +81,20 @@ def parser() -> argparse.ArgumentParser:
     with_run(p)
     with_json(p)
 
+    from hpc_lbsgd.reproduce.experiments import EXPERIMENTS, SCALES
+
+    p = command("reproduce", reproduce, help="a paper's table or figure on data you have; go on with the same command")
+    p.add_argument("experiment", choices=sorted(EXPERIMENTS))
+    p.add_argument("--scale", choices=sorted(SCALES), default="small", help="size (default: %(default)s)")
+    p.add_argument("--seeds", type=positive, default=3, help="runs a row (default: %(default)s)")
+    with_set(p)
+    p.add_argument("--out", type=Path, help="folder for runs, table and plot (default: runs/reproduce/SCALE)")
+    p.add_argument("--ranks", type=positive, help="ranks of a run (default: one a GPU; one on CPUs)")
+    p.add_argument("--jobs", type=positive, help="runs side by side (default: one a CPU core; one on GPUs)")
+    p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
+    p.add_argument("--list", action="store_true", help="print the runs that it takes, and stop")
+    with_json(p)
+
     p = command("launch", launch, help="compose and run the mpirun line of a job: launch --np 8 -- train RECIPE ...")
     p.add_argument("--np", type=positive, required=True, dest="ranks", help="ranks")
     where = p.add_mutually_exclusive_group()
@@ -231,6 +245,23 @@ def train(args) -> int:
     from hpc_lbsgd.train import job
 
     return job.train(Path(args.recipe).stem, recipe, args.run, args.resume, args.json)
+
+
+def reproduce(args) -> int:
+    from hpc_lbsgd.reproduce import run
+
+    return run.reproduce(
+        args.experiment,
+        args.scale,
+        args.seeds,
+        args.settings,
+        args.out,
+        args.ranks,
+        args.jobs,
+        args.oversubscribe,
+        args.list,
+        args.json,
+    )
 
 
 def launch(args) -> int:

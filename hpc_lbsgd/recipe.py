@@ -40,8 +40,8 @@ class Model(Section):
     package.module:function, which is called with (channels, classes) and returns a torch module"""
     widths: list[Count] | None = None
     """channels of resnet8's three blocks (default 16, 32, 64)"""
-    stem: Literal["plain", "pool"] = "plain"
-    """pool: resnet8 and resnet20 halve the picture after the first convolution, at a third of the cost"""
+    stem: Literal["plain", "pool", "stride"] = "plain"
+    """pool, stride: resnet8 and resnet20 halve the picture after the first convolution, or by it; cheaper"""
     zero_gamma: bool = True
     """start each residual block's last BatchNorm at gamma = 0 (Goyal et al. 2017, section 5.1)"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -253,3 +253,12 @@ def write(out: Path, root: Path, classes: list[str], paths: list[str], labels: l
         raise RequestError(
             f"cannot write {out}: {problem.strerror or problem}; choose another place with --out"
         ) from None
+
+
+def subset(source: Manifest, out: Path, count: int, seed: int = 0) -> Manifest:
+    """Write a manifest of `count` samples of `source`, chosen at random and kept in its order; files stay in place."""
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:count])
+    columns = source.table.take(chosen).to_pydict()
+    facts = zip(*(columns[name] for name in ("width", "height", "bytes", "checksum")), strict=True)
+    write(out, source.root, source.classes, columns["path"], columns["label"], list(facts))
+    return Manifest(out)

@@ -37,8 +37,13 @@ def from_environment(env: Mapping[str, str] = os.environ) -> World:
     return World(0, 1, 0, 1)
 
 
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def cores_per_rank(local_size: int) -> int:
     """Cores this rank may use. A launcher that binds ranks has cut the affinity mask already."""
-    mine = len(os.sched_getaffinity(0))
+    mine = cores()
     total = os.cpu_count() or mine
     return max(1, mine if mine < total else total // local_size)

@@ -31,13 +31,16 @@ class Block(nn.Module):
 class SmallResNet(nn.Module):
     """The CIFAR ResNet of 6n+2 layers (He et al. 2015, section 4.2), with projection shortcuts.
 
-    widths: channels of the three stages; blocks: n; stem 'pool': the picture is halved after the first convolution.
+    widths: channels of the three stages; blocks: n; stem 'pool' and 'stride': the picture is halved after the first
+    convolution, or by it.
     """
 
     def __init__(self, channels: int, classes: int, blocks: int, widths: list[int], stem: str, dropout: float):
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+            nn.Conv2d(channels, widths[0], 3, 2 if stem == "stride" else 1, 1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
         )
         if stem == "pool":
             self.stem.append(nn.MaxPool2d(2))

@@ -1,0 +1,101 @@
+"""An experiment as a picture. Files only: no window is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from hpc_lbsgd.reproduce.experiments import Experiment, Scale
+from hpc_lbsgd.reproduce.table import Line, Report
+from hpc_lbsgd.theory.tradeoff import Tradeoff
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SIZE = (7.0, 4.2)  # inches
+DPI = 110
+
+
+def draw(path: Path, experiment: Experiment, scale: Scale, report: Report) -> None:
+    panels = 2 if experiment.kind in ("curves", "tradeoff") else 1
+    figure, axes = plt.subplots(1, panels, figsize=(SIZE[0] * (1 + 0.5 * (panels - 1)), SIZE[1]), squeeze=False)
+    {"error": _errors, "batches": _batches, "curves": _curves, "tradeoff": _tradeoff}[experiment.kind](
+        axes[0], report, scale
+    )
+    figure.suptitle(f"{experiment.title} ({experiment.source}; scale {scale.name}, {report.seeds} seeds)", fontsize=10)
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def _curve(axis, line: Line, along: str) -> None:
+    c = line.curve
+    if not c:
+        return
+    mean, std = np.array(c["mean"]), np.array(c["std"])
+    (drawn,) = axis.plot(c[along], mean, marker="o", markersize=3, label=line.label)
+    axis.fill_between(c[along], mean - std, mean + std, alpha=0.2, color=drawn.get_color(), linewidth=0)
+
+
+def _limit(axis, lines: list[Line]) -> None:
+    """Room for the end of the curves: the first epochs would flatten them."""
+    ends = [e for x in lines if x.curve for e in x.curve["mean"]]
+    if ends:
+        axis.set_ylim(min(ends) - 1, np.quantile(ends, 0.9) + 5)
+
+
+def _errors(axes, report: Report, scale: Scale) -> None:
+    for line in report.lines:
+        _curve(axes[0], line, "epoch")
+    _limit(axes[0], report.lines)
+    axes[0].set(xlabel="epoch", ylabel="error, %")
+    axes[0].legend(fontsize=8)
+
+
+def _batches(axes, report: Report, scale: Scale) -> None:
+    axis, shown = axes[0], [x for x in report.lines if x.error is not None]
+    bars = [2 * (x.std or 0.0) for x in shown]
+    axis.errorbar([x.batch for x in shown], [x.error for x in shown], yerr=bars, marker="o", capsize=3)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="global batch kn", ylabel="error, % (± 2 standard deviations)")
+    lost = [x.batch for x in report.lines if x.error is None]
+    for batch in lost:
+        axis.axvline(batch, linestyle=":", color="tab:red", label="diverged" if batch == lost[0] else None)
+    if report.facts["break_point"]:
+        axis.axvline(report.facts["break_point"], linestyle="--", color="grey", label="break point")
+    axis.axvline(report.facts["reference_batch"], linestyle="-.", color="tab:green", label="reference batch")
+    axis.legend(fontsize=8)
+
+
+def _curves(axes, report: Report, scale: Scale) -> None:
+    for axis, along, label in ((axes[0], "epoch", "epoch"), (axes[1], "step", "updates")):
+        for line in report.lines:
+            _curve(axis, line, along)
+        _limit(axis, report.lines)
+        axis.set(xlabel=label, ylabel="error, %")
+    axes[1].set_xscale("log")
+    axes[0].legend(fontsize=8)
+
+
+def _tradeoff(axes, report: Report, scale: Scale) -> None:
+    shown = [x for x in report.lines if x.reached == x.runs]
+    frontier, facts = axes[0], report.facts
+    frontier.plot([x.steps for x in shown], [x.examples for x in shown], "o", label="measured")
+    for x in shown:
+        frontier.annotate(f"{x.batch}", (x.steps, x.examples), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    if "critical_batch" in facts:
+        fit = Tradeoff(facts["min_steps"], facts["min_examples"])
+        batches = np.geomspace(min(x.batch for x in shown) / 2, max(x.batch for x in shown) * 2, 100)
+        frontier.plot([fit.steps(b) for b in batches], [fit.examples(b) for b in batches], label="fit (eq. 2.11)")
+        axes[1].axvline(fit.critical_batch, color="tab:orange", label="B_crit")
+    frontier.set(xlabel="steps", ylabel="examples", xscale="log", yscale="log")
+    frontier.legend(fontsize=8)
+    axes[1].plot([x.batch for x in shown], [x.lr for x in shown], "o-", label="best learning rate")
+    if "noise_scale" in facts:
+        axes[1].axvline(facts["noise_scale"], color="tab:green", linestyle="--", label="B_simple")
+    axes[1].set(xlabel="global batch kn", ylabel="learning rate", xscale="log", yscale="log")
+    axes[1].legend(fontsize=8)

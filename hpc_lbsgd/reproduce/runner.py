@@ -1,0 +1,136 @@
+"""Runs the cells that are missing, several side by side; each is a `train` of its own, so that one that fails
+takes nothing with it, and one that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hpc_lbsgd.cluster.launch import Layout, compose, find_mpirun
+from hpc_lbsgd.data import fetch, manifest
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_STOPPED, RunError
+from hpc_lbsgd.parallel.world import cores
+from hpc_lbsgd.recipe import Recipe
+from hpc_lbsgd.records import write_atomically
+from hpc_lbsgd.reproduce.cells import Cell
+
+POLL_S = 0.5
+SMALL_SAMPLES = 20_000
+
+
+def prepare_small(recipe: Recipe) -> None:
+    """Fashion-MNIST, and the 20,000 of its images that the small tables use, if they are not there yet."""
+    target = Path(recipe.data.train)
+    if not target.exists() and target == Path(f"data/fashion-mnist/train-{SMALL_SAMPLES}.arrow"):
+        train, _ = fetch.fashion_mnist(target.parent)
+        manifest.subset(train, target, SMALL_SAMPLES)
+
+
+def run_cells(cells: list[Cell], ranks: int, jobs: int, oversubscribe: bool) -> int:
+    """Run what is not finished; EXIT_DONE, or EXIT_STOPPED after a signal. Raises RunError at the first failure
+    that is no result."""
+    unique = {c.folder.path: c for c in cells}
+    waiting = deque(c for c in unique.values() if not c.finished)
+    if not waiting:
+        return EXIT_DONE
+    running: dict[subprocess.Popen, tuple[Cell, int]] = {}
+    asked: list[int] = []
+    before = {s: signal.signal(s, lambda n, f: asked.append(n)) for s in (signal.SIGINT, signal.SIGTERM)}
+    done = len(unique) - len(waiting)
+    bar = tqdm(
+        total=len(unique),
+        initial=done,
+        unit="run",
+        bar_format="{l_bar}{bar}| {n:.1f} of {total} runs [{elapsed}, ETA {remaining}] {postfix}",
+        disable=None,
+    )
+    try:
+        while (waiting and not asked) or running:
+            while waiting and len(running) < jobs and not asked:
+                cell = waiting.popleft()
+                steps = cell.recipe.build_schedule(cell.recipe.data.samples).steps
+                running[start(cell, ranks, jobs, oversubscribe)] = (cell, steps)
+                bar.set_postfix_str("; ".join(c.name for c, _ in running.values()), refresh=False)
+            time.sleep(POLL_S)
+            for process, (cell, _) in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[process]
+                if cell.finished:
+                    done += 1
+                    say_done(bar, cell)
+                elif not asked:
+                    raise RunError(
+                        f"{cell.name}: train ended with {code}; see {log_of(cell)}. Finished runs are kept: start the "
+                        "same command again"
+                    )
+            bar.n = done + sum(cell.progress(steps) for cell, steps in running.values())
+            bar.refresh()
+            if asked:
+                stop(running)
+    finally:
+        stop(running, wait=True)
+        bar.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return EXIT_STOPPED if asked and (waiting or any(not c.finished for c in unique.values())) else EXIT_DONE
+
+
+def say_done(bar: tqdm, cell: Cell) -> None:
+    """A line a finished run where there is no bar to look at."""
+    if bar.disable:
+        result = cell.result
+        what = f"diverged at step {result.diverged_at}" if result.diverged_at is not None else "done"
+        error = f", error {result.error:.2f} %" if result.error is not None else ""
+        print(f"{cell.name}: {what}{error}, {result.seconds:.0f} s of training", file=sys.stderr, flush=True)
+
+
+def log_of(cell: Cell) -> Path:
+    return cell.folder.path.with_suffix(".log")
+
+
+def start(cell: Cell, ranks: int, jobs: int, oversubscribe: bool) -> subprocess.Popen:
+    """Start, or go on with, one cell."""
+    path = cell.folder.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recipe = path.with_suffix(".yaml")
+    write_atomically(recipe, cell.recipe.to_yaml())
+    program = [sys.executable, "-m", "hpc_lbsgd.cli", "train", str(recipe), "--run", str(path)]
+    threads = max(1, cores() // (jobs * ranks))
+    program += [
+        part
+        for key in ("threads", "loader_threads")
+        if getattr(cell.recipe.machine, key) is None and cell.recipe.determinism != "any-ranks"
+        for part in ("--set", f"machine.{key}={min(threads, 8)}")
+    ]
+    if cell.folder.exists():
+        program += ["--resume"]
+    line = compose(find_mpirun(), Layout(ranks, oversubscribe=oversubscribe), {}, program) if ranks > 1 else program
+    with open(log_of(cell), "ab") as log:
+        log.write(f"$ {shlex.join(line)}\n".encode())
+        log.flush()
+        return subprocess.Popen(line, stdout=log, stderr=log, env=os.environ, start_new_session=True)
+
+
+def stop(running: dict, wait: bool = False) -> None:
+    """Ask runs to stop at a safe point, once; with `wait`, until they have."""
+    for process in running:
+        if process.poll() is None and not getattr(process, "asked", False):
+            process.asked = True
+            process.send_signal(signal.SIGUSR2)
+    if wait:
+        for process in running:
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
