@@ -23,22 +23,26 @@ class Scale:
     smith_cap: int  # largest k of smith-momentum
     tradeoff: dict[int, int]  # k -> epochs of mccandlish-tradeoff
     target_loss: float  # training loss that mccandlish-tradeoff runs to
+    lr_max: float  # where its learning rates level off, without momentum
+    lr_turn: int  # k at half of that (eq. 2.6)
     noise_scale_steps: int  # how often mccandlish-tradeoff measures
     paper: bool = False  # the paper's own size: its figures belong to the same k
 
 
 SCALES = {
-    # 20,000 Fashion-MNIST images; n = 32, so kn = 64 is the reference and kn = 1024 the large batch
+    # 20,000 Fashion-MNIST images; n = 32, so kn = 32 is the reference and kn = 512 the large batch
     "small": Scale(
         name="small",
         goyal="reproduce-small",
         smith="reproduce-small-smith",
-        reference=2,
-        large=32,
+        reference=1,
+        large=16,
         figure=(1, 2, 4, 8, 16, 32, 64, 128),
         smith_cap=40,
         tradeoff={1: 1, 2: 1, 4: 2, 8: 2, 16: 3, 32: 4, 64: 7},
         target_loss=0.6,
+        lr_max=2.0,
+        lr_turn=8,
         noise_scale_steps=10,
     ),
     "cifar10": Scale(
@@ -51,6 +55,8 @@ SCALES = {
         smith_cap=40,
         tradeoff={1: 4, 4: 4, 8: 5, 16: 6, 32: 8, 64: 12, 128: 20},
         target_loss=0.8,
+        lr_max=2.0,
+        lr_turn=16,
         noise_scale_steps=20,
     ),
     "imagenet": Scale(
@@ -63,6 +69,8 @@ SCALES = {
         smith_cap=2048,
         tradeoff={8: 6, 32: 6, 128: 8, 512: 12, 1024: 18, 2048: 30},
         target_loss=3.0,
+        lr_max=64.0,
+        lr_turn=512,
         noise_scale_steps=100,
         paper=True,
     ),
@@ -166,9 +174,16 @@ def smith(scale: Scale, label: str, paper: str, **settings: Any) -> Row:
 
 def smith_schedules(scale: Scale) -> list[Row]:
     """Section 5.1: the learning rate decays, the batch grows once and then it decays, the batch grows."""
+    if scale.paper:
+        return [
+            Row("decaying-lr", "smith-imagenet-decaying-lr", {}, "78.7 / 77.8 %, 14,000 updates"),
+            Row("increasing-batch", "smith-imagenet-increasing-batch", {}, "78.1 / 76.8 %, under 6,000 updates"),
+        ]
+    _, lr, m, _ = smith_start(scale)
     variants = {
-        "Nesterov": {},
-        "SGD": {"optim__momentum": 0.0, "optim__nesterov": False},
+        "Nesterov": {"optim__nesterov": True},
+        # the same noise scale without momentum
+        "SGD": {"optim__momentum": 0.0, "optim__nesterov": False, "optim__base_lr": float(f"{lr / (1 - m):.6g}")},
     }
     rows = []
     for name, keys in variants.items():
@@ -216,10 +231,8 @@ LR_GRID = (0.5, 1.0, 2.0)  # the learning rate is tuned at every batch, as the t
 def mccandlish_tradeoff(scale: Scale) -> list[Row]:
     """Runs to one training loss at several batches and learning rates (section 2.3): plain SGD, constant rate."""
     rows = []
-    reference = base_lr(scale) / (1 - 0.9)  # what momentum SGD takes a step of, in the long run
     for workers, epochs in scale.tradeoff.items():
-        # the start of the grid: linear at small batches, flat at large ones (eq. 2.6)
-        middle = reference * (workers / scale.reference) / (1 + workers / max(scale.tradeoff))
+        middle = scale.lr_max / (1 + scale.lr_turn / workers)  # linear at small batches, flat at large ones
         for factor in LR_GRID:
             settings = {
                 "batch.workers": workers,
