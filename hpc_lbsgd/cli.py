@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     with_json(p)
 
     p = commands.add_parser("data", help="get, list and check a data set; print who gets which sample")
-    data = p.add_subparsers(dest="data_command", metavar="fetch|index|order", required=True)
+    data = p.add_subparsers(dest="data_command", metavar="fetch|index|pack|verify|order", required=True)
     p = data.add_parser("fetch", help="get a data set by name, as image files with a manifest")
     p.add_argument("name", choices=["fashion-mnist"])
     p.add_argument("--out", type=Path, help="folder to write to (default: data/NAME)")
@@ -49,6 +49,26 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="manifest file (default: DIR/manifest.arrow)")
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
     with_json(p).set_defaults(function=data_index)
+    p = data.add_parser("pack", help="a data set as a few tar shards with an index; goes on where it was stopped")
+    p.add_argument("manifest", help="manifest, or the folder that has one")
+    p.add_argument("out", type=Path, help="folder to write to")
+    stored = p.add_mutually_exclusive_group()
+    stored.add_argument("--jpeg", type=quality, metavar="QUALITY", help="re-encode as JPEG (1 to 95)")
+    stored.add_argument("--raw", action="store_true", help="store pixels, uint8: fastest to read, largest")
+    side = p.add_mutually_exclusive_group()
+    side.add_argument("--short-side", type=positive, metavar="PX", help="scale larger images down to this shorter side")
+    side.add_argument("--long-side", type=positive, metavar="PX", help="scale larger images down to this longer side")
+    p.add_argument("--grey", action="store_true", help="with --jpeg or --raw: one channel")
+    p.add_argument("--shard-mb", type=positive_float, default=256.0, help="size of a shard (default: %(default)g)")
+    p.add_argument("--processes", type=positive, help="packing processes (default: one a core)")
+    with_json(p).set_defaults(function=data_pack)
+    p = data.add_parser("verify", help="decode everything; list what is corrupt, odd or twice there")
+    p.add_argument("data", help="manifest, the folder that has one, or a DIR/CLASS/IMAGE tree")
+    p.add_argument(
+        "--exclude", action="store_true", help="write exclude.txt: what cannot be used is left out from now on"
+    )
+    p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
+    with_json(p).set_defaults(function=data_verify)
     p = data.add_parser("order", help="which samples a worker gets in an epoch, in order")
     p.add_argument("recipe", nargs="?", help="recipe; or give --samples, --workers and --samples-per-worker")
     with_set(p)
@@ -117,6 +137,13 @@ def not_negative(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text}: must not be negative")
+    return value
+
+
+def quality(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 95:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 to 95")
     return value
 
 
@@ -203,6 +230,23 @@ def data_index(args) -> int:
     from hpc_lbsgd.data import manifest
 
     return show_manifests(args, [manifest.index(args.dir, args.out, args.processes)])
+
+
+def data_pack(args) -> int:
+    from hpc_lbsgd.data import pack
+
+    kind = "raw" if args.raw else "jpeg" if args.jpeg else "keep"
+    encoding = pack.Encoding(kind, args.short_side, args.long_side, args.jpeg or 90, 1 if args.grey else 3)
+    return show_manifests(args, [pack.pack(args.manifest, args.out, encoding, args.shard_mb, args.processes)])
+
+
+def data_verify(args) -> int:
+    from hpc_lbsgd.data import verify
+
+    found = verify.verify(args.data, args.processes)
+    excluded = verify.write_excluded(found) if args.exclude else None
+    print(json.dumps(verify.as_json(found, excluded)) if args.json else verify.show(found, excluded))
+    return EXIT_FAILED if found.unusable and not args.exclude else EXIT_DONE
 
 
 def data_order(args) -> int:

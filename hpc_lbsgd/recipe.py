@@ -74,6 +74,8 @@ class Data(Section):
     """resized-crop: smallest and largest width / height"""
     eval_resize: Annotated[int, Field(ge=0)] = 256
     """evaluation: shorter side, before the centre crop; 0: images have their size already"""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """training images that cannot be read or decoded: end the run, or put another in its place and count it"""
     mean: list[float] = [123.675, 116.28, 103.53]
     """subtracted, by channel, on the scale of 0 to 255"""
     std: list[Positive] = [58.395, 57.12, 57.375]
@@ -230,6 +232,8 @@ class Machine(Section):
     """torch.compile, a residual stage at a time"""
     channels_last: bool = True
     """memory format of images and weights"""
+    stage_dir: str | None = None
+    """node-local folder; each node copies a packed set there once and reads it from there"""
     eval_batch: Count = 250
     """images in one evaluation pass"""
     stall_timeout_s: Positive = 600.0

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from hpc_lbsgd.data import augment
 from hpc_lbsgd.data.manifest import Manifest
-from hpc_lbsgd.data.storage import Folder, Request
+from hpc_lbsgd.data.order import stream_key
+from hpc_lbsgd.data.storage import Request, SampleError, open_storage
 from hpc_lbsgd.data.user import PREFIX, UserLoader, UserSet
 from hpc_lbsgd.errors import RequestError
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # images (B, C, H, W) float32, normalised; labels (B,) int64
+
+class Batch(NamedTuple):
+    images: torch.Tensor  # (B, C, H, W) float32, normalised
+    labels: torch.Tensor  # (B,) int64
+    replaced: int = 0  # samples that could not be had, with others in their place
+
+
+class Fetched(NamedTuple):
+    """A request with its bytes."""
+
+    asked: Request
+    given: Request  # the same, with other samples in place of those that cannot be had
+    contents: list[np.ndarray]  # a sample each
+
+    @property
+    def replaced(self) -> int:
+        return int((self.asked.samples != self.given.samples).sum())
 
 
 class Loader(Protocol):
@@ -28,7 +45,44 @@ class Source:
 
     def __init__(self, data, manifest: Manifest, seed: int, train: bool):
         self.data, self.manifest, self.seed, self.train = data, manifest, seed, train
-        self.storage = Folder(manifest)
+        self.storage = open_storage(manifest)
+        self.raw = manifest.raw_channels is not None
+        self._bad: set[int] = set()
+
+    # ------------------------------------------------------------ samples and their bytes
+
+    def fetch(self, request: Request) -> Fetched:
+        """The bytes of a request; a sample known to be bad is replaced, one that cannot be read becomes known."""
+        given, contents = [], []
+        for sample in request.samples.tolist():
+            while True:
+                candidate = self.stand_in(request.epoch, sample)
+                try:
+                    contents.append(self.storage.read(candidate))
+                    break
+                except SampleError as problem:
+                    self.refuse(problem)
+            given.append(candidate)
+        return Fetched(request, Request(request.epoch, np.array(given, np.int64)), contents)
+
+    def refuse(self, problem: SampleError) -> None:
+        """A sample cannot be read or decoded: end the run (data.on_bad_image = error), or never ask for it again."""
+        if self.data.on_bad_image == "error" or not self.train:
+            raise problem
+        self._bad.add(problem.sample)
+        if len(self._bad) == len(self.manifest):
+            raise problem
+
+    def stand_in(self, epoch: int, sample: int) -> int:
+        """`sample`, or where it is bad the first good one of a sequence that depends on (seed, epoch, sample) alone:
+        the same on any rank, in any batch."""
+        candidate, attempt = sample, 0
+        while candidate in self._bad:
+            attempt += 1
+            candidate = stream_key("stand-in", self.seed, epoch, sample, attempt) % len(self.manifest)
+        return candidate
+
+    # ------------------------------------------------------------ what is made of them
 
     @property
     def resizes(self) -> bool:
@@ -55,7 +109,11 @@ def open_set(recipe, path: str | Path) -> Manifest | UserSet:
 
 
 def check_sizes(data, manifest: Manifest, train: bool) -> None:
-    """Refuse images of the wrong size where nothing resizes them, before any step."""
+    """Refuse images of the wrong size where nothing resizes them, and raw pixels of the wrong depth."""
+    if manifest.raw_channels not in (None, data.channels):
+        raise RequestError(
+            f"data.channels = {data.channels}, but {manifest.path} is packed raw with {manifest.raw_channels}"
+        )
     if Source(data, manifest, 0, train).resizes:
         return
     wrong = np.flatnonzero((manifest.widths != data.image_size) | (manifest.heights != data.image_size))

@@ -2,6 +2,9 @@
 
 A manifest is one Arrow file, mapped into memory, never read whole: at 1.28 million images each rank of a node
 shares the same pages. Rows are sorted by class and name, so a manifest is a function of the files alone.
+
+Images lie in files below `root`, or in tar shards there (`data pack`, or an archive that was indexed): then two more
+columns say in which shard and where. A file `exclude.txt` beside a manifest (`data verify`) takes rows away.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from hpc_lbsgd.errors import RequestError
@@ -37,6 +42,8 @@ SCHEMA = pa.schema(
         ("checksum", pa.uint64()),
     ]
 )
+PACKED_SCHEMA = SCHEMA.append(pa.field("shard", pa.int32())).append(pa.field("offset", pa.int64()))
+EXCLUDE = "exclude.txt"  # one path a line; what follows a tab is the reason
 
 
 def checksum(data: bytes | np.ndarray) -> int:
@@ -56,6 +63,22 @@ class Manifest:
             raise RequestError(f"{path}: not a manifest ({problem}); make one with: hpc-lbsgd data index DIR") from None
         self.root = (self.path.parent / self.header["root"]).resolve()
         self.classes: list[str] = self.header["classes"]
+        self.excluded: list[str] = []
+        if unwanted := read_excluded(self.path.parent):
+            gone = pc.is_in(self.table.column("path"), value_set=pa.array(sorted(unwanted), pa.large_string()))
+            self.excluded = self.table.filter(gone).column("path").to_pylist()
+            if self.excluded:
+                self.table = self.table.filter(pc.invert(gone)).combine_chunks()
+
+    @property
+    def shards(self) -> list[dict]:
+        """Names (below root), bytes and checksums of the tar files; empty for image files."""
+        return self.header.get("shards", [])
+
+    @property
+    def raw_channels(self) -> int | None:
+        """1 or 3 where samples are pixels, not encoded images."""
+        return self.header.get("raw_channels")
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -79,35 +102,67 @@ class Manifest:
     def sizes(self) -> np.ndarray:
         return self._column("bytes")
 
+    @cached_property
+    def checksums(self) -> np.ndarray:
+        return self._column("checksum")
+
+    @cached_property
+    def shard_of(self) -> np.ndarray:
+        return self._column("shard")
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        return self._column("offset")
+
+    def key(self, index: int) -> str:
+        """A sample's path as the manifest has it."""
+        return self.table.column("path")[int(index)].as_py()
+
     def file(self, index: int) -> str:
-        """Absolute path of one sample."""
-        return os.path.join(self.root, self.table.column("path")[int(index)].as_py())
+        """Where one sample lies, for people: its absolute path, or its shard's with the sample's own behind a colon."""
+        if self.shards:
+            return f"{self.root / self.shards[self.shard_of[index]]['name']}:{self.key(index)}"
+        return os.path.join(self.root, self.key(index))
 
     @cached_property
     def fingerprint(self) -> str:
         """What the data is, wherever it lies: names, labels, sizes and checksums of all samples."""
-        return self.header["fingerprint"]
+        if not self.excluded:
+            return self.header["fingerprint"]
+        left_out = json.dumps(self.excluded)
+        return hashlib.sha256(f"{self.header['fingerprint']} without {left_out}".encode()).hexdigest()
 
     def check_files(self) -> None:
-        """Refuse a manifest whose files are gone or have another size. Looks at all files up to 100,000,
-        else at that many chosen at random; content is `data verify`'s matter."""
-        chosen = range(len(self))
-        if len(self) > FILES_CHECKED_AT_START:
-            chosen = random.Random(0).sample(chosen, FILES_CHECKED_AT_START)
-        sizes, problems = self.sizes, []
-        for i in chosen:
+        """Refuse a manifest whose files are gone or have another size. Looks at all shards, or all files up to
+        100,000, else at that many chosen at random; content is `data verify`'s matter."""
+        if self.shards:
+            expected = [(str(self.root / s["name"]), s["bytes"]) for s in self.shards]
+        else:
+            chosen = range(len(self))
+            if len(self) > FILES_CHECKED_AT_START:
+                chosen = random.Random(0).sample(chosen, FILES_CHECKED_AT_START)
+            expected = ((self.file(i), int(self.sizes[i])) for i in chosen)
+        problems = []
+        for path, size in expected:
             try:
-                found = os.stat(self.file(i)).st_size
+                found = os.stat(path).st_size
             except OSError:
-                problems.append(f"{self.file(i)}: missing")
+                problems.append(f"{path}: missing")
                 continue
-            if found != sizes[i]:
-                problems.append(f"{self.file(i)}: {found} bytes, the manifest says {sizes[i]}")
+            if found != size:
+                problems.append(f"{path}: {found} bytes, the manifest says {size}")
         if problems:
-            raise RequestError(
-                f"{self.path} no longer matches its files; index again "
-                f"(hpc-lbsgd data index {self.root}):\n{listed(problems)}"
-            )
+            again = "pack or copy them again" if self.shards else f"index again (hpc-lbsgd data index {self.root})"
+            raise RequestError(f"{self.path} no longer matches its files; {again}:\n{listed(problems)}")
+
+
+def read_excluded(folder: Path) -> set[str]:
+    """Paths that `exclude.txt` in a folder names; none where it is not there."""
+    try:
+        lines = (folder / EXCLUDE).read_text().splitlines()
+    except FileNotFoundError:
+        return set()
+    return {line.split("\t")[0] for line in lines if line.strip()}
 
 
 def listed(problems: list[str]) -> str:
@@ -170,30 +225,49 @@ def has_end(image_format: str | None, data: bytes) -> bool:
     return True
 
 
+class Facts(NamedTuple):
+    """What decoding an image says of it."""
+
+    width: int
+    height: int
+    format: str  # JPEG, PNG ...
+    mode: str  # RGB, L, CMYK, I;16 ... (Pillow's names)
+
+
+def decode(data: bytes) -> Facts:
+    """Decode an image to its last row. Raises ValueError with what is wrong with it."""
+    import io
+
+    from PIL import Image
+
+    if not len(data):
+        raise ValueError("empty file")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.verify()  # chunk checksums, where the format has them
+        if not has_end(image.format, data):
+            raise ValueError("image file is truncated (no end marker)")
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return Facts(image.width, image.height, image.format, image.mode)
+    except Exception as problem:  # PIL raises many kinds; each means: not usable as an image
+        raise ValueError(str(problem)) from None
+
+
 def examine(root: str, paths: list[str]) -> list[tuple[int, int, int, int] | str]:
     """For each file (width, height, bytes, checksum), or a sentence about what is wrong with it.
 
     Every image is decoded to its last row: a truncated file is found here and not at hour three.
     """
-    import io
-
-    from PIL import Image
-
     results = []
     for path in paths:
         try:
             with open(os.path.join(root, path), "rb") as f:
                 data = f.read()
-            with Image.open(io.BytesIO(data)) as image:
-                image.verify()  # chunk checksums, where the format has them
-            if not has_end(image.format, data):
-                raise ValueError("image file is truncated (no end marker)")
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                results.append((image.width, image.height, len(data), checksum(data)))
-        except Exception as problem:  # PIL raises many kinds; each means: not usable as an image
-            reason = "empty file" if not isinstance(problem, FileNotFoundError) and not data else str(problem)
-            results.append(reason)
+            facts = decode(data)
+            results.append((facts.width, facts.height, len(data), checksum(data)))
+        except (OSError, ValueError) as problem:
+            results.append(str(problem))
     return results
 
 
@@ -205,6 +279,10 @@ def index(root: str | os.PathLike, out: str | os.PathLike | None = None, process
     root = Path(root)
     out = Path(out) if out else root / FILE_NAME
     classes, paths, labels = scan(root)
+    excluded = read_excluded(root)
+    if excluded:
+        kept = [i for i, path in enumerate(paths) if path not in excluded]
+        paths, labels = [paths[i] for i in kept], [labels[i] for i in kept]
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     rows: list = []
     processes = min(processes or len(os.sched_getaffinity(0)), len(chunks))
@@ -224,8 +302,8 @@ def index(root: str | os.PathLike, out: str | os.PathLike | None = None, process
     problems = [f"{root / p}: {r}" for p, r in zip(paths, rows, strict=True) if isinstance(r, str)]
     if problems:
         raise RequestError(
-            f"{len(problems)} of {len(paths)} images cannot be read; mend or remove them, then index "
-            f"again:\n{listed(problems)}"
+            f"{len(problems)} of {len(paths)} images cannot be read; mend or remove them, or have them left out "
+            f"(hpc-lbsgd data verify {root} --exclude), then index again:\n{listed(problems)}"
         )
     write(out, root, classes, paths, labels, rows)
     return Manifest(out)

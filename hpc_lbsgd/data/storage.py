@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import resource
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from hpc_lbsgd.data.manifest import Manifest
-from hpc_lbsgd.errors import RunError
+from hpc_lbsgd.errors import RequestError, RunError
 
 READERS = 4  # threads that read ahead; they wait for the file system, not for the processor
+SPARE_FILES = 256  # descriptors left to everything else
 
 
 class Request(NamedTuple):
@@ -23,20 +27,25 @@ class Request(NamedTuple):
     samples: np.ndarray
 
 
+class SampleError(RunError):
+    """One sample cannot be had. `sample`: its index."""
+
+    def __init__(self, sample: int, message: str):
+        super().__init__(message)
+        self.sample = sample
+
+
 class Folder:
     """Image files below a manifest's root."""
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
 
-    def name(self, sample: int) -> str:
-        return self.manifest.file(sample)
+    def read(self, sample: int) -> np.ndarray:
+        """The encoded image, uint8 (bytes,)."""
+        return self.content(sample)
 
-    def read(self, samples: np.ndarray) -> list[np.ndarray]:
-        """Encoded images, one uint8 array a sample."""
-        return [self._read_one(int(i)) for i in samples]
-
-    def _read_one(self, sample: int) -> np.ndarray:
+    def content(self, sample: int) -> np.ndarray:
         path, expected = self.manifest.file(sample), int(self.manifest.sizes[sample])
         try:
             # bare system calls: np.fromfile takes five times as long for a small file
@@ -46,21 +55,89 @@ class Folder:
             finally:
                 os.close(descriptor)
         except OSError as problem:
-            raise RunError(f"cannot read a sample: {problem}. Is the data still there?") from None
+            raise SampleError(sample, f"cannot read a sample: {problem}. Is the data still there?") from None
         if len(content) != expected:
-            raise RunError(
-                f"{path}: {len(content)} bytes or more, {expected} when it was indexed. Index the data again"
+            raise SampleError(
+                sample, f"{path}: {len(content)} bytes or more, {expected} when it was indexed. Index the data again"
             )
         return np.frombuffer(content, np.uint8)
 
 
-def read_ahead(storage: Folder, requests: Iterable[Request], depth: int) -> Iterator[tuple[Request, list[np.ndarray]]]:
-    """Requests with their bytes, in order, up to `depth` of them read before they are asked for."""
+class Shards:
+    """Samples inside tar files, read where they lie: one descriptor a shard, opened when first needed."""
+
+    def __init__(self, manifest: Manifest, root: Path | None = None):
+        self.manifest, self.root = manifest, root or manifest.root
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+        allow_open_files(len(manifest.shards))
+
+    def read(self, sample: int) -> np.ndarray:
+        """The encoded image, uint8 (bytes,); or pixels, uint8 (H, W, C), where the set is packed raw."""
+        m, data = self.manifest, self.content(sample)
+        if m.raw_channels:
+            shape = int(m.heights[sample]), int(m.widths[sample]), m.raw_channels
+            return data[-shape[0] * shape[1] * shape[2] :].reshape(shape)  # behind the header of a .npy file
+        return data
+
+    def content(self, sample: int) -> np.ndarray:
+        """All bytes of the tar member, uint8 (bytes,)."""
+        m = self.manifest
+        size = int(m.sizes[sample])
+        try:
+            content = os.pread(self._descriptor(int(m.shard_of[sample])), size, int(m.offsets[sample]))
+        except OSError as problem:
+            raise SampleError(sample, f"cannot read {m.file(sample)}: {problem}. Is the shard still there?") from None
+        if len(content) != size:
+            raise SampleError(
+                sample,
+                f"{m.file(sample)}: {len(content)} bytes of {size}: the shard is shorter than when it was packed",
+            )
+        return np.frombuffer(content, np.uint8)
+
+    def _descriptor(self, shard: int) -> int:
+        found = self._descriptors.get(shard)
+        if found is None:
+            with self._lock:
+                found = self._descriptors.get(shard)
+                if found is None:
+                    found = os.open(self.root / self.manifest.shards[shard]["name"], os.O_RDONLY | os.O_CLOEXEC)
+                    self._descriptors[shard] = found
+        return found
+
+    def __del__(self):
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+
+def allow_open_files(shards: int) -> None:
+    """Raise this process's limit of open files to hold all shards, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = shards + SPARE_FILES
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise RequestError(
+            f"{shards} shards need as many open files, and the limit is {hard} (ulimit -Hn): pack into larger shards "
+            "(--shard-mb)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def open_storage(manifest: Manifest) -> Folder | Shards:
+    return Shards(manifest) if manifest.shards else Folder(manifest)
+
+
+def read_ahead(storage, requests: Iterable[Request], depth: int) -> Iterator[tuple[Request, list]]:
+    """Requests with what `storage.read_all` makes of them, in order, up to `depth` read before they are asked for.
+
+    A request that fails raises when its turn comes.
+    """
     waiting: deque[tuple[Request, Future]] = deque()
     with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
         try:
             for request in requests:
-                waiting.append((request, pool.submit(storage.read, request.samples)))
+                waiting.append((request, pool.submit(storage, request)))
                 if len(waiting) > depth:
                     ready, future = waiting.popleft()
                     yield ready, future.result()

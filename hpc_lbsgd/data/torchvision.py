@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from hpc_lbsgd.data.loader import Batch, Source
-from hpc_lbsgd.data.storage import Request, read_ahead
-from hpc_lbsgd.errors import RunError
+from hpc_lbsgd.data.loader import Batch, Fetched, Source
+from hpc_lbsgd.data.storage import Request, SampleError, read_ahead
 
 
 class TorchvisionLoader:
@@ -32,8 +31,8 @@ class TorchvisionLoader:
         waiting: deque[Future] = deque()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
             try:
-                for request, encoded in read_ahead(self.source.storage, requests, depth=self.ahead):
-                    waiting.append(pool.submit(self._make, request, encoded))
+                for _, fetched in read_ahead(self.source.fetch, requests, depth=self.ahead):
+                    waiting.append(pool.submit(self._make, fetched))
                     if len(waiting) > self.ahead:
                         yield self._place(waiting.popleft().result())
                 while waiting:
@@ -43,28 +42,41 @@ class TorchvisionLoader:
                     future.cancel()
 
     def _place(self, batch: Batch) -> Batch:
-        return batch[0].to(self.device), batch[1].to(self.device)
+        return Batch(batch.images.to(self.device), batch.labels.to(self.device), batch.replaced)
 
-    def _make(self, request: Request, encoded: list[np.ndarray]) -> Batch:
-        data, w = self.source.data, self.source.windows(request)
-        images = torch.empty(len(encoded), data.channels, data.image_size, data.image_size)
-        for i, content in enumerate(encoded):
-            image = self._decode(content, int(request.samples[i]))
+    def _make(self, fetched: Fetched) -> Batch:
+        while True:
+            try:
+                pixels = [
+                    self._decode(content, sample)
+                    for content, sample in zip(fetched.contents, fetched.given.samples.tolist(), strict=True)
+                ]
+                break
+            except SampleError as problem:
+                self.source.refuse(problem)
+                fetched = self.source.fetch(fetched.asked)
+        data, request = self.source.data, fetched.given
+        w = self.source.windows(request)
+        images = torch.empty(len(pixels), data.channels, data.image_size, data.image_size)
+        for i, image in enumerate(pixels):
             image = F.crop(image, int(w.y[i]), int(w.x[i]), int(w.h[i]), int(w.w[i]))  # black outside the image
             if self.source.resizes:
                 image = F.resize(image, [data.image_size] * 2, antialias=True)
             images[i] = F.horizontal_flip(image) if w.flip[i] else image
         images = images.sub_(self.mean).div_(self.std).contiguous(memory_format=self.memory_format)
-        return images, torch.from_numpy(self.source.labels(request))
+        return Batch(images, torch.from_numpy(self.source.labels(request)), fetched.replaced)
 
     def _decode(self, content: np.ndarray, sample: int) -> torch.Tensor:
         """(C, H, W) float32 on the scale of 0 to 255, so that resizing does not round."""
+        if self.source.raw:
+            return torch.from_numpy(content.astype(np.float32)).permute(2, 0, 1)
         try:
             with Image.open(io.BytesIO(content)) as image:
                 pixels = np.array(image.convert("L" if self.source.data.channels == 1 else "RGB"), np.float32)
         except Exception as problem:  # PIL raises many kinds
-            raise RunError(
-                f"{self.source.storage.name(sample)}: cannot be decoded ({problem}); it changed since it was "
-                "indexed. Mend it or remove it and index again"
+            raise SampleError(
+                sample,
+                f"{self.source.manifest.file(sample)}: cannot be decoded ({problem}); it changed since it was "
+                "indexed. Mend it, or have it left out (hpc-lbsgd data verify), and index again",
             ) from None
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)

@@ -56,7 +56,7 @@ class UserLoader:
         self.dataset, self.seed, self.threads, self.device = data.dataset, seed, threads, device
         self.ahead, self.channels_last = max(prefetch, threads), channels_last
 
-    def batches(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         waiting: deque[Future] = deque()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="sample") as pool:
             try:
@@ -80,8 +80,8 @@ class UserLoader:
             return self.dataset.sample(index, np.random.default_rng(stream_key("user", self.seed, epoch, index)))
         return self.dataset[index]
 
-    def _place(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _place(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:
         inputs, labels = batch
         if self.channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return inputs.to(self.device), labels.to(self.device)
+        return inputs.to(self.device), labels.to(self.device), 0  # a user's own samples are never replaced

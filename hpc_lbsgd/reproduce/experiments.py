@@ -30,13 +30,13 @@ class Scale:
 
 
 SCALES = {
-    # 20,000 Fashion-MNIST images; n = 32, so kn = 32 is the reference and kn = 512 the large batch
+    # 20,000 Fashion-MNIST images; n = 32, so kn = 32 is the reference and kn = 256 the large batch
     "small": Scale(
         name="small",
         goyal="reproduce-small",
         smith="reproduce-small-smith",
         reference=1,
-        large=16,
+        large=8,
         figure=(1, 2, 4, 8, 16, 32, 64, 128),
         smith_cap=40,
         tradeoff={1: 1, 2: 1, 4: 2, 8: 2, 16: 3, 32: 4, 64: 7},

@@ -67,6 +67,10 @@ class Display:
             accuracy += f"of averaged weights {r['ema_accuracy']:.2%}  "
         self._say(f"epoch {r['epoch']}/{self.epochs}  test loss {r['loss']:.4f}  {accuracy}({r['samples']} samples)")
 
+    def _epoch(self, r: dict) -> None:
+        if r.get("replaced"):
+            self._say(f"epoch {r['epoch'] + 1}: {r['replaced']} images could not be read; others stood in for them")
+
     def _checkpoint(self, r: dict) -> None:
         self._say(f"checkpoint at step {r['step']}: {r['path']}")
 

@@ -31,7 +31,7 @@ def evaluate(replica: Replica, loader: Loader, samples: int, batch: int, precisi
     sums = torch.zeros(4, dtype=torch.float64, device=replica.device)  # loss, right answers, samples, classified
     model.eval()
     with torch.no_grad():
-        for images, labels in loader.batches(requests(samples, batch, engine.rank, engine.size)):
+        for images, labels, _ in loader.batches(requests(samples, batch, engine.rank, engine.size)):
             with torch.autocast(replica.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 outputs = model(images.double() if precision == "float64" else images)
             outputs = outputs if outputs.dtype == torch.float64 else outputs.float()

@@ -20,7 +20,7 @@ from hpc_lbsgd.train.replica import Replica
 from hpc_lbsgd.train.workers import groups_in_step
 
 # The control vector: summed once a step, beside the gradients. All ranks decide from the sums alone.
-LOSS, COUNT, BAD_RANKS, BAD_RANK_SUM, STOP, CHECKPOINT, SQUARES = range(7)
+LOSS, COUNT, BAD_RANKS, BAD_RANK_SUM, STOP, CHECKPOINT, SQUARES, REPLACED = range(8)
 
 # Losses and squared norms are rounded to multiples of these: below 2^53 units their sum is exact in float64, in any
 # order, so that not even a log depends on the rank count.
@@ -84,6 +84,7 @@ class Outcome:
     stop: bool
     checkpoint: bool
     measurement: noise.Measurement | None
+    replaced: int  # samples that could not be had (data.on_bad_image = skip)
     data_wait_s: float  # on this rank
     exposed_comm_s: float  # from the end of this rank's backward until all sums are there
 
@@ -111,7 +112,7 @@ class Stepper:
         self.loss_decay = recipe.optim.weight_decay if recipe.optim.decay_in == "loss" else 0.0
         self.dtype = torch.float64 if recipe.precision == "float64" else torch.float32
         self.autocast = recipe.precision == "bf16"
-        self.control = torch.zeros(7, dtype=torch.float64, device=replica.device)
+        self.control = torch.zeros(8, dtype=torch.float64, device=replica.device)
 
     def run(self, point: Point, previous_lr: float = 0.0, stop: bool = False, checkpoint: bool = False) -> Outcome:
         """One step. The weights change only if every rank's loss and gradients are finite.
@@ -123,12 +124,13 @@ class Stepper:
         work, measured = self.passes.at(point), self.passes.measures(point)
         groups = groups_in_step(point, self.bn_group)
         loss_sum, squares = torch.zeros(2, dtype=torch.float64, device=replica.device)
-        data_wait_s = 0.0
+        data_wait_s, replaced = 0.0, 0
         buckets.begin(point.workers)
         for i, (workers, counts) in enumerate(work):
             before = time.perf_counter()
             self.mark("data", point.step)
-            images, labels = next(self.batches)
+            images, labels, stand_ins = next(self.batches)
+            replaced += stand_ins
             data_wait_s += time.perf_counter() - before
             self.mark("compute", point.step)
             replica.context.begin(point.step, workers, counts, groups)
@@ -152,7 +154,7 @@ class Stepper:
         control[BAD_RANKS] = bad
         control[BAD_RANK_SUM] = bad * self.engine.rank
         control[STOP], control[CHECKPOINT] = float(stop), float(checkpoint)
-        control[SQUARES] = squares
+        control[SQUARES], control[REPLACED] = squares, replaced
         handle = self.engine.start_sum(control, "control")
         finite = buckets.finish()
         self.engine.wait(handle)
@@ -171,6 +173,7 @@ class Stepper:
             stop=sums[STOP] > 0,
             checkpoint=sums[CHECKPOINT] > 0,
             measurement=self._measurement(point, sums[SQUARES], sums[-2]) if measured and ok else None,
+            replaced=round(sums[REPLACED]),
             data_wait_s=data_wait_s,
             exposed_comm_s=exposed_comm_s,
         )

@@ -270,10 +270,10 @@ class Trainer:
             self._write("event", event="resume", **facts)
 
     def _record(self, point: Point, outcome: Outcome, seconds: float) -> None:
-        extra = {}
+        extra = {"replaced": outcome.replaced} if outcome.replaced else {}
         if outcome.measurement:
             self.state.noise = [*self.state.noise, list(outcome.measurement)][-self.recipe.train.noise_scale_window :]
-            extra = {"noise_trace": outcome.measurement.trace, "noise_square": outcome.measurement.square}
+            extra |= {"noise_trace": outcome.measurement.trace, "noise_square": outcome.measurement.square}
             scale = self._noise_scale()
             if scale:
                 extra |= {"noise_scale": scale.value, "noise_scale_low": scale.low, "noise_scale_high": scale.high}
@@ -293,13 +293,15 @@ class Trainer:
             **extra,
         )
         if self.lead:
-            self.epoch_steps.append((outcome.loss, outcome.count, seconds))
+            self.epoch_steps.append((outcome.loss, outcome.count, seconds, outcome.replaced))
 
     def _write_epoch(self, epoch: int) -> None:
         if self.lead:
-            samples, seconds = (sum(s[k] for s in self.epoch_steps) for k in (1, 2))
+            samples, seconds, replaced = (sum(s[k] for s in self.epoch_steps) for k in (1, 2, 3))
             loss = sum(s[0] * s[1] for s in self.epoch_steps) / samples
             rate = {"samples": samples, "seconds": seconds, "images_per_s": samples / seconds}
+            if replaced:
+                rate["replaced"] = replaced
             self._write("epoch", step=self.state.step, epoch=epoch, loss=loss, **rate)
             self.epoch_steps = []
 

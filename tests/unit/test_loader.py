@@ -33,7 +33,7 @@ def photos(tmp_path_factory):
 
 def make(data: Data, m, kind: str, train: bool, requests: list[Request], max_batch: int = 8, channels_last=True):
     made = loader.create(data.model_copy(update={"loader": kind}), m, 3, train, max_batch, 1, 2, channels_last, CPU)
-    return [(x.clone(), y.clone()) for x, y in made.batches(requests)]
+    return [(x.clone(), y.clone()) for x, y, _ in made.batches(requests)]
 
 
 def requests_of(samples: list[list[int]], epoch: int = 2) -> list[Request]:
@@ -81,8 +81,8 @@ def test_drained_loader_starts_again(photos):
     data = Data(image_size=64)
     for kind in ("dali", "torchvision"):
         made = loader.create(data.model_copy(update={"loader": kind}), photos, 3, False, 8, 1, 2, False, CPU)
-        first = [x.clone() for x, _ in made.batches(requests_of([[1, 2], [3]]))]
-        again = [x.clone() for x, _ in made.batches(requests_of([[1, 2], [3]]))]
+        first = [x.clone() for x, _, _ in made.batches(requests_of([[1, 2], [3]]))]
+        again = [x.clone() for x, _, _ in made.batches(requests_of([[1, 2], [3]]))]
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

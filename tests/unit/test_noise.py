@@ -144,7 +144,7 @@ def test_agrees_with_brute_force_at_frozen_weights(engine):  # noqa: F811
     for i in range(100):
         chosen = torch.randint(0, 600, (32,))
         point = Point(i, 0, i, 1e-300, 0.9, 8, 4, 0, 32)
-        parts = iter([(x[chosen[j : j + 4]], y[chosen[j : j + 4]]) for j in range(0, 32, 4)])
+        parts = iter([(x[chosen[j : j + 4]], y[chosen[j : j + 4]], 0) for j in range(0, 32, 4)])
         measured.append(step.Stepper(replica, recipe, parts).run(point).measurement)
     found = noise_scale(measured)
     assert found.low < truth < found.high

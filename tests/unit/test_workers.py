@@ -102,7 +102,7 @@ def batches(recipe, point, seed=0):
     y = torch.randint(0, 5, (point.count,))
     for work in step.Passes(recipe, 0, 1).at(point):
         where = torch.cat([torch.arange(*point.worker_range(j)) for j in work.workers])
-        yield x[where], y[where]
+        yield x[where], y[where], 0
 
 
 def point_of(workers=4, count=32, number=0, lr=0.1):
@@ -202,13 +202,13 @@ def test_sgd_is_torchs_sgd_with_decay_on_weights_only(engine):
         for i in range(4):
             lr = 0.1 / (i + 1)
             point = Point(i, 0, i, lr, momentum, 1, 32, 0, 32)
-            ((x, y),) = batches(recipe, point, i)
+            ((x, y, _),) = batches(recipe, point, i)
             for group in torch_sgd.param_groups:
                 group["lr"] = lr
             torch_sgd.zero_grad()
             nn.functional.cross_entropy(reference(x), y).backward()
             torch_sgd.step()
-            step.Stepper(replica, recipe, iter([(x, y)])).run(point)
+            step.Stepper(replica, recipe, iter([(x, y, 0)])).run(point)
         for name, value in reference.state_dict().items():
             torch.testing.assert_close(replica.model.state_dict()[name], value, rtol=0, atol=1e-12)
 
@@ -220,7 +220,7 @@ def test_a_non_finite_step_changes_nothing(engine, determinism):
     point = point_of()
     before = weights_sha256(replica.model)
     velocity = [v.clone() for v in replica.optimizer.flats["momentum"]]
-    poisoned = [(x.index_fill(0, torch.tensor([0]), float("nan")), y) for x, y in batches(recipe, point)]
+    poisoned = [(x.index_fill(0, torch.tensor([0]), float("nan")), y, 0) for x, y, _ in batches(recipe, point)]
     outcome = step.Stepper(replica, recipe, iter(poisoned)).run(point)
     assert not outcome.finite and (outcome.bad_ranks, outcome.bad_rank) == (1, 0)
     assert weights_sha256(replica.model) == before
@@ -232,7 +232,7 @@ def test_any_ranks_refuses_what_would_wrap(engine):
     recipe = small_recipe(determinism="any-ranks", fixed_point_bits=52)
     replica = Replica(recipe, 5, engine, CPU)
     point = point_of()
-    large = [(x * 1e4, y) for x, y in batches(recipe, point)]  # BatchNorm variances of 1e8 * 2^52 > 2^62
+    large = [(x * 1e4, y, 0) for x, y, _ in batches(recipe, point)]  # BatchNorm variances of 1e8 * 2^52 > 2^62
     before = weights_sha256(replica.model)
     assert not step.Stepper(replica, recipe, iter(large)).run(point).finite
     assert weights_sha256(replica.model) == before

@@ -1,0 +1,293 @@
+"""`data pack`: a data set as a few tar shards with an index, for file systems that small files would kill.
+
+    OUT/shard-000000.tar ...   000000042.jpg and 000000042.cls, sample after sample: a WebDataset
+    OUT/classes.txt            names of the classes, a line each
+    OUT/manifest.arrow         where each sample lies: shard, offset, bytes; written last
+    OUT/.parts/                while packing: what is in the shards that are whole
+
+Shards are written in parallel, each under a temporary name until it is whole, so that a killed pack goes on where it
+was. A process holds one image at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from hpc_lbsgd.data import manifest as manifests
+from hpc_lbsgd.data.manifest import PACKED_SCHEMA, Manifest, checksum, decode
+from hpc_lbsgd.data.storage import SampleError, open_storage
+from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.records import sync_folder, write_atomically
+
+PARTS = ".parts"
+TAR_BLOCK = 512
+RAW_SUFFIX, JPEG_SUFFIX = ".npy", ".jpg"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What becomes of an image. kind: keep its bytes, jpeg, or raw pixels (a .npy file, uint8 (H, W, C)).
+
+    short_side, long_side: images that are larger are scaled down to it, in pixels. quality: of JPEG.
+    """
+
+    kind: str = "keep"
+    short_side: int | None = None
+    long_side: int | None = None
+    quality: int = 90
+    channels: int = 3
+
+    def __post_init__(self):
+        if self.kind == "keep" and (self.short_side or self.long_side):
+            raise RequestError("--short-side and --long-side change pixels: say --jpeg or --raw, what to store")
+        if self.short_side and self.long_side:
+            raise RequestError("--short-side and --long-side exclude each other")
+
+
+def scaled(size: tuple[int, int], encoding: Encoding) -> tuple[int, int]:
+    """(width, height) after scaling down; never larger than before."""
+    width, height = size
+    side = min(size) if encoding.short_side else max(size)
+    target = encoding.short_side or encoding.long_side
+    if not target or side <= target:
+        return size
+    return max(1, round(width * target / side)), max(1, round(height * target / side))
+
+
+def encode(data: bytes, encoding: Encoding) -> tuple[bytes, int, int]:
+    """(bytes to store, width, height) of one image. Raises ValueError for one that cannot be decoded."""
+    from PIL import Image
+
+    decode(data)  # to the last row
+    with Image.open(io.BytesIO(data)) as image:
+        pixels = image.convert("L" if encoding.channels == 1 else "RGB")
+    size = scaled(pixels.size, encoding)
+    if size != pixels.size:
+        pixels = pixels.resize(size, Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    if encoding.kind == "jpeg":
+        pixels.save(out, "JPEG", quality=encoding.quality)
+    else:
+        array = np.asarray(pixels, np.uint8).reshape(size[1], size[0], encoding.channels)
+        np.save(out, array, allow_pickle=False)
+    return out.getvalue(), *size
+
+
+class Hashed:
+    """A file being written, and the checksum of what was written."""
+
+    def __init__(self, file):
+        self.file, self.digest, self.position = file, hashlib.blake2b(digest_size=8), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.position += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.position
+
+
+def pack_shard(source: str, out: str, number: int, first: int, last: int, encoding: Encoding) -> int:
+    """Write shard `number` with samples first..last-1 of a manifest, and its part of the index; returns its samples.
+
+    Raises RunError that names the sample, or the place that cannot be written.
+    """
+    m = Manifest(Path(source))
+    storage, folder = open_storage(m), Path(out)
+    name = f"shard-{number:06d}.tar"
+    temporary = folder / f".{name}.writing"
+    rows: dict[str, list] = {field: [] for field in PACKED_SCHEMA.names}
+    try:
+        with open(temporary, "wb") as file:
+            hashed = Hashed(file)
+            with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for sample in range(first, last):
+                    data = storage.content(sample).tobytes()
+                    if checksum(data) != int(m.checksums[sample]):
+                        raise SampleError(sample, f"{m.file(sample)} changed since it was indexed; index again")
+                    width, height = int(m.widths[sample]), int(m.heights[sample])
+                    stem, suffix = os.path.splitext(m.key(sample))
+                    if encoding.kind != "keep":
+                        try:
+                            data, width, height = encode(data, encoding)
+                        except ValueError as problem:
+                            raise SampleError(sample, f"{m.file(sample)}: cannot be decoded ({problem})") from None
+                        suffix = RAW_SUFFIX if encoding.kind == "raw" else JPEG_SUFFIX
+                    label = int(m.labels[sample])
+                    add(tar, f"{sample:09d}{suffix.lower()}", data)
+                    offset = hashed.position - padded(len(data))
+                    add(tar, f"{sample:09d}.cls", str(label).encode())
+                    row = (stem + suffix, label, width, height, len(data), checksum(data), number, offset)
+                    for field, value in zip(PACKED_SCHEMA.names, row, strict=True):
+                        rows[field].append(value)
+            file.flush()
+            os.fsync(file.fileno())
+        facts = {"name": name, "bytes": temporary.stat().st_size, "checksum": hashed.digest.hexdigest()}
+        os.replace(temporary, folder / name)
+        sync_folder(folder)
+        write_part(folder / PARTS / f"{number:06d}.arrow", pa.table(rows, schema=PACKED_SCHEMA), facts)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write {folder / name}: {problem.strerror or problem}. Whole shards are kept: free some space and "
+            "start the same command again"
+        ) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return last - first
+
+
+def padded(size: int) -> int:
+    return -(-size // TAR_BLOCK) * TAR_BLOCK
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a member that depends on its content alone: no times, no owners."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def write_part(path: Path, table: pa.Table, facts: dict) -> None:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema.with_metadata({"shard": json.dumps(facts)})) as writer:
+        writer.write_table(table)
+    write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def read_part(folder: Path, number: int) -> tuple[pa.Table, dict] | None:
+    """A shard's rows and facts, if it is whole: its part is there, and the file has the size that the part says."""
+    path = folder / PARTS / f"{number:06d}.arrow"
+    try:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        facts = json.loads(table.schema.metadata[b"shard"])
+        return (table, facts) if (folder / facts["name"]).stat().st_size == facts["bytes"] else None
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
+        return None
+
+
+def cut(m: Manifest, encoding: Encoding, shard_bytes: int) -> list[tuple[int, int]]:
+    """(first, last) of each shard: as many samples as are expected to fill it. A function of the source alone, so
+    that a pack that goes on cuts as before."""
+    if encoding.kind == "raw":
+        side = m.widths if not (encoding.short_side or encoding.long_side) else None
+        pixels = m.widths.astype(np.int64) * m.heights if side is not None else expected_pixels(m, encoding)
+        sizes = pixels * encoding.channels
+    else:
+        sizes = m.sizes
+    ends = np.cumsum(sizes + 3 * TAR_BLOCK)
+    cuts, first = [], 0
+    while first < len(m):
+        before = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + shard_bytes, side="right")))
+        cuts.append((first, last))
+        first = last
+    return cuts
+
+
+def expected_pixels(m: Manifest, encoding: Encoding) -> np.ndarray:
+    width, height = m.widths.astype(np.float64), m.heights.astype(np.float64)
+    side = np.minimum(width, height) if encoding.short_side else np.maximum(width, height)
+    shrink = np.minimum(1.0, (encoding.short_side or encoding.long_side) / side)
+    return (width * height * shrink**2).astype(np.int64) + 1
+
+
+def pack(
+    source: str | os.PathLike, out: str | os.PathLike, encoding: Encoding, shard_mb: float, processes: int | None = None
+) -> Manifest:
+    """Write the shards that are missing, then the manifest; returns it, opened.
+
+    Raises RequestError for a folder that holds something else, RunError for a sample or a disk that failed.
+    """
+    m, out = Manifest(manifests.find(source)), Path(out)
+    request = {"source": m.fingerprint, "shard_mb": shard_mb, "encoding": asdict(encoding)}
+    target = out / manifests.FILE_NAME
+    if not same_request(out, target, request):
+        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        write_atomically(out / PARTS / "request.json", json.dumps(request))
+        cuts = cut(m, encoding, int(shard_mb * 1e6))
+        write_shards(m, out, cuts, encoding, processes)
+        assemble(m, out, len(cuts), encoding, request)
+        shutil.rmtree(out / PARTS)
+    return Manifest(target)
+
+
+def same_request(out: Path, target: Path, request: dict) -> bool:
+    """The same set was packed here before. False where it was begun, or nothing is there; refuses anything else."""
+    if target.exists():
+        if Manifest(target).header.get("packed") == request:
+            return True
+        raise RequestError(f"{out}: another set is packed there already; choose another folder, or remove that one")
+    begun = out / PARTS / "request.json"
+    if begun.exists():
+        if json.loads(begun.read_text()) == request:
+            return False
+        raise RequestError(
+            f"{out}: a pack of another set or with other options was begun there; give the same ones, or remove it"
+        )
+    if out.exists() and any(e.name != PARTS for e in os.scandir(out)):
+        raise RequestError(f"{out}: is not empty; choose another folder")
+    return False
+
+
+def write_shards(m: Manifest, out: Path, cuts: list, encoding: Encoding, processes: int | None) -> None:
+    missing = [(i, first, last) for i, (first, last) in enumerate(cuts) if not read_part(out, i)]
+    done = len(m) - sum(last - first for _, first, last in missing)
+    processes = min(processes or len(os.sched_getaffinity(0)), max(1, len(missing)))
+    with tqdm(total=len(m), initial=done, desc=f"packing {out}", unit="image", disable=None) as bar:
+        if processes == 1:
+            for shard in missing:
+                bar.update(pack_shard(str(m.path), str(out), *shard, encoding))
+            return
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            waiting = {pool.submit(pack_shard, str(m.path), str(out), *shard, encoding) for shard in missing}
+            try:
+                for future in as_completed(waiting):
+                    bar.update(future.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def assemble(m: Manifest, out: Path, shards: int, encoding: Encoding, request: dict) -> None:
+    """One manifest from the shards' parts, a part in memory at a time; whole or not at all."""
+    digest = hashlib.sha256(json.dumps(m.classes).encode())
+    facts = []
+    for number in range(shards):
+        table, shard = read_part(out, number)
+        facts.append(shard)
+        columns = [table.column(name).to_pylist() for name in ("path", "label", "bytes", "checksum")]
+        for row in zip(*columns, strict=True):
+            digest.update(repr(row).encode())
+    # bytes that were kept are the same data wherever they lie; the rows are then the source's own
+    fingerprint = m.fingerprint if encoding.kind == "keep" else digest.hexdigest()
+    header = {"root": ".", "classes": m.classes, "fingerprint": fingerprint, "shards": facts, "packed": request}
+    if encoding.kind == "raw":
+        header["raw_channels"] = encoding.channels
+    write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in m.classes))
+    schema = PACKED_SCHEMA.with_metadata({"hpc_lbsgd": json.dumps(header)})
+    temporary = out / f".{manifests.FILE_NAME}.writing"
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for number in range(shards):
+            table, _ = read_part(out, number)
+            writer.write_table(table.cast(schema))
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, out / manifests.FILE_NAME)
+    sync_folder(out)
