@@ -44,9 +44,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="folder to write to (default: data/NAME)")
     p.add_argument("--source", type=Path, help="folder with the original files, for machines without network")
     with_json(p).set_defaults(function=data_fetch)
-    p = data.add_parser("index", help="list an image-folder tree (DIR/CLASS/IMAGE) in a manifest, decoding every image")
-    p.add_argument("dir", type=Path)
-    p.add_argument("--out", type=Path, help="manifest file (default: DIR/manifest.arrow)")
+    p = data.add_parser("index", help="list a data set in a manifest, decoding every image; nothing is copied")
+    p.add_argument("dir", type=Path, help="DIR/CLASS/IMAGE tree; a tar, or a folder of tars (WebDataset, ILSVRC's)")
+    p.add_argument("--out", type=Path, help="manifest file (default: DIR/manifest.arrow; beside a single tar)")
+    p.add_argument("--labels", type=Path, help="tar of images without classes: a table with NAME,CLASS a line")
+    p.add_argument("--classes-of", metavar="MANIFEST", help="number the classes as this manifest (the training set's)")
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
     with_json(p).set_defaults(function=data_index)
     p = data.add_parser("pack", help="a data set as a few tar shards with an index; goes on where it was stopped")
@@ -227,8 +229,13 @@ def data_fetch(args) -> int:
 
 
 def data_index(args) -> int:
-    from hpc_lbsgd.data import manifest
+    from hpc_lbsgd.data import archive, manifest
 
+    classes = manifest.Manifest(manifest.find(args.classes_of)).classes if args.classes_of else None
+    if archive.is_archive(args.dir):
+        return show_manifests(args, [archive.index(args.dir, args.out, args.processes, args.labels, classes)])
+    if args.labels or classes:
+        raise RequestError(f"--labels and --classes-of are for tar files; {args.dir} is a tree of class folders")
     return show_manifests(args, [manifest.index(args.dir, args.out, args.processes)])
 
 

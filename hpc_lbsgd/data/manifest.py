@@ -309,8 +309,17 @@ def index(root: str | os.PathLike, out: str | os.PathLike | None = None, process
     return Manifest(out)
 
 
-def write(out: Path, root: Path, classes: list[str], paths: list[str], labels: list[int], rows: list) -> None:
-    """Write a manifest file, whole or not at all."""
+def write(
+    out: Path,
+    root: Path,
+    classes: list[str],
+    paths: list[str],
+    labels: list[int],
+    rows: list,
+    places: list[tuple[int, int]] | None = None,
+    shards: list[dict] | None = None,
+) -> None:
+    """Write a manifest file, whole or not at all. places: (shard, offset) of each sample inside `shards`."""
     width, height, size, check = (list(c) for c in zip(*rows, strict=True))
     digest = hashlib.sha256(json.dumps(classes).encode())
     for row in zip(paths, labels, size, check, strict=True):
@@ -318,9 +327,11 @@ def write(out: Path, root: Path, classes: list[str], paths: list[str], labels: l
     # resolved: a root given through a link stays right when seen from the manifest's real folder
     relative = os.path.relpath(root.resolve(), out.parent.resolve())
     header = {"root": relative, "classes": classes, "fingerprint": digest.hexdigest()}
-    table = pa.table(
-        [paths, labels, width, height, size, check], schema=SCHEMA.with_metadata({"hpc_lbsgd": json.dumps(header)})
-    ).combine_chunks()
+    columns, schema = [paths, labels, width, height, size, check], SCHEMA
+    if places is not None:
+        header["shards"] = shards
+        columns, schema = [*columns, *(list(c) for c in zip(*places, strict=True))], PACKED_SCHEMA
+    table = pa.table(columns, schema=schema.with_metadata({"hpc_lbsgd": json.dumps(header)})).combine_chunks()
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -337,6 +348,7 @@ def subset(source: Manifest, out: Path, count: int, seed: int = 0) -> Manifest:
     """Write a manifest of `count` samples of `source`, chosen at random and kept in its order; files stay in place."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:count])
     columns = source.table.take(chosen).to_pydict()
-    facts = zip(*(columns[name] for name in ("width", "height", "bytes", "checksum")), strict=True)
-    write(out, source.root, source.classes, columns["path"], columns["label"], list(facts))
+    facts = list(zip(*(columns[name] for name in ("width", "height", "bytes", "checksum")), strict=True))
+    places = list(zip(columns["shard"], columns["offset"], strict=True)) if source.shards else None
+    write(out, source.root, source.classes, columns["path"], columns["label"], facts, places, source.shards)
     return Manifest(out)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.data import archive, stage
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.loader import check_sizes
 from hpc_lbsgd.data.manifest import Manifest
@@ -123,6 +124,8 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
     """The manifests, checked against their files and the recipe. A folder without a manifest is indexed now."""
     data = recipe.data
     if data.dataset:
+        if recipe.machine.stage_dir:
+            raise RequestError("machine.stage_dir: a set of your own (data.dataset) is not staged; unset one of them")
         return open_user_data(recipe)
     if not data.train:
         raise RequestError("data.train is not set: name a folder of class folders, or a manifest")
@@ -131,6 +134,8 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
         path = getattr(data, key)
         if not path:
             continue
+        if archive.is_archive(path) and not (Path(path) / manifests.FILE_NAME).exists():
+            raise RequestError(f"data.{key} = {path}: index these tar files first (hpc-lbsgd data index {path})")
         if manifests.is_plain_folder(path):
             target = Path(path)
             if not os.access(path, os.W_OK):
@@ -145,6 +150,8 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
             found[key].check_files()
         check_sizes(data, found[key], key == "train")
     train = found["train"]
+    if recipe.machine.stage_dir:
+        stage.folder_of(train, recipe.machine.stage_dir)  # refuses what cannot be staged
     if data.samples not in (None, len(train)):
         raise RequestError(f"data.samples = {data.samples}, but {data.train} has {len(train)}")
     if data.classes not in (None, len(train.classes)):

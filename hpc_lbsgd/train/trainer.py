@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from hpc_lbsgd.data import loader as loaders
+from hpc_lbsgd.data import stage as stages
+from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunError
 from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.parallel import world as worlds
@@ -43,6 +45,8 @@ class Trainer:
         self.train_set, self.eval_set = together(
             engine, lambda: [loaders.open_set(recipe, path) if path else None for path in sets]
         )
+        if recipe.machine.stage_dir:
+            self._stage(recipe.machine.stage_dir)
         fresh = checkpoint.State(0, recipe.fingerprint(), data_fingerprint(self.train_set, self.eval_set))
         self.state = checkpoint.State(**found.state) if found.state else fresh
         self._schedule_from_decisions()
@@ -50,6 +54,19 @@ class Trainer:
         self.stop_asked = False
         self.last_checkpoint = time.monotonic()
         self.last_eval: dict = {}
+
+    def _stage(self, folder: str) -> None:
+        """Read packed sets from node-local copies: the first rank of each node makes them, the others wait."""
+        first = worlds.from_environment().local_rank == 0
+        sets = [self.train_set, self.eval_set]
+        staged = [i for i, s in enumerate(sets) if s is not None and s.shards]
+        if first:
+            for i in staged:
+                stages.stage(sets[i], folder, show=self.lead)
+        self.engine.barrier()
+        for i in staged:
+            sets[i] = Manifest(stages.folder_of(sets[i], folder) / FILE_NAME)
+        self.train_set, self.eval_set = sets
 
     def _schedule_from_decisions(self) -> None:
         decisions = [Decision(*d) for d in self.state.decisions]

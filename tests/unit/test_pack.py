@@ -31,13 +31,18 @@ def source(tmp_path_factory):
     return manifest.index(write_images(tmp_path_factory.mktemp("source") / "d", 101, 16), processes=1)
 
 
-def packed(source, out, encoding=Encoding(), **more):
-    return pack.pack(source.path, out, encoding, SHARD_MB, processes=1, **more)
+KEEP = Encoding()
+
+
+def packed(source, out, encoding=KEEP):
+    return pack.pack(source.path, out, encoding, SHARD_MB, processes=1)
 
 
 def pixels(m, kind):
     made = loader.create(SMALL.model_copy(update={"loader": kind}), m, 1, True, 16, 1, 2, True, torch.device("cpu"))
-    return [(x.clone(), y.clone()) for x, y, _ in made.batches([Request(3, np.arange(0, 101, 7)), Request(4, np.arange(9))])]
+    return [
+        (x.clone(), y.clone()) for x, y, _ in made.batches([Request(3, np.arange(0, 101, 7)), Request(4, np.arange(9))])
+    ]
 
 
 def test_every_byte_is_there_and_the_set_is_the_same(source, tmp_path):
@@ -66,7 +71,9 @@ def test_raw_colour_pictures_of_many_sizes_are_cropped_and_resized(tmp_path, kin
     for i in range(6):
         (tmp_path / "d" / f"c{i % 2}").mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        coarse.resize((60 + 9 * i, 90 - 7 * i), Image.Resampling.BICUBIC).save(tmp_path / "d" / f"c{i % 2}" / f"{i}.png")
+        coarse.resize((60 + 9 * i, 90 - 7 * i), Image.Resampling.BICUBIC).save(
+            tmp_path / "d" / f"c{i % 2}" / f"{i}.png"
+        )
     m = manifest.index(tmp_path / "d", processes=1)
     raw = pack.pack(m.path, tmp_path / "raw", Encoding("raw"), 1.0, 1)
     data = Data(image_size=32, loader=kind)
@@ -111,7 +118,9 @@ def test_a_killed_pack_goes_on_where_it_was(source, tmp_path):
         time.sleep(0.001)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
-    whole = {p: p.stat().st_mtime_ns for p in out.glob("shard-*.tar") if (out / ".parts" / f"{p.stem[6:]}.arrow").exists()}
+    whole = {
+        p: p.stat().st_mtime_ns for p in out.glob("shard-*.tar") if (out / ".parts" / f"{p.stem[6:]}.arrow").exists()
+    }
     assert whole
     if not (out / "manifest.arrow").exists():  # it may have been quick
         with pytest.raises(RequestError, match="no manifest.arrow"):
@@ -212,4 +221,4 @@ def test_more_shards_than_open_files_allowed(source, tmp_path):
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= len(m.shards) + 256
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert CLASSES == len(m.classes)
+    assert len(m.classes) == CLASSES

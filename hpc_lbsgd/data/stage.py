@@ -1,0 +1,132 @@
+"""Node-local copies of packed sets (`machine.stage_dir`): copied once a node, checked, kept for the next job.
+
+STAGE_DIR/<first 16 digits of the set's fingerprint>/
+    shard-000000.tar ...   each appears when it is whole
+    manifest.arrow         appears last
+    staged.json            sizes and checksums of what is whole, so that a stopped copy goes on
+    lock                   held while copying: two jobs on a node copy once
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hpc_lbsgd.data.manifest import EXCLUDE, FILE_NAME, Manifest
+from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.records import write_atomically
+
+BLOCK = 1 << 22
+JOURNAL = "staged.json"
+
+
+def folder_of(manifest: Manifest, stage_dir: str | os.PathLike) -> Path:
+    """Where a set is staged; refuses a set of single files."""
+    if not manifest.shards:
+        raise RequestError(
+            f"machine.stage_dir = {stage_dir}: {manifest.path} lists single image files; stage a packed set "
+            f"(hpc-lbsgd data pack {manifest.path} OUT)"
+        )
+    return Path(stage_dir) / manifest.fingerprint[:16]
+
+
+def stage(manifest: Manifest, stage_dir: str | os.PathLike, show: bool = False) -> Manifest:
+    """Copy what is missing, check it, and return the manifest of the copy. One process a node calls it.
+
+    Raises RunError where the copy differs from what was packed, or the disk is full; what is whole stays.
+    """
+    target = folder_of(manifest, stage_dir)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with open(target / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _copy_missing(manifest, target, show)
+    except OSError as problem:
+        raise RunError(f"machine.stage_dir: cannot write {target}: {problem.strerror or problem}") from None
+    return Manifest(target / FILE_NAME)
+
+
+def _copy_missing(manifest: Manifest, target: Path, show: bool) -> None:
+    whole = _journal(target)
+    missing = [s for s in manifest.shards if not _is_whole(target, s, whole)]
+    needed, free = sum(s["bytes"] for s in missing), shutil.disk_usage(target).free
+    if needed > free:
+        raise RunError(
+            f"machine.stage_dir: {target} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be copied"
+        )
+    total = sum(s["bytes"] for s in missing)
+    with tqdm(
+        total=total, desc=f"staging to {target}", unit="B", unit_scale=True, disable=None if show else True
+    ) as bar:
+        for shard in missing:
+            copied = _copy(manifest.root / shard["name"], target, bar)
+            if copied != shard["checksum"] and shard["checksum"]:
+                (target / shard["name"]).unlink()
+                raise RunError(
+                    f"{manifest.root / shard['name']}: not the bytes that were packed (checksum {copied}, packed "
+                    f"{shard['checksum']}); pack it again, or look closer with hpc-lbsgd data verify {manifest.path}"
+                )
+            whole[shard["name"]] = {"bytes": shard["bytes"], "checksum": copied}
+            write_atomically(target / JOURNAL, json.dumps(whole))
+    excluded = manifest.path.parent / EXCLUDE
+    if excluded.exists():
+        write_atomically(target / EXCLUDE, excluded.read_bytes())
+    _write_manifest(manifest, target)
+
+
+def _journal(target: Path) -> dict:
+    try:
+        return json.loads((target / JOURNAL).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _is_whole(target: Path, shard: dict, whole: dict) -> bool:
+    try:
+        size = (target / shard["name"]).stat().st_size
+    except OSError:
+        return False
+    return shard["name"] in whole and size == shard["bytes"] == whole[shard["name"]]["bytes"]
+
+
+def _copy(source: Path, target: Path, bar: tqdm) -> str:
+    """Copy one file under a temporary name, read the copy back, and let it appear; returns its checksum."""
+    temporary = target / f".{source.name}.copying"
+    read = hashlib.blake2b(digest_size=8)
+    try:
+        with open(source, "rb") as old, open(temporary, "wb") as new:
+            while block := old.read(BLOCK):
+                read.update(block)
+                new.write(block)
+                bar.update(len(block))
+            new.flush()
+            os.fsync(new.fileno())
+        written = hashlib.blake2b(digest_size=8)
+        with open(temporary, "rb") as copy:
+            while block := copy.read(BLOCK):
+                written.update(block)
+        if written.digest() != read.digest():
+            raise RunError(f"{temporary}: not what was written to it; the disk under machine.stage_dir is faulty")
+        os.replace(temporary, target / source.name)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return read.hexdigest()
+
+
+def _write_manifest(manifest: Manifest, target: Path) -> None:
+    """The set's manifest, with its shards beside it."""
+    import pyarrow as pa
+
+    there = pa.ipc.open_file(pa.memory_map(str(manifest.path))).read_all()
+    schema = there.schema.with_metadata({"hpc_lbsgd": json.dumps(manifest.header | {"root": "."})})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(there.cast(schema))
+    write_atomically(target / FILE_NAME, sink.getvalue().to_pybytes())
