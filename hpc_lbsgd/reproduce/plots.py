@@ -13,6 +13,7 @@ from hpc_lbsgd.theory.tradeoff import Tradeoff
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 SIZE = (7.0, 4.2)  # inches
 DPI = 110
@@ -61,7 +62,11 @@ def _batches(axes, report: Report, scale: Scale) -> None:
     bars = [2 * (x.std or 0.0) for x in shown]
     axis.errorbar([x.batch for x in shown], [x.error for x in shown], yerr=bars, marker="o", capsize=3)
     axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
     axis.set(xlabel="global batch kn", ylabel="error, % (± 2 standard deviations)")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_locator(NullLocator())
     lost = [x.batch for x in report.lines if x.error is None]
     for batch in lost:
         axis.axvline(batch, linestyle=":", color="tab:red", label="diverged" if batch == lost[0] else None)

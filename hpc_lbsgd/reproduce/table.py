@@ -96,16 +96,21 @@ def line_of(cells: list[Cell]) -> Line:
     )
 
 
+def standard_error(line: Line) -> float:
+    """Of the mean over seeds; 0 where there is one seed."""
+    return (line.std or 0.0) / math.sqrt(max(1, line.runs - line.diverged))
+
+
 def break_point(lines: list[Line], reference: int) -> Line | None:
-    """The smallest batch from which on every error is above the reference's by more than twice their joint spread,
-    or no run reaches its end."""
+    """The smallest batch from which on every mean error is above the reference's by more than twice the standard
+    error of their difference, or runs stop being finite."""
     base = next(line for line in lines if line.batch == reference)
     found = None
     for line in sorted(lines, key=lambda x: x.batch):
         if line.batch <= reference:
             continue
-        spread = math.hypot(line.std or 0.0, base.std or 0.0)
-        broken = line.error is None or line.diverged or line.error - base.error > 2 * spread
+        noise = math.hypot(standard_error(line), standard_error(base))
+        broken = line.error is None or line.diverged or line.error - base.error > 2 * noise
         found = (found or line) if broken else None
     return found
 
@@ -197,8 +202,8 @@ def summarise(experiment: Experiment, scale: Scale, cells: list[Cell], seeds: in
         facts["break_point"] = broken.batch if broken else None
         facts["reference_batch"] = scale.reference * n
         findings.append(
-            f"The error leaves that of kn = {scale.reference * n} at kn = {broken.batch} (by more than twice the "
-            "spread of the seeds, and for every larger batch)."
+            f"The error leaves that of kn = {scale.reference * n} at kn = {broken.batch}: there, and at every larger "
+            "batch, it is higher by more than twice the standard error of the difference."
             if broken
             else f"No batch up to kn = {lines[-1].batch} leaves the error of kn = {scale.reference * n}."
         )
