@@ -103,6 +103,19 @@ def parser() -> argparse.ArgumentParser:
     with_run(p)
     with_json(p)
 
+    p = commands.add_parser("bench", help="measure what this machine does")
+    benches = p.add_subparsers(dest="bench_command", metavar="loader", required=True)
+    p = benches.add_parser("loader", help="images a second of our loader and its peers, taking turns in one run")
+    p.add_argument("sets", nargs="+", help="image-file sets, for us and the peers; packed sets, for us")
+    p.add_argument("--image-size", type=positive, default=224, help="pixels (default: %(default)s)")
+    p.add_argument("--batch", type=positive, default=64, help="images a batch (default: %(default)s)")
+    p.add_argument("--threads", type=positives, default=[1, 2], help="decoding threads, such as 1,2,4 (default: 1,2)")
+    p.add_argument("--rounds", type=positive, default=5, help="measurements of each (default: %(default)s)")
+    p.add_argument("--images", type=positive, default=1000, help="images a measurement (default: %(default)s)")
+    p.add_argument("--no-peers", action="store_true", help="only ours")
+    p.add_argument("--plot", type=Path, help="PNG to write")
+    with_json(p).set_defaults(function=bench_loader)
+
     from hpc_lbsgd.reproduce.experiments import EXPERIMENTS, SCALES
 
     p = command("reproduce", reproduce, help="a paper's table or figure on data you have; go on with the same command")
@@ -140,6 +153,10 @@ def not_negative(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text}: must not be negative")
     return value
+
+
+def positives(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
 
 
 def quality(text: str) -> int:
@@ -296,6 +313,18 @@ def train(args) -> int:
     from hpc_lbsgd.train import job
 
     return job.train(Path(args.recipe).stem, recipe, args.run, args.resume, args.json)
+
+
+def bench_loader(args) -> int:
+    from hpc_lbsgd.bench import loader
+
+    result = loader.bench(
+        args.sets, args.image_size, args.batch, args.threads, args.rounds, args.images, not args.no_peers
+    )
+    if args.plot:
+        loader.draw(result, args.plot)
+    print(json.dumps(result) if args.json else loader.show(result))
+    return EXIT_DONE
 
 
 def reproduce(args) -> int:
