@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     with_json(p)
 
     p = commands.add_parser("bench", help="measure what this machine does")
-    benches = p.add_subparsers(dest="bench_command", metavar="loader", required=True)
+    benches = p.add_subparsers(dest="bench_command", metavar="loader|rates", required=True)
     p = benches.add_parser("loader", help="images a second of our loader and its peers, taking turns in one run")
     p.add_argument("sets", nargs="+", help="image-file sets, for us and the peers; packed sets, for us")
     p.add_argument("--image-size", type=positive, default=224, help="pixels (default: %(default)s)")
@@ -115,6 +115,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-peers", action="store_true", help="only ours")
     p.add_argument("--plot", type=Path, help="PNG to write")
     with_json(p).set_defaults(function=bench_loader)
+    p = benches.add_parser("rates", help="a recipe's step with synthetic batches, its loader alone, and both together")
+    with_recipe(p)
+    p.add_argument("--rounds", type=positive, default=5, help="measurements of each (default: %(default)s)")
+    p.add_argument("--steps", type=positive, default=20, help="steps a measurement (default: %(default)s)")
+    with_json(p).set_defaults(function=bench_rates)
 
     from hpc_lbsgd.reproduce.experiments import EXPERIMENTS, SCALES
 
@@ -324,6 +329,16 @@ def bench_loader(args) -> int:
     if args.plot:
         loader.draw(result, args.plot)
     print(json.dumps(result) if args.json else loader.show(result))
+    return EXIT_DONE
+
+
+def bench_rates(args) -> int:
+    from hpc_lbsgd import recipe as recipes
+    from hpc_lbsgd.bench import rates
+
+    result = rates.rates(recipes.read(args.recipe, args.settings), args.rounds, args.steps)
+    if result:
+        print(json.dumps(result) if args.json else rates.show(result))
     return EXIT_DONE
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import command, write_images
+from conftest import changed, command, mpirun, write_images, write_recipe
 
 from hpc_lbsgd.bench import loader
 from hpc_lbsgd.data import manifest, pack
@@ -44,3 +44,15 @@ def test_peers_make_pictures_of_the_same_shape_and_scale(tmp_path):
 def test_wrong_requests_are_refused(tmp_path, words):
     job = command("bench", "loader", *(words if words[0] == "nowhere" else [tmp_path, *words]))
     assert job.returncode == 2 and "Traceback" not in job.stderr
+
+
+def test_three_rates_of_a_recipe_on_two_ranks(small_recipe, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", changed(small_recipe, batch__workers=4, determinism="any-ranks"))
+    words = ["-m", "hpc_lbsgd.cli", "bench", "rates", recipe, "--rounds", "2", "--steps", "3", "--json"]
+    job = mpirun(2, *words)
+    assert job.returncode == 0, job.stderr
+    result = json.loads(job.stdout)
+    assert result["ranks"] == 2 and list(result["rates"]) == ["synthetic", "loader", "end-to-end"]
+    assert all(len(r["values"]) == 2 and r["lowest"] > 0 for r in result["rates"].values())
+    one = command(*words[2:-1])
+    assert one.returncode == 0 and "end-to-end / synthetic" in one.stdout
