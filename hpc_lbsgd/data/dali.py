@@ -13,9 +13,10 @@ from itertools import chain, repeat
 import numpy as np
 import torch
 
+from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.loader import Batch, Fetched, Source
 from hpc_lbsgd.data.manifest import decode
-from hpc_lbsgd.data.storage import Request, SampleError, read_ahead
+from hpc_lbsgd.data.storage import READERS, Request, SampleError
 from hpc_lbsgd.errors import RequestError, RunError
 
 HW_DECODER_LOAD = 0.65  # fixed: the share of JPEGs that the GPU's decoder takes must not change between runs
@@ -92,7 +93,7 @@ class DaliLoader:
 
     def _next(self):
         """What DALI asks for, ahead of time: bytes, windows and flips of the next request."""
-        _, fetched = next(self._feed)  # StopIteration ends the pipeline's epoch
+        fetched = next(self._feed)  # StopIteration ends the pipeline's epoch
         self._fed.append(fetched)
         return self._inputs(fetched)
 
@@ -106,8 +107,8 @@ class DaliLoader:
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        data, remaining = self.source.data, iter(requests)
-        self._feed = read_ahead(self.source.fetch, remaining, depth=self.prefetch)
+        data = self.source.data
+        self._feed = ahead(self.source.fetch, requests, self.prefetch, READERS)
         while True:
             try:
                 (output,) = self._pipeline.run()
@@ -119,7 +120,7 @@ class DaliLoader:
                 # what was under way is asked for again, with stand-ins; the broken pipeline is left behind
                 again = [f.asked for f in self._fed]
                 self._fed.clear()
-                self._feed = chain(((r, self.source.fetch(r)) for r in again), self._feed)
+                self._feed = chain(map(self.source.fetch, again), self._feed)
                 self._pipeline = self._build(self.max_batch, self.threads, self._next)
                 continue
             fetched = self._fed.popleft()

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,24 +123,3 @@ def allow_open_files(shards: int) -> None:
 
 def open_storage(manifest: Manifest) -> Folder | Shards:
     return Shards(manifest) if manifest.shards else Folder(manifest)
-
-
-def read_ahead(storage, requests: Iterable[Request], depth: int) -> Iterator[tuple[Request, list]]:
-    """Requests with what `storage.read_all` makes of them, in order, up to `depth` read before they are asked for.
-
-    A request that fails raises when its turn comes.
-    """
-    waiting: deque[tuple[Request, Future]] = deque()
-    with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
-        try:
-            for request in requests:
-                waiting.append((request, pool.submit(storage, request)))
-                if len(waiting) > depth:
-                    ready, future = waiting.popleft()
-                    yield ready, future.result()
-            while waiting:
-                ready, future = waiting.popleft()
-                yield ready, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()

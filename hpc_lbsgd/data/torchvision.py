@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.loader import Batch, Fetched, Source
-from hpc_lbsgd.data.storage import Request, SampleError, read_ahead
+from hpc_lbsgd.data.storage import READERS, Request, SampleError
 
 
 class TorchvisionLoader:
@@ -28,18 +27,9 @@ class TorchvisionLoader:
         self.mean, self.std = (torch.tensor(v).view(shape) for v in (source.data.mean, source.data.std))
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        waiting: deque[Future] = deque()
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
-            try:
-                for _, fetched in read_ahead(self.source.fetch, requests, depth=self.ahead):
-                    waiting.append(pool.submit(self._make, fetched))
-                    if len(waiting) > self.ahead:
-                        yield self._place(waiting.popleft().result())
-                while waiting:
-                    yield self._place(waiting.popleft().result())
-            finally:
-                for future in waiting:
-                    future.cancel()
+        fetched = ahead(self.source.fetch, requests, self.ahead, READERS)
+        for batch in ahead(self._make, fetched, self.ahead, self.threads):
+            yield self._place(batch)
 
     def _place(self, batch: Batch) -> Batch:
         return Batch(batch.images.to(self.device), batch.labels.to(self.device), batch.replaced)

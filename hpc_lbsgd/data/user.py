@@ -11,13 +11,12 @@ by (seed, epoch, sample), so that it does not depend on ranks. Optional attribut
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.errors import RequestError
@@ -57,18 +56,8 @@ class UserLoader:
         self.ahead, self.channels_last = max(prefetch, threads), channels_last
 
     def batches(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        waiting: deque[Future] = deque()
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="sample") as pool:
-            try:
-                for request in requests:
-                    waiting.append(pool.submit(self._make, request))
-                    if len(waiting) > self.ahead:
-                        yield self._place(waiting.popleft().result())
-                while waiting:
-                    yield self._place(waiting.popleft().result())
-            finally:
-                for future in waiting:
-                    future.cancel()
+        for batch in ahead(self._make, requests, self.ahead, self.threads):
+            yield self._place(batch)
 
     def _make(self, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = [self._sample(int(i), request.epoch) for i in request.samples]

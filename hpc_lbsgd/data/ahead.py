@@ -1,0 +1,29 @@
+"""Work done ahead of time in threads, handed out in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item], depth: int, threads: int) -> Iterator[Result]:
+    """function(item) for every item, in order, up to `depth` of them begun before they are asked for.
+
+    One that fails raises when its turn comes. Closing the iterator drops what has not begun.
+    """
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix=getattr(function, "__name__", "ahead")) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
