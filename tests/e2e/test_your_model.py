@@ -22,6 +22,8 @@ def test_the_example_of_the_page_trains_and_does_not_depend_on_ranks(tmp_path):
 
 
 def test_a_function_that_is_not_there_is_named(tmp_path):
-    (tmp_path / "r.yaml").write_text("{data: {dataset: 'nowhere:data'}, model: {name: 'nowhere:model'}, batch: {workers: 1}}")
+    (tmp_path / "r.yaml").write_text(
+        "{data: {dataset: 'nowhere:data'}, model: {name: 'nowhere:model'}, batch: {workers: 1}}"
+    )
     job = command("train", "r.yaml", cwd=tmp_path)
     assert job.returncode == 2 and "nowhere" in job.stderr and not (tmp_path / "runs").exists()

@@ -10,7 +10,8 @@ EXACT = {"determinism": "any-ranks", "precision": "float32", "model__zero_gamma"
 GROWS = {"schedule__kind": "increasing-batch", "schedule__milestones": [1, 2], "schedule__factor": 2.0,
          "schedule__max_batch": 96, "batch__workers": 4, "train__epochs": 3}  # fmt: skip
 ADAPTS = {"schedule__kind": "adaptive-batch", "train__noise_scale_steps": 2, "schedule__noise_factor": 40.0,
-          "schedule__max_batch": 160, "batch__workers": 4, "train__epochs": 4, "schedule__warmup_epochs": 1}  # fmt: skip
+          "schedule__max_batch": 160, "batch__workers": 4, "train__epochs": 4,
+          "schedule__warmup_epochs": 1}  # fmt: skip
 VARIANTS = {
     "grows": EXACT | GROWS,
     "adapts": EXACT | ADAPTS,
