@@ -95,6 +95,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", action="store_true", help="print the runs that it takes, and stop")
     with_json(p)
 
+    p = commands.add_parser("bench", help="measure a step or an allreduce here; predict what more nodes would do")
+    benches = p.add_subparsers(dest="bench_command", metavar="simulate", required=True)
+    p = benches.add_parser("simulate", help="predict step time and efficiency on more nodes, from a preset or a run")
+    p.add_argument("--preset", default="goyal-p100-50gbe", help="the system (default: %(default)s); see --list")
+    p.add_argument("--list", action="store_true", help="name the presets, and stop")
+    p.add_argument("--published", action="store_true", help="predictions beside published efficiencies, and stop")
+    p.add_argument(
+        "--from", dest="run", metavar="RUN", help="take the workload, and with several ranks the links, of a run"
+    )
+    p.add_argument("--nodes", type=counts, metavar="A,B", help="numbers of nodes (default: 1 to 4096)")
+    p.add_argument("--baseline", type=positive, metavar="RANKS", help="what efficiency is relative to")
+    p.add_argument("--ranks-per-node", type=positive)
+    p.add_argument("--network-gbit", type=positive_float, help="line rate of a node's network, Gbit/s")
+    p.add_argument("--input-images-per-s", type=positive_float, help="what a node's input delivers (default: enough)")
+    p.add_argument("--cores", type=positive, help="ranks that compute on CPUs: cores of a node, which they share")
+    p.add_argument("--wire", choices=["fp32", "fp16"])
+    p.add_argument("--algorithm", choices=["ring", "hierarchical", "torus"])
+    p.add_argument("--bucket-mb", type=positive_float)
+    p.add_argument("--plot", type=Path, metavar="FILE", help="draw it too (PNG, SVG or PDF)")
+    with_json(p).set_defaults(function=bench_simulate)
+
     p = command("launch", launch, help="compose and run the mpirun line of a job: launch --np 8 -- train RECIPE ...")
     p.add_argument("--np", type=positive, required=True, dest="ranks", help="ranks")
     where = p.add_mutually_exclusive_group()
@@ -111,6 +132,10 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return value
+
+
+def counts(text: str) -> list[int]:
+    return [positive(word) for word in text.split(",")]
 
 
 def not_negative(text: str) -> int:
@@ -262,6 +287,19 @@ def reproduce(args) -> int:
         args.list,
         args.json,
     )
+
+
+def bench_simulate(args) -> int:
+    from hpc_lbsgd.bench import presets, simulate
+
+    if args.list:
+        found = {name: make().title for name, make in presets.PRESETS.items()}
+        print(json.dumps(found) if args.json else "\n".join(f"{k:26s} {v}" for k, v in found.items()))
+        return EXIT_DONE
+    keys = ("ranks_per_node", "network_gbit", "input_images_per_s", "cores", "wire", "algorithm", "bucket_mb")
+    changes = {key: getattr(args, key) for key in keys}
+    simulate.simulate(args.preset, args.run, args.nodes, args.baseline, changes, args.published, args.plot, args.json)
+    return EXIT_DONE
 
 
 def launch(args) -> int:
