@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     with_json(p)
 
     p = commands.add_parser("bench", help="measure a step or an allreduce here; predict what more nodes would do")
-    benches = p.add_subparsers(dest="bench_command", metavar="simulate", required=True)
+    benches = p.add_subparsers(dest="bench_command", metavar="simulate|allreduce|step", required=True)
     p = benches.add_parser("simulate", help="predict step time and efficiency on more nodes, from a preset or a run")
     p.add_argument("--preset", default="goyal-p100-50gbe", help="the system (default: %(default)s); see --list")
     p.add_argument("--list", action="store_true", help="name the presets, and stop")
@@ -115,6 +115,33 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--bucket-mb", type=positive_float)
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw it too (PNG, SVG or PDF)")
     with_json(p).set_defaults(function=bench_simulate)
+
+    p = benches.add_parser(
+        "allreduce", help="time sums over ranks by size: Horovod, torch.distributed, MPI by algorithm"
+    )
+    with_launches(p)
+    p.add_argument(
+        "--bytes", type=byte_counts, metavar="A,B", help="sizes, such as 1KB,4MB (default: 1KB and on, by 4)"
+    )
+    p.add_argument("--largest", type=byte_count, default=2**26, help="of the default sizes (default: 64MB)")
+    p.add_argument("--algorithms", type=lambda text: text.split(","), metavar="A,B", help="default: all")
+    p.add_argument("--seconds", type=positive_float, default=0.5, help="to spend on each size (default: %(default)s)")
+    p.add_argument("--node-size", type=positive, default=2, help="ranks a node of reference-hierarchical")
+    with_json(p).set_defaults(function=bench_allreduce)
+
+    p = benches.add_parser(
+        "step", help="time training steps on synthetic pictures: ours, stock Horovod, DDP, one process"
+    )
+    with_launches(p)
+    p.add_argument("--batch", type=counts, default=[8, 128], metavar="A,B", help="samples a rank (default: 8,128)")
+    p.add_argument("--engines", type=lambda text: text.split(","), metavar="A,B", help="default: all in float32")
+    p.add_argument("--model", default="resnet20", help="as a recipe's model.name (default: %(default)s)")
+    p.add_argument("--image-size", type=positive, default=32, help="pixels (default: %(default)s)")
+    p.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+    p.add_argument("--warm-ups", type=positive, default=5, help="steps before timing (default: %(default)s)")
+    p.add_argument("--steps", type=positive, default=20, help="timed steps of a launch (default: %(default)s)")
+    p.add_argument("--threads", type=positive, help="of a CPU rank, the same for all (default: cores / ranks)")
+    with_json(p).set_defaults(function=bench_step)
 
     p = command("launch", launch, help="compose and run the mpirun line of a job: launch --np 8 -- train RECIPE ...")
     p.add_argument("--np", type=positive, required=True, dest="ranks", help="ranks")
@@ -136,6 +163,16 @@ def positive(text: str) -> int:
 
 def counts(text: str) -> list[int]:
     return [positive(word) for word in text.split(",")]
+
+
+def byte_count(text: str) -> int:
+    number = text.upper().removesuffix("B")
+    factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(number[-1:], 1)
+    return positive(number.rstrip("KMG")) * factor
+
+
+def byte_counts(text: str) -> list[int]:
+    return [byte_count(word) for word in text.split(",")]
 
 
 def not_negative(text: str) -> int:
@@ -173,6 +210,14 @@ def with_set(p):
         dest="settings",
         help="change a recipe key, such as optim.base_lr=0.2; may be repeated",
     )
+
+
+def with_launches(p):
+    p.add_argument("--ranks", type=positive, default=2, help="ranks (default: %(default)s)")
+    p.add_argument("--rounds", type=positive, default=5, help="launches of each, in turn (default: %(default)s)")
+    p.add_argument("--timeout-s", type=positive_float, default=600.0, help="for one launch (default: %(default)s)")
+    p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="draw it too (PNG, SVG or PDF)")
 
 
 def with_recipe(p):
@@ -299,6 +344,47 @@ def bench_simulate(args) -> int:
     keys = ("ranks_per_node", "network_gbit", "input_images_per_s", "cores", "wire", "algorithm", "bucket_mb")
     changes = {key: getattr(args, key) for key in keys}
     simulate.simulate(args.preset, args.run, args.nodes, args.baseline, changes, args.published, args.plot, args.json)
+    return EXIT_DONE
+
+
+def bench_allreduce(args) -> int:
+    from hpc_lbsgd.bench import allreduce
+
+    allreduce.allreduce(
+        args.ranks,
+        args.bytes,
+        args.largest,
+        args.algorithms,
+        args.rounds,
+        args.seconds,
+        args.node_size,
+        args.timeout_s,
+        args.oversubscribe,
+        args.plot,
+        args.json,
+    )
+    return EXIT_DONE
+
+
+def bench_step(args) -> int:
+    from hpc_lbsgd.bench import step
+
+    step.step(
+        args.ranks,
+        args.batch,
+        args.engines,
+        args.model,
+        args.image_size,
+        args.precision,
+        args.warm_ups,
+        args.steps,
+        args.threads,
+        args.rounds,
+        args.timeout_s,
+        args.oversubscribe,
+        args.plot,
+        args.json,
+    )
     return EXIT_DONE
 
 
