@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--input-images-per-s", type=positive_float, help="what a node's input delivers (default: enough)")
     p.add_argument("--cores", type=positive, help="ranks that compute on CPUs: cores of a node, which they share")
     p.add_argument("--wire", choices=["fp32", "fp16"])
-    p.add_argument("--algorithm", choices=["ring", "hierarchical", "torus"])
+    p.add_argument("--algorithm", choices=["ring", "tree", "nccl", "hierarchical", "torus"])
     p.add_argument("--bucket-mb", type=positive_float)
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw it too (PNG, SVG or PDF)")
     with_json(p).set_defaults(function=bench_simulate)

@@ -102,7 +102,7 @@ def modern(
         System(
             thirds("resnet50", 256, images_per_s),
             Cluster(8, network_gbit * GBIT, nvlink_gb * GB, PROTOCOLS["NVLink"]),
-            Method("ring", 25 * MB, 1 * MB, cycle_s=1 * MS),
+            Method("nccl", 25 * MB, 1 * MB, cycle_s=1 * MS),
             fitted(),
         ),
         8,
@@ -113,7 +113,7 @@ def modern(
             "inter": f"{network}, {network_gbit:g} Gbit/s a node",
             "intra": links,
             "protocols": LATENCY["NVLink"],
-            "method": "NCCL ring; our defaults: buckets of 25 MB, the first of 1 MB, cycle 1 ms, float32 on the wire",
+            "method": "NCCL, ring or tree by message; our defaults: buckets of 25 MB, first 1 MB, cycle 1 ms, float32",
         },
     )
 
@@ -158,4 +158,6 @@ PUBLISHED = (
     Published("horovod-512-inception3", 4, 1, 2022.6 / 16 / 134.4, "Horovod pull request 44: 16 GPUs, RDMA", False),
     Published("horovod-512-resnet101", 4, 1, 1746.2 / 16 / 119.4, "Horovod pull request 44: 16 GPUs, RDMA", False),
     Published("horovod-512-vgg16", 4, 1, 1787.4 / 16 / 130.9, "Horovod pull request 44: 16 GPUs, RDMA", False),
+    Published("v100-edr", 1, 1, 8322 / 8 / 1200, "NVIDIA DeepLearningExamples: 8 V100, real data", False),
+    Published("a100-hdr", 1, 1, 16621 / 8 / 2470, "NVIDIA DeepLearningExamples: 8 A100, real data", False),
 )

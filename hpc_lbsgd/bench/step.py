@@ -10,6 +10,7 @@ from statistics import median
 from hpc_lbsgd.bench import launches
 from hpc_lbsgd.bench.launches import Contender
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.parallel.world import cores
 
 METRIC = "images/s over all ranks; whole steps on the slowest rank, mean of a launch, median over rounds"
 FEWEST_ROUNDS = 5  # below it the output says that nothing should be concluded
@@ -165,7 +166,7 @@ def step(
 ) -> None:  # fmt: skip
     """The command: measure, print, and draw where asked to."""
     task = {"model": model, "image_size": image_size, "precision": precision, "batches": batches,
-            "warm_ups": warm_ups, "steps": steps, "threads": threads}  # fmt: skip
+            "warm_ups": warm_ups, "steps": steps, "threads": threads or max(1, cores() // ranks)}  # fmt: skip
     result = measure(choose(ways), ranks, task, rounds, timeout_s, oversubscribe)
     print(json.dumps(result) if as_json else show(result))
     if picture:

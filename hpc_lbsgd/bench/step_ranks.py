@@ -1,7 +1,7 @@
 """The ranks of `bench step`: train on synthetic pictures one way, time whole steps and their parts.
 
 Started as `mpirun ... python -m hpc_lbsgd.bench.step_ranks TASK OUT`; TASK is JSON: engine, mode, model, image_size,
-batches, warm_ups, steps.
+precision, batches, warm_ups, steps, threads.
 
 Two measurements a batch size. Whole steps run as they would in training, nothing added: they give images/s. Parts are
 timed in further steps, on GPUs with a synchronisation between parts, which costs time: they say where a step goes.
@@ -313,7 +313,7 @@ def main(task: dict, out: Path) -> None:
     world = worlds.from_environment()
     device = choose_device(world)
     configure_torch(recipe_of(task, 1, 1), world, device)
-    if device.type == "cpu" and task["threads"]:
+    if device.type == "cpu":  # the same for all, one process alone included
         torch.set_num_threads(task["threads"])
     way = WAYS[task["engine"]](task, device)
     rows = [time_batch(way, batch, task, device) for batch in task["batches"]]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from hpc_lbsgd.theory.collectives import binary_blocks
 
+ALGORITHMS = ("ring", "tree", "nccl", "hierarchical", "torus")
 KNEE_EFFICIENCY = 0.9  # the knee is where efficiency falls below this
 MOST_NODES = 4096
 
@@ -71,8 +72,9 @@ class Cluster:
 class Method:
     """How gradients travel.
 
-    algorithm: ring (all ranks in one ring, NCCL's), hierarchical (Goyal et al. 2017: node sum, halving-doubling or
-    binary blocks between nodes, broadcast) or torus (Mikami et al. 2018; Horovod's hierarchical mode).
+    algorithm: ring (all ranks in one), tree, nccl (the faster of the two by message, as NCCL since 2.4), hierarchical
+    (Goyal et al. 2017: node sum, halving-doubling or binary blocks between nodes, broadcast) or torus (Mikami et al.
+    2018; Horovod's hierarchical mode).
     bucket_bytes: gradients gather in static groups of this size, the first of first_bucket_bytes; 0: a tensor each.
     fusion_bytes: what is ready at a tick leaves in messages of up to this size; 0: a message a group.
     """
@@ -127,29 +129,34 @@ def slowest_of(nodes: int) -> float:
 
 
 def phases(system: System, nodes: int, message_bytes: float) -> list[float]:
-    """Seconds that one message holds each link in turn: ring has one phase; the others up, across, and down."""
-    return min((phases_by(system, nodes, message_bytes, p) for p in system.cluster.protocols), key=sum)
+    """Seconds that one message holds each link in turn: ring and tree have one phase; the others up, across, down."""
+    chosen = system.method.algorithm
+    algorithms = ("ring", "tree") if chosen == "nccl" else (chosen,)
+    ways = [(a, p) for a in algorithms for p in system.cluster.protocols]
+    return min((phases_by(system, nodes, message_bytes, *way) for way in ways), key=sum)
 
 
-def phases_by(system: System, nodes: int, message_bytes: float, protocol: Protocol) -> list[float]:
+def phases_by(system: System, nodes: int, message_bytes: float, algorithm: str, protocol: Protocol) -> list[float]:
     c, g, p = system.cluster, system.cluster.ranks_per_node, nodes * system.cluster.ranks_per_node
     usable = system.fitted.protocol_efficiency * protocol.bandwidth_share
     inter, intra = c.inter * usable, c.intra * usable
     if p == 1:
         return [0.0]
-    if system.method.algorithm == "ring":
+    if algorithm in ("ring", "tree"):
         slowest = min(inter if nodes > 1 else math.inf, intra if g > 1 else math.inf)
-        # of the ring's 2(p-1) steps 2(nodes-1) cross between nodes: NCCL's own latency model (graph/tuning.cc)
-        latency = 2 * (nodes - 1) * protocol.inter_latency_s + 2 * (p - nodes) * protocol.intra_latency_s
+        # NCCL's own latency model (graph/tuning.cc): of the ring's 2(p-1) steps 2(nodes-1) cross between nodes; a tree
+        # goes through a node as a chain and over nodes in log2 steps, there and back
+        crossing, inside = (nodes - 1, p - nodes) if algorithm == "ring" else ((nodes - 1).bit_length(), g - 1)
+        latency = 2 * crossing * protocol.inter_latency_s + 2 * inside * protocol.intra_latency_s
         return [latency + 2 * (p - 1) / p * message_bytes / slowest]
     across = 2 * (nodes - 1) / nodes * message_bytes / inter
-    if system.method.algorithm == "hierarchical":
+    if algorithm == "hierarchical":
         inside = (g - 1) * protocol.intra_latency_s + (message_bytes / intra if g > 1 else 0.0)
         return [inside, binary_blocks(nodes, 0).steps * protocol.inter_latency_s + across, inside]
-    if system.method.algorithm == "torus":
+    if algorithm == "torus":
         inside = (g - 1) * protocol.intra_latency_s + (g - 1) / g * message_bytes / intra
         return [inside, 2 * (nodes - 1) * protocol.inter_latency_s + across, inside]
-    raise ValueError(f"algorithm {system.method.algorithm!r}: ring, hierarchical or torus")
+    raise ValueError(f"algorithm {algorithm!r}: {', '.join(ALGORITHMS)}")
 
 
 def negotiation_s(cluster: Cluster, nodes: int) -> float:
@@ -288,7 +295,7 @@ def what_if(system: System) -> dict[str, System]:
     found = {}
     if m.item_bytes > 2:
         found["wire fp16"] = replace(system, method=replace(m, item_bytes=2))
-    for algorithm in ("ring", "hierarchical", "torus"):
+    for algorithm in ALGORITHMS:
         if algorithm != m.algorithm:
             found[f"algorithm {algorithm}"] = replace(system, method=replace(m, algorithm=algorithm))
     for mb in (1, 5, 25, 100):

@@ -75,9 +75,18 @@ def test_a_message_takes_the_faster_protocol():
     both = (Protocol(0.1, 0.1), Protocol(0.001, 0.001, 0.5))
     system = replace(system, cluster=replace(system.cluster, protocols=both))
     for size in (1.0, 1e6):
-        assert model.phases(system, 2, size) == min(model.phases_by(system, 2, size, p) for p in both)
-    assert model.phases(system, 2, 1.0) == model.phases_by(system, 2, 1.0, both[1])
-    assert model.phases(system, 2, 1e6) == model.phases_by(system, 2, 1e6, both[0])
+        assert model.phases(system, 2, size) == min(model.phases_by(system, 2, size, "ring", p) for p in both)
+    assert model.phases(system, 2, 1.0) == model.phases_by(system, 2, 1.0, "ring", both[1])
+    assert model.phases(system, 2, 1e6) == model.phases_by(system, 2, 1e6, "ring", both[0])
+
+
+def test_nccl_takes_ring_or_tree():
+    """A tree has 2 log2(nodes) hops where a ring has 2 (nodes - 1), and no more bandwidth."""
+    ring, tree, nccl = (system_of(algorithm=a, g=1, latency=0.01) for a in ("ring", "tree", "nccl"))
+    assert model.phases(ring, 1024, 0.0) == [pytest.approx(2 * 1023 * 0.01)]
+    assert model.phases(tree, 1024, 0.0) == [pytest.approx(2 * 10 * 0.01)]
+    assert model.phases(nccl, 1024, 1e6) == model.phases(tree, 1024, 1e6)
+    assert model.phases(nccl, 2, 1e6) == model.phases(ring, 2, 1e6)
 
 
 def test_slowest_of():
@@ -111,8 +120,11 @@ def test_the_knee_and_what_sets_it(changes, limit):
 
 
 def test_errors_against_the_published_are_within_the_goals():
-    """Goyal: 3 points; Horovod on 512 GPUs: 6. The 16-GPU figures, to which nothing was fitted: 6."""
-    found = simulate.against_published()
+    """Goyal: 3 points; Horovod on 512 GPUs: 6. Its 16-GPU figures, to which nothing was fitted: 6.
+
+    The two of one node with real data are what the model does not have (docs/results/simulate.md): reported, no goal.
+    """
+    found = [row for row in simulate.against_published() if row["preset"].startswith(("goyal", "horovod"))]
     for row in found:
         assert abs(row["error_points"]) <= (3 if row["preset"].startswith("goyal") else 6), row
     assert sum(not row["used"] for row in found) == 3
