@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import command
@@ -175,6 +176,13 @@ def test_every_constant_has_a_source(name):
 def test_stored_layers_are_the_models():
     assert workload.published_models() == workload.stored()
     assert sum(layer.parameters for layer in workload.stored()["resnet50"]) == 25_557_032
+
+
+def test_the_documented_predictions_are_the_codes():
+    page = (Path(__file__).parents[2] / "docs" / "results" / "simulate.md").read_text()
+    assert simulate.show_published(simulate.against_published()) in page
+    for name, nodes in (("goyal-p100-50gbe", [1, 2, 4, 8, 16, 32, 44, 128, 4096]), ("h100-ndr", simulate.NODES)):
+        assert simulate.show(simulate.predict(name, simulate.choose(name), nodes)) in page
 
 
 # ---------------------------------------------------------------- the command
