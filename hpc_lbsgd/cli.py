@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--nodes", type=positive, default=1)
     p.add_argument("--gpus-per-node", type=positive, default=8, help="ranks a node (default: %(default)s)")
     p.add_argument("--images-per-s", type=positive_float, help="a rank's measured rate without communication")
+    p.add_argument("--system", metavar="PRESET", help="predict the step there; see bench simulate --list")
     p.add_argument("--steps", type=step_range, metavar="A:B", help="add a table of steps A to B-1")
     noise = p.add_mutually_exclusive_group()
     noise.add_argument(
@@ -303,7 +304,7 @@ def plan(args) -> int:
 
     recipe = recipes.read(args.recipe, args.settings)
     critical = plans.measured_noise_scale(args.noise_from) if args.noise_from else args.critical_batch
-    result = plans.plan(recipe, args.nodes, args.gpus_per_node, args.images_per_s, args.steps, critical)
+    result = plans.plan(recipe, args.nodes, args.gpus_per_node, args.images_per_s, args.steps, critical, args.system)
     print(json.dumps(result) if args.json else plans.show(Path(args.recipe).stem, recipe, result))
     return EXIT_DONE
 

@@ -23,7 +23,7 @@ def choose(preset: str, run: str | None = None, **changes) -> Preset:
     bucket_mb; None leaves the preset's.
     """
     if preset not in PRESETS:
-        raise RequestError(f"--preset {preset}: allowed are {', '.join(PRESETS)}")
+        raise RequestError(f"preset {preset}: allowed are {', '.join(PRESETS)}")
     chosen = PRESETS[preset]()
     if run:
         from hpc_lbsgd.bench.calibrate import calibrated

@@ -18,6 +18,7 @@ from hpc_lbsgd.theory.collectives import binary_blocks
 ALGORITHMS = ("ring", "tree", "nccl", "hierarchical", "torus")
 KNEE_EFFICIENCY = 0.9  # the knee is where efficiency falls below this
 MOST_NODES = 4096
+COMPUTED_BYTES = 4  # of a gradient's element, before it is cast for the wire
 
 
 class Layer(NamedTuple):
@@ -166,18 +167,19 @@ def negotiation_s(cluster: Cluster, nodes: int) -> float:
 
 
 def groups(workload: Workload, method: Method) -> list[tuple[float, float]]:
-    """(bytes, share of backward that is done when the group is ready), in the order backward finishes them."""
+    """(bytes on the wire, share of backward that is done when the group is ready), in the order backward finishes
+    them. Groups are cut by the size of the gradients as computed, whatever the wire."""
     total = sum(layer.flop for layer in workload.layers) or 1.0
-    found, size, done = [], 0.0, 0.0
+    found, elements, done = [], 0, 0.0
     for layer in reversed(workload.layers):
         done += layer.flop / total
-        size += layer.parameters * method.item_bytes
+        elements += layer.parameters
         limit = method.bucket_bytes if found else min(method.bucket_bytes, method.first_bucket_bytes or math.inf)
-        if size and size >= limit:
-            found.append((size, done))
-            size = 0.0
-    if size:
-        found.append((size, 1.0))
+        if elements and elements * COMPUTED_BYTES >= limit:
+            found.append((float(elements * method.item_bytes), done))
+            elements = 0
+    if elements:
+        found.append((float(elements * method.item_bytes), 1.0))
     return found
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import command
 
+from hpc_lbsgd import plan
+from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench import presets, simulate, workload
 from hpc_lbsgd.bench.presets import PRESETS, PUBLISHED
 from hpc_lbsgd.theory import collectives
@@ -185,6 +187,23 @@ def test_the_documented_predictions_are_the_codes():
         assert simulate.show(simulate.predict(name, simulate.choose(name), nodes)) in page
 
 
+def test_plan_predicts_the_run():
+    """Goyal's run at 32 nodes on Goyal's servers; any-ranks sends int64, and so exposes no less."""
+    recipe = recipes.read("goyal-resnet50")
+    found = plan.plan(recipe, 32, 8, images_per_s=178, system="goyal-p100-50gbe")
+    predicted = found["predicted"]
+    assert predicted["efficiency"] == pytest.approx(0.90, abs=0.03) and predicted["knee_set_by"] == "stragglers"
+    assert predicted["images_per_s"] * predicted["step_s"] == pytest.approx(8192)
+    assert "predicted      on goyal-p100-50gbe" in plan.show("goyal-resnet50", recipe, found)
+    exact = recipes.read("goyal-resnet50", ["determinism=any-ranks", "precision=float32"])
+    doubled = plan.plan(exact, 32, 8, images_per_s=178, system="goyal-p100-50gbe")["predicted"]
+    assert doubled["exposed_comm_s"] > predicted["exposed_comm_s"]
+    # on one node a rank has 32 workers, and only the last one's backward hides the sum
+    fixed = recipes.read("goyal-resnet50", ["batch.workers=256"])
+    alone = plan.plan(fixed, 1, 8, images_per_s=178, system="goyal-p100-50gbe")["predicted"]
+    assert alone["step_s"] == pytest.approx(32 * 32 / 178, rel=0.01) and alone["efficiency"] == 1
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -237,7 +256,7 @@ def test_command_line(tmp_path):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--preset", "nowhere"], "--preset nowhere: allowed are"),
+        (["--preset", "nowhere"], "preset nowhere: allowed are"),
         (["--baseline", "3", "--nodes", "1"], None),
         (["--baseline", "12", "--nodes", "1"], "--baseline 12"),
         (["--nodes", "0"], "--nodes"),
