@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--nodes", type=positive, default=1)
     p.add_argument("--gpus-per-node", type=positive, default=8, help="ranks a node (default: %(default)s)")
     p.add_argument("--images-per-s", type=positive_float, help="a rank's measured rate without communication")
+    p.add_argument("--system", metavar="PRESET", help="predict the step there; see bench simulate --list")
     p.add_argument("--steps", type=step_range, metavar="A:B", help="add a table of steps A to B-1")
     noise = p.add_mutually_exclusive_group()
     noise.add_argument(
@@ -103,8 +104,8 @@ def parser() -> argparse.ArgumentParser:
     with_run(p)
     with_json(p)
 
-    p = commands.add_parser("bench", help="measure what this machine does")
-    benches = p.add_subparsers(dest="bench_command", metavar="loader|rates", required=True)
+    p = commands.add_parser("bench", help="measure loader, step and allreduce here; predict what more nodes would do")
+    benches = p.add_subparsers(dest="bench_command", metavar="loader|rates|step|allreduce|simulate", required=True)
     p = benches.add_parser("loader", help="images a second of our loader and its peers, taking turns in one run")
     p.add_argument("sets", nargs="+", help="image-file sets, for us and the peers; packed sets, for us")
     p.add_argument("--image-size", type=positive, default=224, help="pixels (default: %(default)s)")
@@ -135,6 +136,52 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", action="store_true", help="print the runs that it takes, and stop")
     with_json(p)
 
+    p = benches.add_parser("simulate", help="predict step time and efficiency on more nodes, from a preset or a run")
+    p.add_argument("--preset", default="goyal-p100-50gbe", help="the system (default: %(default)s); see --list")
+    p.add_argument("--list", action="store_true", help="name the presets, and stop")
+    p.add_argument("--published", action="store_true", help="predictions beside published efficiencies, and stop")
+    p.add_argument(
+        "--from", dest="run", metavar="RUN", help="take the workload, and with several ranks the links, of a run"
+    )
+    p.add_argument("--nodes", type=counts, metavar="A,B", help="numbers of nodes (default: 1 to 4096)")
+    p.add_argument("--baseline", type=positive, metavar="RANKS", help="what efficiency is relative to")
+    p.add_argument("--ranks-per-node", type=positive)
+    p.add_argument("--network-gbit", type=positive_float, help="line rate of a node's network, Gbit/s")
+    p.add_argument("--input-images-per-s", type=positive_float, help="what a node's input delivers (default: enough)")
+    p.add_argument("--cores", type=positive, help="ranks that compute on CPUs: cores of a node, which they share")
+    p.add_argument("--wire", choices=["fp32", "fp16"])
+    p.add_argument("--algorithm", choices=["ring", "tree", "nccl", "hierarchical", "torus"])
+    p.add_argument("--bucket-mb", type=positive_float)
+    p.add_argument("--plot", type=Path, metavar="FILE", help="draw it too (PNG, SVG or PDF)")
+    with_json(p).set_defaults(function=bench_simulate)
+
+    p = benches.add_parser(
+        "allreduce", help="time sums over ranks by size: Horovod, torch.distributed, MPI by algorithm"
+    )
+    with_launches(p)
+    p.add_argument(
+        "--bytes", type=byte_counts, metavar="A,B", help="sizes, such as 1KB,4MB (default: 1KB and on, by 4)"
+    )
+    p.add_argument("--largest", type=byte_count, default=2**26, help="of the default sizes (default: 64MB)")
+    p.add_argument("--algorithms", type=lambda text: text.split(","), metavar="A,B", help="default: all")
+    p.add_argument("--seconds", type=positive_float, default=0.5, help="to spend on each size (default: %(default)s)")
+    p.add_argument("--node-size", type=positive, default=2, help="ranks a node of reference-hierarchical")
+    with_json(p).set_defaults(function=bench_allreduce)
+
+    p = benches.add_parser(
+        "step", help="time training steps on synthetic pictures: ours, stock Horovod, DDP, one process"
+    )
+    with_launches(p)
+    p.add_argument("--batch", type=counts, default=[8, 128], metavar="A,B", help="samples a rank (default: 8,128)")
+    p.add_argument("--engines", type=lambda text: text.split(","), metavar="A,B", help="default: all in float32")
+    p.add_argument("--model", default="resnet20", help="as a recipe's model.name (default: %(default)s)")
+    p.add_argument("--image-size", type=positive, default=32, help="pixels (default: %(default)s)")
+    p.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+    p.add_argument("--warm-ups", type=positive, default=5, help="steps before timing (default: %(default)s)")
+    p.add_argument("--steps", type=positive, default=20, help="timed steps of a launch (default: %(default)s)")
+    p.add_argument("--threads", type=positive, help="of a CPU rank, the same for all (default: cores / ranks)")
+    with_json(p).set_defaults(function=bench_step)
+
     p = command("launch", launch, help="compose and run the mpirun line of a job: launch --np 8 -- train RECIPE ...")
     p.add_argument("--np", type=positive, required=True, dest="ranks", help="ranks")
     where = p.add_mutually_exclusive_group()
@@ -151,6 +198,20 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return value
+
+
+def counts(text: str) -> list[int]:
+    return [positive(word) for word in text.split(",")]
+
+
+def byte_count(text: str) -> int:
+    number = text.upper().removesuffix("B")
+    factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(number[-1:], 1)
+    return positive(number.rstrip("KMG")) * factor
+
+
+def byte_counts(text: str) -> list[int]:
+    return [byte_count(word) for word in text.split(",")]
 
 
 def not_negative(text: str) -> int:
@@ -199,6 +260,14 @@ def with_set(p):
         dest="settings",
         help="change a recipe key, such as optim.base_lr=0.2; may be repeated",
     )
+
+
+def with_launches(p):
+    p.add_argument("--ranks", type=positive, default=2, help="ranks (default: %(default)s)")
+    p.add_argument("--rounds", type=positive, default=5, help="launches of each, in turn (default: %(default)s)")
+    p.add_argument("--timeout-s", type=positive_float, default=600.0, help="for one launch (default: %(default)s)")
+    p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="draw it too (PNG, SVG or PDF)")
 
 
 def with_recipe(p):
@@ -306,7 +375,7 @@ def plan(args) -> int:
 
     recipe = recipes.read(args.recipe, args.settings)
     critical = plans.measured_noise_scale(args.noise_from) if args.noise_from else args.critical_batch
-    result = plans.plan(recipe, args.nodes, args.gpus_per_node, args.images_per_s, args.steps, critical)
+    result = plans.plan(recipe, args.nodes, args.gpus_per_node, args.images_per_s, args.steps, critical, args.system)
     print(json.dumps(result) if args.json else plans.show(Path(args.recipe).stem, recipe, result))
     return EXIT_DONE
 
@@ -357,6 +426,60 @@ def reproduce(args) -> int:
         args.list,
         args.json,
     )
+
+
+def bench_simulate(args) -> int:
+    from hpc_lbsgd.bench import presets, simulate
+
+    if args.list:
+        found = {name: make().title for name, make in presets.PRESETS.items()}
+        print(json.dumps(found) if args.json else "\n".join(f"{k:26s} {v}" for k, v in found.items()))
+        return EXIT_DONE
+    keys = ("ranks_per_node", "network_gbit", "input_images_per_s", "cores", "wire", "algorithm", "bucket_mb")
+    changes = {key: getattr(args, key) for key in keys}
+    simulate.simulate(args.preset, args.run, args.nodes, args.baseline, changes, args.published, args.plot, args.json)
+    return EXIT_DONE
+
+
+def bench_allreduce(args) -> int:
+    from hpc_lbsgd.bench import allreduce
+
+    allreduce.allreduce(
+        args.ranks,
+        args.bytes,
+        args.largest,
+        args.algorithms,
+        args.rounds,
+        args.seconds,
+        args.node_size,
+        args.timeout_s,
+        args.oversubscribe,
+        args.plot,
+        args.json,
+    )
+    return EXIT_DONE
+
+
+def bench_step(args) -> int:
+    from hpc_lbsgd.bench import step
+
+    step.step(
+        args.ranks,
+        args.batch,
+        args.engines,
+        args.model,
+        args.image_size,
+        args.precision,
+        args.warm_ups,
+        args.steps,
+        args.threads,
+        args.rounds,
+        args.timeout_s,
+        args.oversubscribe,
+        args.plot,
+        args.json,
+    )
+    return EXIT_DONE
 
 
 def launch(args) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+from hpc_lbsgd.bench.workload import layers_of, model_without_storage
 from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.outline import outline, render
@@ -23,10 +25,8 @@ def model_costs(recipe: Recipe, classes: int) -> tuple[int, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from hpc_lbsgd.train import models
-
+    model = model_without_storage(recipe, classes)
     with torch.device("meta"):
-        model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed)
         images = torch.empty(2, recipe.data.channels, recipe.data.image_size, recipe.data.image_size)
         with FlopCounterMode(display=False) as counter:
             model(images).sum().backward()
@@ -40,12 +40,13 @@ def plan(
     images_per_s: float | None = None,
     steps: tuple[int, int] | None = None,
     critical_batch: float | None = None,
+    system: str | None = None,
 ) -> dict:
     """Everything `plan` reports.
 
     images_per_s: a rank's training rate without communication, measured; else assumed from the model's FLOP.
     steps: (a, b) adds a table of steps a..b-1. critical_batch: B_crit (or B_simple, its predictor) adds a table of
-    batches with a recommendation.
+    batches with a recommendation. system: a preset of `bench simulate`, whose cluster the run is predicted on.
     """
     ranks = nodes * gpus_per_node
     settled = recipe.with_workers(ranks)
@@ -57,6 +58,8 @@ def plan(
         **outline(settled, schedule, ranks, critical_batch),
         **demands(settled, classes, images_per_s),
     }
+    if system:
+        result["predicted"] = predicted(settled, classes, system, nodes, gpus_per_node, result)
     if steps:
         first, last = steps
         if not 0 <= first < last <= schedule.full_steps:
@@ -106,6 +109,37 @@ def demands(recipe: Recipe, classes: int, images_per_s: float | None) -> dict:
     }
 
 
+def predicted(recipe: Recipe, classes: int, preset: str, nodes: int, gpus_per_node: int, known: dict) -> dict:
+    """The busiest rank's step on a preset's cluster, simulated; efficiency is against one node that does the same work
+    a rank. Only the last pass's backward can hide the sum, so all before it counts as forward."""
+    from hpc_lbsgd.bench import simulate as bench
+    from hpc_lbsgd.theory import simulate
+
+    chosen = bench.choose(preset, ranks_per_node=gpus_per_node, bucket_mb=recipe.machine.bucket_mb).system
+    method = replace(chosen.method, item_bytes=known["gradient_bytes"] // known["parameters"])
+    samples = min(known["passes_per_step"] * recipe.machine.workers_per_pass, recipe.batch.workers)
+    samples *= recipe.batch.samples_per_worker
+    last_pass = min(samples, recipe.machine.workers_per_pass * recipe.batch.samples_per_worker)
+    rate = known["images_per_s_per_rank"]
+    backward_s = BACKWARD_SHARE * last_pass / rate
+    layers = layers_of(model_without_storage(recipe, classes), recipe.data.channels, recipe.data.image_size)
+    workload = simulate.Workload(layers, samples, samples / rate - backward_s, backward_s)
+    run = replace(chosen, workload=workload, method=method)
+    outcome = simulate.step(run, nodes)
+    knee = simulate.knee(run, gpus_per_node)
+    return {
+        "system": preset,
+        "step_s": outcome.step_s,
+        "exposed_comm_s": outcome.exposed_comm_s,
+        "straggler_s": outcome.straggler_s,
+        "images_per_s": known["global_batch"] / outcome.step_s,
+        "efficiency": simulate.efficiency(run, nodes, gpus_per_node),
+        "efficiency_baseline": "one node, the same work a rank",
+        "knee_nodes": knee[0] if knee else None,
+        "knee_set_by": knee[1] if knee else None,
+    }
+
+
 def batches(recipe: Recipe, samples: int, gpus_per_node: int, rate: float, critical_batch: float) -> list[dict]:
     """Steps, examples, time and node-hours against the batch, one worker a GPU (McCandlish et al. 2018, eq. 2.11).
 
@@ -138,6 +172,17 @@ def batches(recipe: Recipe, samples: int, gpus_per_node: int, rate: float, criti
     return rows
 
 
+def said_of_prediction(predicted: dict | None) -> list[str]:
+    if not predicted:
+        return []
+    knee = f"below 90 % from {predicted['knee_nodes']} nodes on, set by {predicted['knee_set_by']}"
+    return [
+        f"  predicted      on {predicted['system']}: {1e3 * predicted['step_s']:.1f} ms a step, "
+        f"{predicted['images_per_s']:.0f} images/s, {predicted['efficiency']:.1%} of one node's rate a rank; "
+        + (knee if predicted["knee_nodes"] else "above 90 % up to 4096 nodes")
+    ]
+
+
 def show(name: str, recipe: Recipe, p: dict) -> str:
     """`plan` for a person."""
     lines = [render(name, p, recipe.with_workers(p["ranks"]))]
@@ -147,6 +192,7 @@ def show(name: str, recipe: Recipe, p: dict) -> str:
         f"  gradients      {p['parameters'] / 1e6:.1f} M parameters, {p['gradient_bytes'] / 1e6:.1f} MB a step; to "
         f"hide behind backward at {p['images_per_s_per_rank']:.0f} images/s a rank ({kind}): "
         f"{p['required_gbit_per_s']:.1f} Gbit/s a rank",
+        *said_of_prediction(p.get("predicted")),
         f"  momentum       fills in {p['accumulator_warmin_epochs']:.3g} epochs",
         "",
         "  stage     steps               epoch       kn         lr  momentum  noise scale",

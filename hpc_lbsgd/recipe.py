@@ -209,7 +209,8 @@ class Checkpoint(Section):
 
 
 class Machine(Section):
-    engine: Literal["horovod"] = "horovod"
+    engine: Literal["horovod", "ddp"] = "horovod"
+    """ddp: torch.distributed's DistributedDataParallel, on Gloo or NCCL; determinism off only"""
     reduction: Literal["buckets", "fusion"] = "buckets"
     """buckets: few flat buffers; fusion: a tensor each, Horovod fuses them at run time"""
     bucket_mb: Positive = 25.0
@@ -288,6 +289,14 @@ class Recipe(Section):
                 f"machine.reduction = fusion: run-time fusion changes the summation order from run to run; "
                 f"determinism {self.determinism} allows: buckets"
             )
+        if self.machine.engine == "ddp":
+            for key, value, allowed in (
+                ("determinism", self.determinism, "off"),
+                ("wire", self.wire, "fp32"),
+                ("machine.reduction", self.machine.reduction, "buckets"),
+            ):
+                if value != allowed:
+                    raise ValueError(f"{key} = {value}: machine.engine = ddp allows: {allowed}")
         if self.precision == "float64" and self.wire == "fp16":
             raise ValueError("wire = fp16 with precision = float64; allowed: fp32")
         if self.schedule.milestones and self.schedule.milestones[-1] >= self.train.epochs:

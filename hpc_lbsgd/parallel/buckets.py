@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.parallel.engine import Engine
 
 ALIGN_BYTES = 64  # of every view: vector loads and MPI's copies want it
@@ -99,7 +100,8 @@ class Bucket:
             place.copy_(view.parameter.data)
             view.parameter.data = place
             view.parameter.grad = view.of(self.gradients)
-        self.missing = 0  # gradients still to come in this pass
+        self.names = frozenset(view.name for view in layout.views)
+        self.missing: set[str] = set()  # gradients still to come in this pass
         self.full = False
         self.handle = None
 
@@ -109,6 +111,9 @@ class Buckets:
 
     bits        None: floating-point sums. Else sums over workers are int64 in units of 2**-bits (`any-ranks`)
     wire_scale  None: gradients travel as computed. Else as float16, times this power of two
+
+    Where the engine's own model sums gradients (`engine.sums_gradients`), only BatchNorm's statistics and the sums of
+    measured steps travel from here.
     """
 
     def __init__(
@@ -134,7 +139,9 @@ class Buckets:
         self._held: list[torch.Tensor] | None = None  # sums of passes while each is measured by itself
         for bucket in self.buckets:
             for view in bucket.layout.views:
-                view.parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+                view.parameter.register_post_accumulate_grad_hook(
+                    lambda _, bucket=bucket, name=view.name: self._arrived(bucket, name)
+                )
 
     # ---------------------------------------------------------------- one step
 
@@ -157,11 +164,16 @@ class Buckets:
         """
         self._last_pass, self._measured = last_pass, measured
         for bucket in self.buckets:
-            bucket.missing, bucket.full = len(bucket.layout.views), False
+            bucket.missing, bucket.full = set(bucket.names), False
 
-    def _arrived(self, bucket: Bucket) -> None:
-        bucket.missing -= 1
-        if bucket.missing == 0 and not self._measured:
+    @property
+    def summed_elsewhere(self) -> bool:
+        """In this step the engine's model sums the gradients."""
+        return self.engine.sums_gradients and not self._measured
+
+    def _arrived(self, bucket: Bucket, name: str) -> None:
+        bucket.missing.discard(name)
+        if not (bucket.missing or self._measured or self.engine.sums_gradients):
             self._fill(bucket)
 
     def _fill(self, bucket: Bucket) -> None:
@@ -176,6 +188,8 @@ class Buckets:
 
         Returns |gradient of this pass|^2, a float64 scalar on the device, if the pass was armed to be measured.
         """
+        if self.summed_elsewhere and self._last_pass:
+            self._refuse_unused()
         square = self.square() if self._measured else None
         if self._measured and self.bits is None:
             self._hold()
@@ -183,6 +197,16 @@ class Buckets:
             if not bucket.full:
                 self._fill(bucket)
         return square
+
+    def _refuse_unused(self) -> None:
+        unused = sorted(name for bucket in self.buckets for name in bucket.missing)
+        if unused:
+            raise RunError(
+                f"machine.engine = {self.engine.name}: no gradient for {', '.join(unused[:5])}"
+                + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+                + ": DistributedDataParallel cannot sum where a step leaves parameters unused; freeze them, or use "
+                "machine.engine = horovod"
+            )
 
     def _hold(self) -> None:
         """Put a measured pass aside; with the last one, bring back the sum of all."""
@@ -219,6 +243,10 @@ class Buckets:
 
     def _launch(self, bucket: Bucket) -> None:
         tensor = bucket.gradients
+        if self.summed_elsewhere:
+            tensor = tensor[: bucket.layout.statistics]
+            if not len(tensor):
+                return
         if self.bits is not None:
             tensor = self.totals[bucket.index]
         elif bucket.layout.compress:
@@ -231,8 +259,9 @@ class Buckets:
         """Wait for all sums. Returns a bool scalar on the device: every reduced value is finite."""
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for bucket in self.buckets:
-            self.engine.wait(bucket.handle)
-            bucket.handle = None
+            if bucket.handle is not None:
+                self.engine.wait(bucket.handle)
+                bucket.handle = None
             if self.bits is not None:
                 # int64 -> float64 -> times 2**-bits -> float: one rounding path on every rank
                 bucket.gradients.copy_(self.totals[bucket.index].to(torch.float64).mul_(2.0**-self.bits))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 
 class Engine(Protocol):
@@ -17,6 +18,10 @@ class Engine(Protocol):
     size: int
     local_rank: int
     local_size: int
+    sums_gradients: bool  # the model that `wrap` returns sums its gradients over ranks in backward
+
+    def wrap(self, model: nn.Module, bucket_mb: float) -> nn.Module:
+        """What training is to call in place of `model`; it shares all parameters."""
 
     def start_sum(self, tensor: torch.Tensor, name: str) -> Any:
         """Begin to replace `tensor` (contiguous) by its sum over ranks; returns a handle for `wait`.
@@ -43,6 +48,10 @@ class Engine(Protocol):
 
 def create(machine, determinism: str, device: torch.device) -> Engine:
     """The engine that a recipe's `machine.engine` names. The first call of a process starts MPI."""
+    if machine.engine == "ddp":
+        from hpc_lbsgd.parallel.ddp_engine import DdpEngine
+
+        return DdpEngine(machine, determinism, device)
     from hpc_lbsgd.parallel.horovod_engine import HorovodEngine
 
     return HorovodEngine(machine, determinism, device)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
 import torch
+from torch import nn
 
 from hpc_lbsgd.errors import RunError
-
-ABORT_GRACE_S = 10.0  # MPI_Abort may itself hang in a broken job; then the process ends without it
+from hpc_lbsgd.parallel.abort import end_all_ranks
 
 
 def environment(machine, determinism: str, on_gpu: bool) -> dict[str, str]:
@@ -48,6 +47,7 @@ def defaults(on_gpu: bool) -> dict[str, str]:
 
 class HorovodEngine:
     name = "horovod"
+    sums_gradients = False
 
     def __init__(self, machine, determinism: str, device: torch.device):
         os.environ.update(environment(machine, determinism, device.type == "cuda"))
@@ -64,6 +64,9 @@ class HorovodEngine:
                 "Horovod was built without NCCL, and the ranks are GPUs: rebuild it where nvcc is "
                 "(python tools/build_horovod.py --gpu nccl), or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
             )
+
+    def wrap(self, model: nn.Module, bucket_mb: float) -> nn.Module:
+        return model
 
     def start_sum(self, tensor: torch.Tensor, name: str) -> Any:
         return self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
@@ -84,15 +87,7 @@ class HorovodEngine:
         self._hvd.barrier()
 
     def abort(self, code: int) -> None:
-        import mpi4py
-
-        mpi4py.rc.initialize = mpi4py.rc.finalize = False  # Horovod owns MPI's life
-        timer = threading.Timer(ABORT_GRACE_S, os._exit, [code])
-        timer.daemon = True
-        timer.start()
-        from mpi4py import MPI
-
-        MPI.COMM_WORLD.Abort(code)
+        end_all_ranks(code)
 
     def close(self) -> None:
         self._hvd.shutdown()

@@ -20,6 +20,7 @@ from hpc_lbsgd.data.user import UserSet
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
+from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train import checkpoint
 
 RUNS = Path("runs")
@@ -66,7 +67,9 @@ def prepare(name: str, recipe: Recipe, run: str | None, resume: bool, ranks: int
     else:
         recipe = recipe.with_workers(ranks)
     train, evaluation, recipe = open_data(recipe, folder)
-    recipe.build_schedule(len(train))  # refuses what cannot be scheduled
+    schedule = recipe.build_schedule(len(train))  # refuses what cannot be scheduled
+    if recipe.machine.engine == "ddp":
+        refuse_idle_ranks(recipe, schedule, ranks)
     newest = checkpoint.find_newest(folder) if folder.exists() else None
     state = None
     if newest:
@@ -96,6 +99,25 @@ def prepare(name: str, recipe: Recipe, run: str | None, resume: bool, ranks: int
         attempt,
         notes,
     )
+
+
+def refuse_idle_ranks(recipe: Recipe, schedule: Schedule, ranks: int) -> None:
+    """DistributedDataParallel sums in backward: a rank without samples has none, and the others would wait for it."""
+    partial = recipe.batch.last_batch == "partial"
+    if recipe.schedule.kind == "adaptive-batch" and partial and ranks > 1:
+        raise RequestError(
+            "batch.last_batch = partial with schedule.kind = adaptive-batch: machine.engine = ddp needs samples for "
+            "every rank at every step; allowed: drop"
+        )
+    n = schedule.samples_per_worker
+    for workers in {stage.workers for stage in schedule.stages}:
+        tail = -(-(schedule.samples % (workers * n)) // n) if partial else 0
+        for busy, where in ((workers, "batch.workers"), (tail, "batch.last_batch = partial: the tail's workers")):
+            if 0 < busy < ranks:
+                raise RequestError(
+                    f"{where} = {busy} on {ranks} ranks: machine.engine = ddp needs samples for every rank at every "
+                    "step; use fewer ranks, batch.last_batch = drop, or machine.engine = horovod"
+                )
 
 
 def settle_again(asked: Recipe, before: Recipe) -> Recipe:

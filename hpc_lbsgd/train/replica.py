@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -89,6 +90,14 @@ class Replica:
         self.average = optim.WeightAverage(self.buckets, decay) if decay else None
         if machine.compile == "stages":
             models.compile_stages(self.model)
+        self.bucket_mb = machine.bucket_mb
+        self.training_model = self.model  # what a pass calls
+
+    def passing(self, sums: bool) -> AbstractContextManager:
+        """Around a forward-backward. sums: it is the one in which the engine's model sums gradients over ranks."""
+        if sums or not self.engine.sums_gradients:
+            return nullcontext()
+        return self.training_model.no_sync()
 
     def update(self, point: Point, previous_lr: float) -> None:
         """Take the step: the buckets hold the sums over all workers."""
@@ -103,7 +112,11 @@ class Replica:
             yield from (v.parameter for v in bucket.layout.views if v.offset < bucket.layout.decay_end)
 
     def synchronise(self) -> None:
-        """Rank 0's weights, statistics and optimizer state on every rank; then all must have one checksum."""
+        """Rank 0's weights, statistics and optimizer state on every rank; then all must have one checksum.
+
+        Collective, once, before the first step: the engine meets the model here.
+        """
+        self.training_model = self.engine.wrap(self.model, self.bucket_mb)
         self.buckets.broadcast_weights()
         self.engine.broadcast(self.running.flat, "running")
         for kind, kept in self.optimizer.flats.items():

@@ -134,9 +134,12 @@ class Stepper:
             data_wait_s += time.perf_counter() - before
             self.mark("compute", point.step)
             replica.context.begin(point.step, workers, counts, groups)
-            buckets.arm(last_pass=i == len(work) - 1, measured=measured)
-            loss = self._forward(images, labels, point)
-            loss.backward()
+            last = i == len(work) - 1
+            buckets.arm(last_pass=last, measured=measured)
+            with replica.passing(sums=last and buckets.summed_elsewhere):
+                loss = self._forward(images, labels, point)
+                # DistributedDataParallel divides its sum by the number of ranks
+                (loss * self.engine.size if buckets.summed_elsewhere else loss).backward()
             square = buckets.end_pass()
             loss_sum += exact(loss.detach(), LOSS_BITS)
             if square is not None:
@@ -182,7 +185,7 @@ class Stepper:
         """This pass's share of the loss: divided by the true global count here, summed over ranks later
         (Goyal et al. 2017, Remark 3)."""
         with torch.autocast(self.replica.device.type, torch.bfloat16, enabled=self.autocast):
-            outputs = self.replica.model(images if self.autocast else images.to(self.dtype))
+            outputs = self.replica.training_model(images if self.autocast else images.to(self.dtype))
         outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
         loss = self.loss(outputs, labels) / point.count
         if self.loss_decay:

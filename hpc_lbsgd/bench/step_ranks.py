@@ -1,0 +1,329 @@
+"""The ranks of `bench step`: train on synthetic pictures one way, time whole steps and their parts.
+
+Started as `mpirun ... python -m hpc_lbsgd.bench.step_ranks TASK OUT`; TASK is JSON: engine, mode, model, image_size,
+precision, batches, warm_ups, steps, threads.
+
+Two measurements a batch size. Whole steps run as they would in training, nothing added: they give images/s. Parts are
+timed in further steps, on GPUs with a synchronisation between parts, which costs time: they say where a step goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.parallel import world as worlds
+from hpc_lbsgd.train import models
+from hpc_lbsgd.train.job import choose_device, configure_torch
+from hpc_lbsgd.train.replica import channels_last_is_safe
+
+CLASSES = 10
+LR, MOMENTUM, DECAY = 1e-3, 0.9, 1e-4
+PARTS = ("forward", "backward", "exposed_comm", "optimizer")
+
+
+def recipe_of(task: dict, ranks: int, batch: int):
+    """What `train` would run: one worker of `batch` samples a rank, the default mode of everything else."""
+    mode = task["mode"]
+    return recipes.validate(
+        {
+            "model": {"name": task["model"]},
+            "data": {"image_size": task["image_size"], "classes": CLASSES},
+            "batch": {"samples_per_worker": batch, "workers": ranks},
+            "optim": {"base_lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY},
+            "train": {"noise_scale_steps": 0},
+            "precision": task["precision"],
+            "determinism": "any-ranks" if mode == "any-ranks" else "off",
+            "wire": "fp16" if mode == "fp16" else "fp32",
+            "machine": {"reduction": "fusion" if mode == "fusion" else "buckets"},
+        }
+    )
+
+
+class Clock:
+    """Seconds between calls, by part; on a GPU it waits for the work to be done."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.parts = device, dict.fromkeys(PARTS, 0.0)
+
+    def start(self) -> None:
+        self.wait()
+        self.last = time.perf_counter()
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def lap(self, part: str) -> None:
+        self.wait()
+        now = time.perf_counter()
+        self.parts[part] += now - self.last
+        self.last = now
+
+
+# ---------------------------------------------------------------- the ways to train
+
+
+class Ours:
+    """The trainer's own step on an engine of the toolkit."""
+
+    def __init__(self, task: dict, device: torch.device):
+        from hpc_lbsgd.parallel import engine
+
+        self.task, self.device = task, device
+        first = recipe_of(task, 1, task["batches"][0])
+        self.engine = engine.create(first.machine, first.determinism, device)
+        self.rank, self.size = self.engine.rank, self.engine.size
+
+    def prepare(self, batch: int) -> None:
+        from hpc_lbsgd.theory.schedule import Point
+        from hpc_lbsgd.train.replica import Replica
+        from hpc_lbsgd.train.step import Stepper
+
+        recipe = recipe_of(self.task, self.size, batch)
+        self.replica = Replica(recipe, CLASSES, self.engine, self.device)
+        self.replica.synchronise()
+        pictures = synthetic(self.task, batch, self.device, self.replica.channels_last)
+        kn = batch * self.size
+        self.point = Point(0, 0, 0, LR, MOMENTUM, self.size, batch, 0, kn)
+        self.stepper = Stepper(self.replica, recipe, forever(pictures))
+        self.forward, self.update = self.stepper._forward, self.replica.update
+
+    def step(self) -> None:
+        self.stepper.run(self.point)
+
+    def step_in_parts(self, clock: Clock) -> None:
+        """Backward ends where the trainer's own clock of exposed communication starts."""
+
+        def forward(*args):
+            clock.start()
+            loss = self.forward(*args)
+            clock.lap("forward")
+            return loss
+
+        def update(*args):
+            clock.start()
+            self.update(*args)
+            clock.lap("optimizer")
+
+        self.stepper._forward, self.replica.update = forward, update
+        clock.wait()
+        before, done = time.perf_counter(), dict(clock.parts)
+        outcome = self.stepper.run(self.point)
+        clock.wait()
+        whole = time.perf_counter() - before
+        clock.parts["exposed_comm"] += outcome.exposed_comm_s
+        others = sum(clock.parts[p] - done[p] for p in ("forward", "optimizer")) + outcome.exposed_comm_s
+        clock.parts["backward"] += whole - others
+        self.stepper._forward, self.replica.update = self.forward, self.update
+
+    def slowest(self, value: float) -> float:
+        return max(self.engine.gather(value))
+
+    def barrier(self) -> None:
+        self.engine.barrier()
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class Peer:
+    """A plain PyTorch loop: the same model, pictures and threads, torch's SGD, and a peer's own class around them."""
+
+    rank, size = 0, 1
+    gradients_must_be_plain = False  # Horovod refuses gradients that are channels last
+
+    def __init__(self, task: dict, device: torch.device):
+        self.task, self.device = task, device
+
+    def prepare(self, batch: int) -> None:
+        section = recipe_of(self.task, self.size, batch).model
+        model = models.build(section, 3, CLASSES, 0)
+        channels_last = self.device.type != "cpu" or channels_last_is_safe(model)
+        weights_too = channels_last and not self.gradients_must_be_plain
+        layout = torch.channels_last if weights_too else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=layout)
+        decayed = [p for p in self.model.parameters() if p.dim() > 1]
+        others = [p for p in self.model.parameters() if p.dim() <= 1]
+        self.optimizer = torch.optim.SGD(
+            [{"params": decayed, "weight_decay": DECAY}, {"params": others}], lr=LR, momentum=MOMENTUM, nesterov=True
+        )
+        self.images, self.labels = synthetic(self.task, batch, self.device, channels_last)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.task["precision"] == "bf16")
+        self.wrap()
+
+    def wrap(self) -> None:
+        pass
+
+    def loss(self) -> torch.Tensor:
+        with self.autocast:
+            outputs = self.model(self.images)
+        return F.cross_entropy(outputs.float(), self.labels)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+    def step_in_parts(self, clock: Clock) -> None:
+        clock.start()
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        clock.lap("forward")
+        loss.backward()
+        clock.lap("backward")
+        with self.synchronised(clock):
+            self.optimizer.step()
+        clock.lap("optimizer")
+
+    def synchronised(self, clock: Clock):
+        return nullcontext()
+
+    def slowest(self, value: float) -> float:
+        return value
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Horovod(Peer):
+    """hvd.DistributedOptimizer as its examples use it."""
+
+    gradients_must_be_plain = True
+
+    def __init__(self, task: dict, device: torch.device):
+        super().__init__(task, device)
+        import horovod.torch as hvd
+
+        hvd.init()
+        self.hvd, self.rank, self.size = hvd, hvd.rank(), hvd.size()
+
+    def wrap(self) -> None:
+        self.hvd.broadcast_parameters(self.model.state_dict(), root_rank=0)
+        self.optimizer = self.hvd.DistributedOptimizer(self.optimizer, named_parameters=self.model.named_parameters())
+
+    def synchronised(self, clock: Clock):
+        self.optimizer.synchronize()
+        clock.lap("exposed_comm")
+        return self.optimizer.skip_synchronize()
+
+    def slowest(self, value: float) -> float:
+        return max(self.hvd.allgather_object(value))
+
+    def barrier(self) -> None:
+        self.hvd.barrier()
+
+    def close(self) -> None:
+        self.hvd.shutdown()
+
+
+class Ddp(Peer):
+    """DistributedDataParallel as shipped. What of its backward is communication shows only against a backward
+    without: every second step in parts runs inside no_sync()."""
+
+    def __init__(self, task: dict, device: torch.device):
+        super().__init__(task, device)
+        from hpc_lbsgd.parallel.ddp_engine import DdpEngine
+
+        self.engine = DdpEngine(recipes.Machine(engine="ddp"), "off", device)  # for its way to meet
+        self.rank, self.size = self.engine.rank, self.engine.size
+
+    def wrap(self) -> None:
+        self.model = nn.parallel.DistributedDataParallel(self.model)
+
+    def step_in_parts(self, clock: Clock) -> None:
+        alone = Clock(self.device)
+        with self.model.no_sync():
+            super().step_in_parts(alone)
+        together = Clock(self.device)
+        super().step_in_parts(together)
+        for part in ("forward", "optimizer"):
+            clock.parts[part] += together.parts[part]
+        exposed = max(0.0, together.parts["backward"] - alone.parts["backward"])
+        clock.parts["exposed_comm"] += exposed
+        clock.parts["backward"] += together.parts["backward"] - exposed
+
+    def slowest(self, value: float) -> float:
+        return self.engine_max(value)
+
+    def engine_max(self, value: float) -> float:
+        return max(self.engine.gather(value))
+
+    def barrier(self) -> None:
+        self.engine.barrier()
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+WAYS = {"hpc_lbsgd": Ours, "horovod-stock": Horovod, "horovod-tuned": Horovod, "ddp": Ddp, "none": Peer}
+
+
+# ---------------------------------------------------------------- timing
+
+
+def synthetic(task: dict, batch: int, device: torch.device, channels_last: bool):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, task["image_size"], task["image_size"], generator=generator)
+    labels = torch.randint(0, CLASSES, (batch,), generator=generator)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images.to(device, memory_format=layout), labels.to(device)
+
+
+def forever(batch):
+    while True:
+        yield batch
+
+
+def time_batch(way, batch: int, task: dict, device: torch.device) -> dict:
+    """Seconds of a step on the slowest rank, and the medians of its parts on this one."""
+    way.prepare(batch)
+    for _ in range(task["warm_ups"]):
+        way.step()
+    way.barrier()
+    clock = Clock(device)
+    clock.start()
+    for _ in range(task["steps"]):
+        way.step()
+    clock.wait()
+    step_s = way.slowest((time.perf_counter() - clock.last) / task["steps"])
+    found = []
+    for _ in range(max(3, task["steps"] // 4)):
+        clock = Clock(device)
+        way.step_in_parts(clock)
+        found.append(clock.parts)
+    way.barrier()
+    return {"batch": batch, "step_s": step_s} | {f"{p}_s": statistics.median(f[p] for f in found) for p in PARTS}
+
+
+def main(task: dict, out: Path) -> None:
+    world = worlds.from_environment()
+    device = choose_device(world)
+    configure_torch(recipe_of(task, 1, 1), world, device)
+    if device.type == "cpu":  # the same for all, one process alone included
+        torch.set_num_threads(task["threads"])
+    way = WAYS[task["engine"]](task, device)
+    rows = [time_batch(way, batch, task, device) for batch in task["batches"]]
+    if way.rank == 0:
+        facts = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        facts["settings"] = {k: v for k, v in os.environ.items() if k.startswith(("HOROVOD_", "OMPI_MCA_mpi"))}
+        out.write_text(json.dumps({"rows": rows, "ranks": way.size, **facts}))
+    way.barrier()
+    way.close()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), Path(sys.argv[2]))
