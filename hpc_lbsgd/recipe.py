@@ -467,7 +467,7 @@ def validate(content: dict, where: str = "recipe") -> Recipe:
         raise RequestError("\n".join(f"{where}: {line}" for line in explain(problem.errors()))) from None
 
 
-def explain(errors: list[dict]) -> list[str]:
+def explain(errors: list[dict], model: type[Section] = Recipe) -> list[str]:
     """One sentence a wrong key: the key, the value, and what is allowed."""
     sentences: dict[str, str] = {}
     for error in errors:
@@ -475,7 +475,7 @@ def explain(errors: list[dict]) -> list[str]:
         location = [str(p) for p in error["loc"] if not re.match(r"(int|float|str)$|constrained-|.*\[", str(p))]
         key = ".".join(location)
         if error["type"] == "extra_forbidden":
-            section = Recipe
+            section = model
             for part in location[:-1]:
                 section = section.model_fields[part].annotation
             sentences[key] = (

@@ -66,7 +66,7 @@ def check_compiler() -> Iterator[Finding]:
 
 
 def check_mpi() -> Iterator[Finding]:
-    from hpc_lbsgd.cluster.launch import find_mpirun
+    from hpc_lbsgd.cluster.launchers import find_mpirun
     from hpc_lbsgd.errors import RequestError
 
     try:
