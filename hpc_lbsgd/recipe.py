@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -477,7 +477,8 @@ def explain(errors: list[dict], model: type[Section] = Recipe) -> list[str]:
         if error["type"] == "extra_forbidden":
             section = model
             for part in location[:-1]:
-                section = section.model_fields[part].annotation
+                found = section.model_fields[part].annotation
+                section = next((t for t in get_args(found) if t is not type(None)), found)  # X of `X | None`
             sentences[key] = (
                 f"unknown key {key} (= {error['input']!r}); allowed here: {', '.join(section.model_fields)}"
             )

@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 NODES = 32
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+LIBPMIX = "/usr/lib/x86_64-linux-gnu/pmix2/lib/libpmix.so"  # Slurm's plugin opens it under this name
 NEEDED = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "ip": "iproute2"}
 ROOT = Path(__file__).parents[1]
 
@@ -120,6 +122,8 @@ def why_not() -> str | None:
     missing = sorted({package for program, package in NEEDED.items() if not shutil.which(program, path=path)})
     if missing:
         return f"the Slurm lab needs: apt-get install {' '.join(missing)}"
+    if not Path(LIBPMIX).exists():
+        return "the Slurm lab needs: apt-get install libpmix-dev"
     if subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True).returncode:
         return "the Slurm lab needs namespaces (unshare), which are not permitted here"
     return None
@@ -161,7 +165,11 @@ class Lab:
             self.holder = subprocess.Popen(
                 [*space, "bash", root / "lab.sh", root, *hidden], stdout=log, stderr=log, env=self.env
             )
-        self._wait_until_up()
+        try:
+            self._wait_until_up()
+        except BaseException:
+            self.stop()
+            raise
 
     def _wait_until_up(self, within_s: float = 60) -> None:
         end = time.monotonic() + within_s
@@ -197,11 +205,7 @@ class Lab:
 
     def wait(self, number: int, within_s: float = 120) -> dict[str, str]:
         """The job's facts when it is over."""
-        return self.wait_for(
-            number,
-            lambda job: job["JobState"] not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED"),
-            within_s,
-        )
+        return self.wait_for(number, lambda job: job["JobState"] in OVER, within_s)
 
     def wait_for(self, number: int, is_so, within_s: float = 120) -> dict[str, str]:
         end = time.monotonic() + within_s
@@ -210,7 +214,9 @@ class Lab:
             if is_so(job):
                 return job
             time.sleep(0.5)
-        pytest.fail(f"job {number} after {within_s} s: {job}")
+        log = Path(job["StdOut"])
+        said = log.read_text()[-3000:] if log.is_file() else "(no log)"
+        pytest.fail(f"job {number} after {within_s} s: {job}\n{said}")
 
     def kill_node(self, name: str) -> None:
         """As by the power switch."""
@@ -233,10 +239,21 @@ class Lab:
 
     def stop(self) -> None:
         """The end of the namespace's process 1 ends every process in it."""
-        child = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children").read_text().split()
-        for pid in child:
-            os.kill(int(pid), signal.SIGKILL)
-        self.holder.wait(timeout=30)
+        if self.holder.poll() is None:
+            self.holder.kill()  # --kill-child
+            self.holder.wait(timeout=30)
+        shutil.rmtree(self.root.parent, ignore_errors=True)
+
+
+def start(folder: Path) -> Lab:
+    """A lab whose nodes see the pytest folder `folder`, this checkout and its environment, wherever they are."""
+    root = Path(tempfile.mkdtemp(prefix="slurm-lab-"))
+    root.chmod(0o711)  # munge wants to be reachable by everyone, which pytest's own folders are not
+    try:
+        return Lab(root / "lab", [root, folder, ROOT, Path(sys.prefix).resolve()])
+    except BaseException:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
 
 
 def submitted(text: str) -> list[int]:

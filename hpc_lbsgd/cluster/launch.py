@@ -76,7 +76,8 @@ def run(line: list[str], folder: RunFolder, passes_usr2_on: bool = True) -> int:
             file=sys.stderr,
         )
     elif code != EXIT_REQUEST and folder.exists():
-        folder.claim_failure(crashed=True, error=f"mpirun ended with {code}: a rank was killed or crashed")
+        crashed = code not in (1, 126, 127)  # those: a rank said why, or nothing could be started
+        folder.claim_failure(crashed=crashed, error=f"mpirun ended with {code}: a rank was killed or crashed")
         print(
             f"hpc-lbsgd: mpirun ended with {code}: a rank was killed or crashed; continue with --resume "
             f"--run {shlex.quote(str(folder.path))}",
