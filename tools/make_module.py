@@ -1,7 +1,7 @@
 """Writes modulefiles for an environment, from the templates in modules/: `make module PREFIX=/apps/modulefiles`.
 
-    PREFIX/lmod/hpc_lbsgd/VERSION.lua     module use PREFIX/lmod      (Lmod)
-    PREFIX/tcl/hpc_lbsgd/VERSION          module use PREFIX/tcl       (Environment Modules)
+PREFIX/lmod/hpc_lbsgd/VERSION.lua     module use PREFIX/lmod      (Lmod)
+PREFIX/tcl/hpc_lbsgd/VERSION          module use PREFIX/tcl       (Environment Modules)
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from hpc_lbsgd.parallel.world import World, from_environment
 
 ROOT = Path(__file__).parents[2]
 NODES = (1, 2, 4, 8, 16, 32)
-STEPS = 100
+STEPS = 500
 # Stands in for Python: says what it was given, rank by rank
 STUB = """\
 #!/usr/bin/env bash
@@ -27,9 +27,28 @@ fi
 """
 
 
+# A small model that takes its time in a job, so that the job can be hurt on the way; it hurries when `fast` is there
+SLOW_MODEL = """\
+import os, time
+from torch import nn
+
+class Pause(nn.Module):
+    def forward(self, x):
+        if "SLURM_JOB_ID" in os.environ and not os.path.exists("fast"):
+            time.sleep(0.04)
+        return x
+
+def model(channels, classes):
+    return nn.Sequential(Pause(), nn.Conv2d(channels, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(16, classes))
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("jobs")
+    folder = tmp_path_factory.mktemp("jobs")
+    (folder / "slow.py").write_text(SLOW_MODEL)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +61,23 @@ def stub(folder):
 
 @pytest.fixture(scope="module")
 def exact_recipe(small_recipe, folder):
-    """Long enough to be hurt on the way; the same weights on any number of ranks."""
-    changes = {"determinism": "any-ranks", "data__eval": None, "checkpoint__steps": 5}
-    return changed(small_recipe, **changes, train__epochs=STEPS, train__max_steps=STEPS)
+    """The same weights on any number of ranks."""
+    return changed(small_recipe, determinism="any-ranks", data__eval=None, checkpoint__steps=5, train__max_steps=10)
 
 
 @pytest.fixture(scope="module")
-def whole(exact_recipe, folder):
-    """Weights of the run that nothing disturbed, on one rank."""
-    result = command("train", write_recipe(folder / "whole.yaml", exact_recipe), "--run", folder / "whole", timeout=300)
+def slow_recipe(exact_recipe, folder):
+    """Long enough to be hurt on the way."""
+    return changed(exact_recipe, train__epochs=STEPS, train__max_steps=STEPS, model={"name": "slow:model"},
+                   batch__workers=8)  # fmt: skip
+
+
+def undisturbed(recipe, folder, name):
+    """Weights of the same recipe in one piece, on one rank."""
+    words = ["train", write_recipe(folder / f"{name}.yaml", recipe), "--run", folder / name]
+    result = command(*words, timeout=300, cwd=folder, env={"PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
-    return weights(folder / "whole")
+    return weights(folder / name)
 
 
 def weights(run):
@@ -122,27 +147,23 @@ def test_hostile_names_run_nothing(lab, folder, stub):
     assert not list(folder.rglob("pwned"))
 
 
+@pytest.fixture(scope="module")
+def one_rank(exact_recipe, folder):
+    return undisturbed(exact_recipe, folder, "one-rank")
+
+
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
-def test_real_training_on_4_nodes(lab, exact_recipe, folder, whole_of_10, launcher):
-    recipe, run = write_recipe(folder / f"{launcher}.yaml", exact_recipe), folder / launcher
+def test_real_training_on_4_nodes(lab, exact_recipe, folder, one_rank, launcher):
+    recipe, run = write_recipe(folder / f"by-{launcher}.yaml", exact_recipe), folder / f"by-{launcher}"
     four = site(folder, launcher, launcher=launcher, ranks_per_node=2, exclude_interfaces=["docker0"])
-    more = ["--nodes", 4, "--site", four, "--set", "train.max_steps=10"]
-    (number,) = submit(lab, recipe, run, *more)
+    (number,) = submit(lab, recipe, run, "--nodes", 4, "--site", four)
     assert lab.wait(number, 240)["JobState"] == "COMPLETED", log_of(lab, number)
     (start,) = records(run, "start")
     (environment,) = json.loads((run / "environment.json").read_text())
     assert start["ranks"] == 8
     assert [r["host"] for r in environment["ranks"]] == [f"node{i:02d}" for i in (1, 1, 2, 2, 3, 3, 4, 4)]
     assert environment["slurm_job_id"] == str(number)
-    assert weights(run) == whole_of_10
-
-
-@pytest.fixture(scope="module")
-def whole_of_10(exact_recipe, folder):
-    recipe = write_recipe(folder / "ten.yaml", exact_recipe)
-    result = command("train", recipe, "--run", folder / "ten", "--set", "train.max_steps=10")
-    assert result.returncode == 0, result.stderr
-    return weights(folder / "ten")
+    assert weights(run) == one_rank
 
 
 # ---------------------------------------------------------------- life-cycle
@@ -213,9 +234,9 @@ class Victim:
 WAYS = ["signal", "time_limit", "preemption", "requeue", "killed_rank", "killed_node"]
 
 
-def test_whatever_ends_a_start_the_job_ends_as_if_nothing_had_been(lab, exact_recipe, whole, folder):
+def test_whatever_ends_a_start_the_job_ends_as_if_nothing_had_been(lab, slow_recipe, folder):
     run = folder / "hurt"
-    recipe = write_recipe(folder / "hurt.yaml", exact_recipe)
+    recipe = write_recipe(folder / "hurt.yaml", slow_recipe)
     job = Victim(lab, recipe, run, site(folder, "two", ranks_per_node=1))
     for count, way in enumerate(WAYS, 1):
         job.wait_for_start(count)
@@ -224,11 +245,12 @@ def test_whatever_ends_a_start_the_job_ends_as_if_nothing_had_been(lab, exact_re
     job.wait_for_start(len(WAYS) + 1)
     facts = lab.job(job.number)
     assert job.lost in facts["ExcNodeList"] and job.lost not in facts["NodeList"]
+    (folder / "fast").touch()
     lab.start_node(job.lost)
     assert lab.wait(job.number, 120)["JobState"] == "COMPLETED", job.log()
     assert [r["step"] for r in records(run, "step")] == list(range(STEPS))
     assert [r["attempt"] for r in records(run, "event") if r["event"] == "resume"] == list(range(1, len(WAYS) + 1))
-    assert weights(run) == whole
+    assert weights(run) == undisturbed(slow_recipe, folder, "whole")
     log = job.log()
     assert log.count("asked to stop at a safe point") >= 2
     assert "no rank said why" in log and f"lost {job.lost}; queued again without" in log
@@ -279,14 +301,14 @@ def test_a_cancelled_job_stays_cancelled(lab, folder):
 
 def test_a_chain_on_1_2_and_4_nodes_equals_one_job(lab, exact_recipe, folder):
     grows = {"batch__workers": 4, "schedule__kind": "increasing-batch", "schedule__milestones": [1, 2],
-             "schedule__factor": 2.0, "train__epochs": 3, "train__max_steps": None}  # fmt: skip
-    recipe = write_recipe(folder / "grows.yaml", changed(exact_recipe, **grows))
+             "schedule__factor": 2.0, "train__max_steps": None,
+             "train__epochs": 3}  # fmt: skip
+    grown = changed(exact_recipe, **grows)
+    recipe = write_recipe(folder / "grows.yaml", grown)
     run = folder / "chain"
     numbers = submit(lab, recipe, run, "--chain", "--nodes", 1, "--site", site(folder, "chain", ranks_per_node=1))
     assert [lab.wait(n, 240)["JobState"] for n in numbers] == ["COMPLETED"] * 3, [log_of(lab, n) for n in numbers]
     assert [s["ranks"] for s in records(run, "start")] == [1, 2, 4]
-    one = command("train", recipe, "--run", folder / "one-job")
-    assert one.returncode == 0, one.stderr
-    assert weights(run) == weights(folder / "one-job")
+    assert weights(run) == undisturbed(grown, folder, "one-job")
     steps = [r["step"] for r in records(run, "step")]
     assert steps == [r["step"] for r in records(folder / "one-job", "step")] == list(range(len(steps)))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ODD = "my env's \"$HOME\" [exit] {x}; (1)"
+ODD = 'my env\'s "$HOME" [exit] {x}; (1)'
 
 
 def lmod():
