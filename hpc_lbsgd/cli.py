@@ -35,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     p = command("doctor", doctor, help="what this machine and environment can do, and the fix for what they cannot")
+    p.add_argument("--mpi", action="store_true", help="start two real ranks a node; report the bandwidth of their sum")
+    p.add_argument("--hosts", metavar="A,B", help="--mpi: these hosts (default: the nodes of the Slurm job, or here)")
     with_json(p)
 
     p = commands.add_parser("data", help="get, list and check a data set; print who gets which sample")
@@ -182,7 +184,7 @@ def with_run(p):
 def doctor(args) -> int:
     from hpc_lbsgd.cluster import doctor as doctors
 
-    findings = doctors.examine()
+    findings = doctors.examine(args.mpi, args.hosts)
     if args.json:
         print(json.dumps({"findings": [f._asdict() for f in findings]}))
     else:

@@ -85,8 +85,8 @@ def plan(
 def jobs(recipe: Recipe, samples: int, gpus_per_node: int, rate: float) -> list[dict]:
     """The same recipe as a job of 1 to 32 nodes: kn, learning rate, steps, time, node-hours.
 
-    With `workers: per_rank` kn follows from the nodes, with a fixed k it stays. Compute only, at `rate` images/s a rank:
-    communication is not in it. A number of nodes that the recipe cannot have has a `problem` in place of numbers.
+    With `workers: per_rank` kn follows from the nodes, with a fixed k it stays. Compute only, at `rate` images/s a
+    rank: communication is not in it. A number of nodes that the recipe cannot have has a `problem` instead.
     """
     rows = []
     for nodes in JOB_NODES:

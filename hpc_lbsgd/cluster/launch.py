@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from hpc_lbsgd import recipe as recipes
@@ -14,6 +15,8 @@ from hpc_lbsgd.cluster.launchers import Layout, check_hosts, choose, find_mpirun
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, RequestError
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.train.prepare import choose_run
+
+END_GRACE_S = 30.0  # for a launcher to notice that its ranks have ended
 
 
 def exported() -> dict[str, str]:
@@ -45,11 +48,34 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
     return run(line, folder, launcher.passes_usr2_on)
 
 
+def wait(process: subprocess.Popen, folder: RunFolder, before: dict | None) -> int:
+    """The launcher's exit code. Rank 0 writes the run's status at its very end: a launcher that is still there long
+    after that has missed the end of its ranks (Open MPI 5 at times: openpmix/prrte#1839), and is ended.
+
+    before: the status that an earlier start left.
+    """
+    since = None
+    while since is None or time.monotonic() - since < END_GRACE_S:
+        try:
+            return process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            status = folder.status()
+        since = (since or time.monotonic()) if status and status != before else None
+    process.terminate()
+    try:
+        process.wait(timeout=END_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return EXIT_FAILED if status["status"] == "failed" else EXIT_DONE
+
+
 def run(line: list[str], folder: RunFolder, passes_usr2_on: bool = True) -> int:
     """Run a job to its end. Ctrl-C asks it to stop at a safe point; a second one ends it.
 
     passes_usr2_on: the launcher hands the signal on to its ranks; else they are asked by the run's stop file.
     """
+    before = folder.status()
     process = subprocess.Popen(line)
 
     def pass_on(number, frame):
@@ -64,7 +90,7 @@ def run(line: list[str], folder: RunFolder, passes_usr2_on: bool = True) -> int:
     pass_on.asked = False
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, pass_on)
-    code = process.wait()
+    code = wait(process, folder, before)
     status = folder.status()
     if code == 0 and status and status["status"] == "stopped":
         return EXIT_STOPPED

@@ -113,12 +113,13 @@ class Site(Section):
         """Environment variables that keep MPI and NCCL off the excluded interfaces."""
         if not self.exclude_interfaces:
             return {}
-        # setting Open MPI's list replaces its default, which leaves out the loopback
-        names = ",".join(dict.fromkeys(["lo", *self.exclude_interfaces]))
-        found = {"NCCL_SOCKET_IFNAME": f"^{names}"}
+        names = ",".join(self.exclude_interfaces)
+        found = {"NCCL_SOCKET_IFNAME": f"^lo,{names}"}
         if self.mpi == "openmpi":
-            for key in ("OMPI_MCA_btl_tcp_if_exclude", "OMPI_MCA_oob_tcp_if_exclude", "PRTE_MCA_prte_if_exclude"):
-                found[key] = names
+            # setting these two replaces a default that leaves out the loopback; PRRTE (Open MPI 5) sees to it itself
+            for key in ("OMPI_MCA_btl_tcp_if_exclude", "OMPI_MCA_oob_tcp_if_exclude"):
+                found[key] = f"lo,{names}"
+            found["PRTE_MCA_prte_if_exclude"] = names
         return found
 
 

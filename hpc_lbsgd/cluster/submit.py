@@ -301,9 +301,7 @@ def call(line: list[str], job: Job) -> str:
     try:
         result = subprocess.run(line, capture_output=True, text=True, timeout=SBATCH_TIMEOUT_S)
     except FileNotFoundError:
-        raise RequestError(
-            "no sbatch on PATH: submit from a login node, or look with --dry-run"
-        ) from None
+        raise RequestError("no sbatch on PATH: submit from a login node, or look with --dry-run") from None
     except subprocess.TimeoutExpired:
         raise RunError(f"sbatch did not answer within {SBATCH_TIMEOUT_S} s: is slurmctld up (scontrol ping)?") from None
     if result.returncode:

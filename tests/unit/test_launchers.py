@@ -1,9 +1,15 @@
 """Each MPI's launcher gets what it understands."""
 
+import signal
+import sys
+import time
+
 import pytest
 
+from hpc_lbsgd.cluster import launch
 from hpc_lbsgd.cluster.launchers import Hydra, IntelMPI, Layout, OpenMPI, OpenMPI5, check_hosts, choose, recognise
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.errors import EXIT_DONE, RequestError
+from hpc_lbsgd.records import RunFolder
 
 SPREAD = Layout(16, hosts="a:8,b:8")
 LISTED = Layout(16, hostfile="my hosts")
@@ -63,3 +69,22 @@ def test_wrong_hosts_are_refused(hosts, said):
 def test_intel_mpi_says_that_it_wants_even_hosts():
     with pytest.raises(RequestError, match="--hostfile"):
         IntelMPI().line("mpirun", Layout(12, hosts="a:8,b:4"), {})
+
+
+def test_a_launcher_that_misses_the_end_of_its_ranks_is_ended(tmp_path, monkeypatch):
+    """Open MPI 5's mpirun stays at times after its ranks are gone. What an earlier start left does not count."""
+    monkeypatch.setattr(launch, "END_GRACE_S", 0.5)
+    folder = RunFolder(tmp_path)
+    folder.write_status("stopped", step=3)
+    script = f"""
+import time
+from hpc_lbsgd.records import RunFolder
+time.sleep(3)
+RunFolder({str(tmp_path)!r}).write_status("done", step=9)
+time.sleep(60)"""
+    start = time.monotonic()
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    assert launch.run([sys.executable, "-c", script], folder) == EXIT_DONE
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert 3 < time.monotonic() - start < 30
