@@ -12,12 +12,13 @@ export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 endif
 
-.PHONY: help setup train test lint clean
+.PHONY: help setup train test lint module clean
 help:
 	@echo "make setup [MPI=wheel|system]  Python environment in $(VENV), with Horovod built for it (7 GB)"
 	@echo "make train                     get Fashion-MNIST and train it with mpirun on every core"
 	@echo "make test                      all tests"
 	@echo "make lint                      ruff"
+	@echo "make module PREFIX=DIR         modulefiles for this environment [PREREQ=\"gcc/12 openmpi/4.1\"] [CONFLICT=...]"
 
 setup: $(VENV)/.ready-$(MPI)
 
@@ -46,6 +47,9 @@ test: setup
 
 lint: setup
 	$(BIN)/ruff check .
+
+module:
+	@$(PYTHON) tools/make_module.py --environment "$(VENV)" --prereq "$(PREREQ)" --conflict "$(CONFLICT)" "$(PREFIX)"
 
 clean:
 	rm -rf $(VENV) runs data

@@ -35,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     p = command("doctor", doctor, help="what this machine and environment can do, and the fix for what they cannot")
+    p.add_argument("--mpi", action="store_true", help="start two real ranks a node; report the bandwidth of their sum")
+    p.add_argument("--hosts", metavar="A,B", help="--mpi: these hosts (default: the nodes of the Slurm job, or here)")
     with_json(p)
 
     p = commands.add_parser("data", help="get, list and check a data set; print who gets which sample")
@@ -187,9 +189,25 @@ def parser() -> argparse.ArgumentParser:
     where = p.add_mutually_exclusive_group()
     where.add_argument("--hosts", help="hosts with their slots: a:8,b:8")
     where.add_argument("--hostfile", help="file of hosts, as mpirun takes it")
+    p.add_argument("--mpi", choices=["openmpi", "mpich", "intel"], help="flavour (default: what mpirun says it is)")
     p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
     p.add_argument("--dry-run", action="store_true", help="print the command and stop")
     p.add_argument("job", nargs=argparse.REMAINDER, help="-- train RECIPE ...")
+
+    p = command("submit", submit, help="render the sbatch job of a recipe for a site, and submit it")
+    with_recipe(p)
+    p.add_argument("--nodes", type=positive, default=1, help="nodes (a chain: of the first stage)")
+    p.add_argument("--site", default="generic", help="a site file, or the name of a shipped site (default: generic)")
+    p.add_argument("--time", help="time limit of a job, as Slurm writes it (default: the site's)")
+    p.add_argument("--run", help="run folder (default: RECIPE-TIME in the site's folder of runs)")
+    p.add_argument("--resume", action="store_true", help="go on with the run that is in --run")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--chain", action="store_true", help="a job a stage, each with the nodes that its batch wants")
+    what.add_argument("--data", action="store_true", help="list the recipe's data folders on a node, do not train")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="print the script and stop")
+    how.add_argument("--test-only", action="store_true", help="ask Slurm whether it would take the job, and stop")
+    with_json(p)
     return top
 
 
@@ -286,7 +304,7 @@ def with_run(p):
 def doctor(args) -> int:
     from hpc_lbsgd.cluster import doctor as doctors
 
-    findings = doctors.examine()
+    findings = doctors.examine(args.mpi, args.hosts)
     if args.json:
         print(json.dumps({"findings": [f._asdict() for f in findings]}))
     else:
@@ -484,6 +502,7 @@ def bench_step(args) -> int:
 
 def launch(args) -> int:
     from hpc_lbsgd.cluster import launch as launches
+    from hpc_lbsgd.cluster.launchers import Layout
 
     job = args.job[1:] if args.job[:1] == ["--"] else args.job
     if job[:1] != ["train"]:
@@ -491,8 +510,17 @@ def launch(args) -> int:
             f"launch runs `train`: launch --np {args.ranks} -- train RECIPE ... (got {' '.join(job) or 'nothing'})"
         )
     inner = parser().parse_args(job)
-    layout = launches.Layout(args.ranks, args.hosts, args.hostfile, args.oversubscribe)
-    return launches.launch(layout, inner, args.dry_run)
+    layout = Layout(args.ranks, args.hosts, args.hostfile, args.oversubscribe)
+    return launches.launch(layout, inner, args.dry_run, args.mpi)
+
+
+def submit(args) -> int:
+    from hpc_lbsgd.cluster import submit as submits
+
+    request = submits.Request(
+        args.nodes, args.time, args.run, args.resume, args.chain, args.data, args.dry_run, args.test_only
+    )
+    return submits.submit(args.recipe, args.settings, args.site, request, args.json)
 
 
 def main(argv: list[str] | None = None) -> int:

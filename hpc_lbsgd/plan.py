@@ -6,18 +6,21 @@ import math
 from dataclasses import replace
 
 from hpc_lbsgd.bench.workload import layers_of, model_without_storage
+from hpc_lbsgd.data.order import passes_of_rank
 from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder, read_metrics
 from hpc_lbsgd.theory.scaling import required_gbit_per_s
+from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.theory.tradeoff import Tradeoff
 
 # Sustained bf16 training rate that stands in for a measured images/s: one A100 at 2470 ResNet-50 images/s
 # (NVIDIA DeepLearningExamples, mixed precision), 3 * 8.2 GFLOP an image.
 ASSUMED_TFLOPS = 60.8
 BACKWARD_SHARE = 2 / 3  # backward costs about twice what forward does
+JOB_NODES = (1, 2, 4, 8, 16, 32)
 
 
 def model_costs(recipe: Recipe, classes: int) -> tuple[int, float]:
@@ -58,6 +61,7 @@ def plan(
         **outline(settled, schedule, ranks, critical_batch),
         **demands(settled, classes, images_per_s),
     }
+    result["jobs"] = jobs(recipe, samples, gpus_per_node, result["images_per_s_per_rank"])
     if system:
         result["predicted"] = predicted(settled, classes, system, nodes, gpus_per_node, result)
     if steps:
@@ -79,6 +83,43 @@ def plan(
         within = [b["global_batch"] for b in result["batches"] if b["global_batch"] <= critical_batch]
         result["recommended_batch"] = max(within, default=result["batches"][0]["global_batch"])
     return result
+
+
+def jobs(recipe: Recipe, samples: int, gpus_per_node: int, rate: float) -> list[dict]:
+    """The same recipe as a job of 1 to 32 nodes: kn, learning rate, steps, time, node-hours.
+
+    With `workers: per_rank` kn follows from the nodes, with a fixed k it stays. Compute only, at `rate` images/s a
+    rank: communication is not in it. A number of nodes that the recipe cannot have has a `problem` instead.
+    """
+    rows = []
+    for nodes in JOB_NODES:
+        ranks = nodes * gpus_per_node
+        settled = recipe.with_workers(ranks)
+        try:
+            schedule = settled.build_schedule(samples)
+        except RequestError as problem:
+            rows.append({"nodes": nodes, "ranks": ranks, "problem": str(problem)})
+            continue
+        facts = outline(settled, schedule, ranks)
+        hours = compute_hours(settled, schedule, ranks, rate)
+        kept = ("global_batch", "peak_lr", "warmup_steps", "steps", "idle_ranks")
+        rows.append(
+            {"nodes": nodes, "ranks": ranks, **{k: facts[k] for k in kept}, "hours": hours, "node_hours": hours * nodes}
+        )
+    return rows
+
+
+def compute_hours(recipe: Recipe, schedule: Schedule, ranks: int, rate: float) -> float:
+    """Time of all steps, each as long as its busiest rank computes."""
+    seconds = 0.0
+    ends = [schedule.first_step(s.first_epoch) for s in schedule.stages[1:]] + [schedule.full_steps]
+    start = 0
+    for stage, end in zip(schedule.stages, ends, strict=True):
+        busiest = len(passes_of_rank(stage.workers, 0, ranks, 1))  # workers of rank 0, which never has fewer
+        images = busiest * schedule.samples_per_worker
+        seconds += max(0, min(end, schedule.steps) - start) * images / rate
+        start = end
+    return seconds / 3600
 
 
 def measured_noise_scale(run: str) -> float:
@@ -201,6 +242,17 @@ def show(name: str, recipe: Recipe, p: dict) -> str:
         lines.append(
             f"  {i:5d}  {s['first_step']:8d} - {s['last_step']:<8d} {s['first_epoch']:6d} {s['global_batch']:8d} "
             f"{s['lr']:10.6g} {s['momentum']:9g} {s['noise_scale']:12.1f}"
+        )
+    lines += ["", "  as a job (compute only)"]
+    lines += ["  nodes  ranks       kn         lr   warm-up      steps      hours  node-hours"]
+    for j in p["jobs"]:
+        start = f"  {j['nodes']:5d} {j['ranks']:6d}"
+        lines.append(
+            f"{start}  {j['problem']}"
+            if "problem" in j
+            else f"{start} {j['global_batch']:8d} {j['peak_lr']:10.6g} {j['warmup_steps']:9d} {j['steps']:10d} "
+            f"{j['hours']:10.2f} {j['node_hours']:11.1f}"
+            + (f"  ({j['idle_ranks']} ranks without work)" if j["idle_ranks"] else "")
         )
     if "batches" in p:
         lines += ["", f"  to the same loss, by batch (critical batch {p['critical_batch']:.0f}; compute only)"]

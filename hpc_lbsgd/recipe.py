@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -480,7 +480,7 @@ def validate(content: dict, where: str = "recipe") -> Recipe:
         raise RequestError("\n".join(f"{where}: {line}" for line in explain(problem.errors()))) from None
 
 
-def explain(errors: list[dict]) -> list[str]:
+def explain(errors: list[dict], model: type[Section] = Recipe) -> list[str]:
     """One sentence a wrong key: the key, the value, and what is allowed."""
     sentences: dict[str, str] = {}
     for error in errors:
@@ -488,9 +488,10 @@ def explain(errors: list[dict]) -> list[str]:
         location = [str(p) for p in error["loc"] if not re.match(r"(int|float|str)$|constrained-|.*\[", str(p))]
         key = ".".join(location)
         if error["type"] == "extra_forbidden":
-            section = Recipe
+            section = model
             for part in location[:-1]:
-                section = section.model_fields[part].annotation
+                found = section.model_fields[part].annotation
+                section = next((t for t in get_args(found) if t is not type(None)), found)  # X of `X | None`
             sentences[key] = (
                 f"unknown key {key} (= {error['input']!r}); allowed here: {', '.join(section.model_fields)}"
             )

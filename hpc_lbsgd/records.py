@@ -8,6 +8,7 @@ benchmarks all read these.
     status.json         how the last start ended: done | stopped | failed
     checkpoints/        see train/checkpoint.py
     heartbeats/         one small file a rank, see train/watchdog.py
+    stop                made by a person or a launcher: the run stops at a safe point (`touch RUN/stop`)
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class RunFolder:
         self.environment = self.path / "environment.json"
         self.checkpoints = self.path / "checkpoints"
         self.heartbeats = self.path / "heartbeats"
+        self.stop_file = self.path / "stop"
 
     def exists(self) -> bool:
         """A run was started here before."""
@@ -89,7 +91,9 @@ class RunFolder:
             f.write(json.dumps({"status": "failed", "time": now(), **facts}, indent=1) + "\n")
 
     def clear_status(self) -> None:
+        """Forget how the last start ended, and what it was asked."""
         self.status_file.unlink(missing_ok=True)
+        self.stop_file.unlink(missing_ok=True)
 
     def add_environment(self, facts: dict) -> None:
         """Append what a start ran on; a resumed run has one entry a start."""

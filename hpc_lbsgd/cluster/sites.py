@@ -1,0 +1,156 @@
+"""A site: what a cluster needs said, in one validated file."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.recipe import Count, Section, explain
+
+# Values that become #SBATCH lines: one word, nothing that Slurm or a shell would read as more
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:@+-]*$")]
+Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@+&|*()\[\]/-]+)?$")]
+Interface = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]+$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+# Words that are quoted where they are used; a newline would still break the line of a log or a Slurm option
+Words = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f]+$")]
+
+
+def _duration(value) -> str:
+    """YAML 1.1 reads 2:00:00 as a number in base 60: refuse it, rather than ask for 7200 minutes."""
+    if not isinstance(value, str):
+        raise ValueError(f'time_limit = {value}: put it in quotes, such as "24:00:00"')
+    return value
+
+
+DURATION = r"(\d+|\d+:\d{2}|(\d+-)?\d{1,2}:\d{2}:\d{2}|\d+-\d{1,2}(:\d{2})?)"
+Duration = Annotated[str, Field(pattern=f"^{DURATION}$"), BeforeValidator(_duration)]
+
+
+def check_duration(key: str, text: str) -> None:
+    if not re.fullmatch(DURATION, text, re.ASCII):
+        raise RequestError(f"{key} = {text!r}: expected a time as Slurm writes it, such as 24:00:00 or 2-12:00:00")
+
+
+class Container(Section):
+    runtime: Literal["apptainer", "singularity", "pyxis"]
+    image: Words
+    """path of a .sif file; pyxis: path of a .sqsh file, or docker://NAME"""
+    mounts: list[Words] = []
+    """SOURCE or SOURCE:TARGET"""
+
+
+class Site(Section):
+    partition: Name | None = None
+    account: Name | None = None
+    qos: Name | None = None
+    time_limit: Duration = "24:00:00"
+    """of one job, as Slurm writes it: "days-hours:minutes:seconds", in quotes"""
+    warn_s: Annotated[int, Field(ge=1, le=65535)] = 300
+    """seconds before the time limit at which a job is asked to stop; a step and a checkpoint must fit in"""
+    options: list[Option] = []
+    """further options of sbatch, such as --constraint=h100 or --exclusive"""
+    gpus_per_node: Annotated[int, Field(ge=0)] = 8
+    ranks_per_node: Count | None = None
+    """default: one a GPU; must be set where there are none"""
+    cores_per_rank: Count = 1
+    """cores that a rank (a GPU) gets: compute, decoding, Horovod's own thread"""
+    launcher: Literal["srun", "mpirun"] = "srun"
+    mpi: Literal["openmpi", "mpich", "intel"] = "openmpi"
+    """the MPI that Horovod was built with"""
+    srun_mpi: Literal["pmix", "pmi2"] | None = None
+    """how srun wires ranks up (`srun --mpi=list` says what there is); default: pmix for openmpi, pmi2 for others"""
+    modules: list[Words] = []
+    """loaded in this order"""
+    environment: dict[Variable, str] = {}
+    """set on all ranks"""
+    host_suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]*$")] = ""
+    """launcher mpirun: appended to Slurm's node names, where another network has other names (-ib); mpirun then
+    reaches the nodes by ssh"""
+    exclude_interfaces: list[Interface] = []
+    """network interfaces that MPI and NCCL must not use, such as docker0"""
+    runs: Words = "runs"
+    """folder of the run folders; all nodes must see it"""
+    python: Words | None = None
+    """of the environment, on the nodes; default: the one that submits, in a container python"""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """restarts of a job without a new checkpoint, after which it gives up"""
+    container: Container | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if not self.gpus_per_node and self.ranks_per_node is None:
+            raise ValueError("ranks_per_node is not set, and gpus_per_node = 0: say how many ranks a node has")
+        if self.gpus_per_node and self.ranks > self.gpus_per_node:
+            raise ValueError(
+                f"ranks_per_node = {self.ranks_per_node} is more than gpus_per_node = {self.gpus_per_node}: "
+                "a GPU has one rank"
+            )
+        if self.container and self.launcher != "srun":
+            raise ValueError(f"container with launcher = {self.launcher}; allowed: srun")
+        if self.host_suffix and self.launcher != "mpirun":
+            raise ValueError(f"host_suffix = {self.host_suffix} with launcher = {self.launcher}; allowed: mpirun")
+        if self.launcher == "srun" and self.mpi == "openmpi" and self.srun_mpi == "pmi2":
+            raise ValueError("srun_mpi = pmi2 with mpi = openmpi; allowed: pmix")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """Ranks a node."""
+        return self.ranks_per_node or self.gpus_per_node
+
+    @property
+    def wire_up(self) -> str:
+        return self.srun_mpi or ("pmix" if self.mpi == "openmpi" else "pmi2")
+
+    def fabric(self) -> dict[str, str]:
+        """Environment variables that keep MPI and NCCL off the excluded interfaces."""
+        if not self.exclude_interfaces:
+            return {}
+        names = ",".join(self.exclude_interfaces)
+        found = {"NCCL_SOCKET_IFNAME": f"^lo,{names}"}
+        if self.mpi == "openmpi":
+            # setting these two replaces a default that leaves out the loopback; PRRTE (Open MPI 5) sees to it itself
+            for key in ("OMPI_MCA_btl_tcp_if_exclude", "OMPI_MCA_oob_tcp_if_exclude"):
+                found[key] = f"lo,{names}"
+            found["PRTE_MCA_prte_if_exclude"] = names
+        return found
+
+
+def shipped() -> list[str]:
+    """Names of the sites that come with the package."""
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in (resources.files("hpc_lbsgd.cluster") / "sites").iterdir()
+        if p.name.endswith(".yaml")
+    )
+
+
+def read(name: str) -> Site:
+    """A site by shipped name or path. Raises RequestError with one message that names key and value."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RequestError(f"site {name}: no such file")
+        text = path.read_text()
+    elif name in shipped():
+        text = (resources.files("hpc_lbsgd.cluster") / "sites" / f"{name}.yaml").read_text()
+    else:
+        raise RequestError(f"site {name!r}: neither a .yaml file nor a shipped site ({', '.join(shipped())})")
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as problem:
+        raise RequestError(f"site {name}: not YAML: {problem}") from None
+    if not isinstance(content, dict):
+        raise RequestError(f"site {name}: expected keys and values, found {type(content).__name__}")
+    try:
+        return Site.model_validate(content)
+    except ValidationError as problem:
+        sentences = explain(problem.errors(), Site)
+        raise RequestError("\n".join(f"site {name}: {line}" for line in sentences)) from None

@@ -1,0 +1,261 @@
+"""A real Slurm of 32 nodes with 8 GPUs each, on one machine: for tests.
+
+Everything lives in one network and one process namespace, so that nothing is reachable from outside and the end of the
+lab is the end of every process in it. Each node has its own host name, /dev/shm and /tmp, as MPI wants it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+NODES = 32
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+LIBPMIX = "/usr/lib/x86_64-linux-gnu/pmix2/lib/libpmix.so"  # Slurm's plugin opens it under this name
+NEEDED = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "ip": "iproute2"}
+ROOT = Path(__file__).parents[1]
+
+SLURM_CONF = """\
+ClusterName=lab
+SlurmctldHost=localhost(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={root}/munge/munge.sock,cred_expire=5
+CredType=cred/munge
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+SlurmctldPort=16817
+SlurmdPort=16818
+StateSaveLocation={root}/ctld
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/run/slurmctld.pid
+SlurmdPidFile={root}/run/slurmd.%n.pid
+SlurmctldLogFile={root}/log/slurmctld.log
+SlurmdLogFile={root}/log/slurmd.%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+ReturnToService=2
+SlurmdTimeout=10
+SlurmctldTimeout=30
+KillWait=5
+MinJobAge=300
+SwitchType=switch/none
+SchedulerType=sched/backfill
+SchedulerParameters=sched_min_interval=0,bf_interval=2,batch_sched_delay=0
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+JobAcctGatherType=jobacct_gather/none
+JobRequeue=1
+{nodes}
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=30 State=UP
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF State=UP
+"""
+NODE = (
+    "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=8 Boards=1 SocketsPerBoard=1 "
+    "CoresPerSocket=8 ThreadsPerCore=1 RealMemory=500000 Gres=gpu:8 State=UNKNOWN"
+)
+
+# Process 1 of the lab. slurmctld and the nodes are its children; they end with it.
+LAB_SH = """\
+set -eu
+root=$1; shift
+ip link set lo up
+ip link add eth0 type veth peer name eth1   # with lo alone Slurm's clients find no address
+ip addr add 10.77.0.1/24 dev eth0
+ip link set eth0 up
+ip link set eth1 up
+export SLURM_CONF=$root/slurm.conf
+munged --socket="$root/munge/munge.sock" --key-file="$root/key/munge.key" --log-file="$root/log/munged.log" \\
+    --pid-file="$root/run/munged.pid" --seed-file="$root/key/seed" --num-threads=10
+slurmctld
+for node in $(cat "$root/nodes"); do bash "$root/node.sh" "$root" "$node" "$@" & done
+touch "$root/started"
+while true; do sleep 3600 & wait $! || true; done
+"""
+# One node; the folders that all nodes share are kept visible under the node's own /tmp.
+NODE_SH = """\
+set -eu
+root=$1 node=$2; shift 2
+unshare --uts --mount --ipc --pid --fork --kill-child --mount-proc bash "$root/init.sh" "$root" "$node" "$@" &
+echo $! > "$root/run/$node.pid"
+wait
+"""
+INIT_SH = """\
+set -eu
+root=$1 node=$2; shift 2
+hostname "$node"
+mount -t tmpfs none /dev/shm
+mount -t tmpfs none /mnt
+n=0
+for folder; do n=$((n + 1)); mkdir /mnt/$n; mount --bind "$folder" /mnt/$n; done
+mount -t tmpfs none /tmp
+chmod 1777 /tmp /dev/shm
+n=0
+for folder; do n=$((n + 1)); mkdir -p "$folder"; mount --move /mnt/$n "$folder"; done
+mount --bind "$root/hosts" /etc/hosts
+export SLURM_CONF=$root/slurm.conf
+slurmd -D -N "$node" &  # not as process 1, which would leave zombies
+wait
+"""
+
+
+def why_not() -> str | None:
+    """The reason why a lab cannot run here."""
+    if os.geteuid() != 0:
+        return "the Slurm lab needs root"
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    missing = sorted({package for program, package in NEEDED.items() if not shutil.which(program, path=path)})
+    if missing:
+        return f"the Slurm lab needs: apt-get install {' '.join(missing)}"
+    if not Path(LIBPMIX).exists():
+        return "the Slurm lab needs: apt-get install libpmix-dev"
+    if subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True).returncode:
+        return "the Slurm lab needs namespaces (unshare), which are not permitted here"
+    return None
+
+
+class Lab:
+    """`root`: its own folder. shared: folders that all nodes see under the same path."""
+
+    def __init__(self, root: Path, shared: list[Path]):
+        self.root = root
+        for name in ("munge", "key", "ctld", "spool", "run", "log", "dev"):
+            (root / name).mkdir(parents=True)
+        (root / "munge").chmod(0o711)
+        (root / "key").chmod(0o700)
+        (root / "key" / "munge.key").write_bytes(os.urandom(128))
+        (root / "key" / "munge.key").chmod(0o600)
+        self.nodes = [f"node{i:02d}" for i in range(1, NODES + 1)]
+        (root / "nodes").write_text("\n".join(self.nodes) + "\n")
+        for name in self.nodes:
+            (root / "spool" / name).mkdir()
+        lines = [NODE.format(name=name, port=17001 + i) for i, name in enumerate(self.nodes)]
+        (root / "slurm.conf").write_text(SLURM_CONF.format(root=root, nodes="\n".join(lines)))
+        (root / "gres.conf").write_text(f"NodeName=node[01-{NODES}] Name=gpu File={root}/dev/nvidia[0-7]\n")
+        for i in range(8):
+            os.mknod(root / "dev" / f"nvidia{i}", 0o666 | 0o020000, os.makedev(1, 3))  # /dev/null's twin
+        (root / "hosts").write_text("127.0.0.1 localhost " + " ".join(self.nodes) + "\n")
+        for name, text in (("lab.sh", LAB_SH), ("node.sh", NODE_SH), ("init.sh", INIT_SH)):
+            (root / name).write_text(text)
+        hidden = [str(p) for p in dict.fromkeys(shared) if p.is_relative_to("/tmp")]
+        self.shared = hidden
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PYTEST_"))},
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+            "SLURM_CONF": str(root / "slurm.conf"),
+            "PYTHONPATH": str(ROOT),
+        }
+        space = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        with open(root / "log" / "lab.log", "w") as log:
+            self.holder = subprocess.Popen(
+                [*space, "bash", root / "lab.sh", root, *hidden], stdout=log, stderr=log, env=self.env
+            )
+        try:
+            self._wait_until_up()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_until_up(self, within_s: float = 60) -> None:
+        end = time.monotonic() + within_s
+        while time.monotonic() < end:
+            assert self.holder.poll() is None, (self.root / "log" / "lab.log").read_text()
+            if (self.root / "started").exists():
+                up = self.call("sinfo", "-h", "-N", "-p", "gpu", "-t", "idle", "-o", "%N", check=False)
+                if len(up.stdout.split()) == NODES:
+                    return
+            time.sleep(0.3)
+        pytest.fail(f"the lab's nodes did not come up: {(self.root / 'log' / 'lab.log').read_text()}")
+
+    def inside(self) -> list[str]:
+        """Words that run a command in the lab."""
+        child = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children").read_text().split()[0]
+        return ["nsenter", f"--target={child}", "--net", "--pid", "--mount"]
+
+    def call(self, *words, timeout: float = 60, check: bool = True, cwd=None, env=None) -> subprocess.CompletedProcess:
+        """Run a command in the lab, as a user on the login node would."""
+        line = [*self.inside(), f"--wd={cwd or self.root}", *map(str, words)]
+        result = subprocess.run(line, capture_output=True, text=True, timeout=timeout, env={**self.env, **(env or {})})
+        assert not check or result.returncode == 0, f"{words}: {result.stdout}{result.stderr}"
+        return result
+
+    def command(self, *words, **kwargs) -> subprocess.CompletedProcess:
+        """`hpc-lbsgd WORDS` on the login node."""
+        return self.call(sys.executable, "-m", "hpc_lbsgd.cli", *words, **kwargs)
+
+    def job(self, number: int) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        text = self.call("scontrol", "show", "job", number, "-o").stdout
+        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def wait(self, number: int, within_s: float = 120) -> dict[str, str]:
+        """The job's facts when it is over."""
+        return self.wait_for(number, lambda job: job["JobState"] in OVER, within_s)
+
+    def wait_for(self, number: int, is_so, within_s: float = 120) -> dict[str, str]:
+        end = time.monotonic() + within_s
+        while time.monotonic() < end:
+            job = self.job(number)
+            if is_so(job):
+                return job
+            time.sleep(0.5)
+        log = Path(job["StdOut"])
+        said = log.read_text()[-3000:] if log.is_file() else "(no log)"
+        pytest.fail(f"job {number} after {within_s} s: {job}\n{said}")
+
+    def kill_node(self, name: str) -> None:
+        """As by the power switch."""
+        pid = (self.root / "run" / f"{name}.pid").read_text().strip()
+        init = self.call("cat", f"/proc/{pid}/task/{pid}/children").stdout.split()[0]
+        self.call("kill", "-KILL", init)
+
+    def start_node(self, name: str) -> None:
+        """Switch a killed node on again."""
+        subprocess.Popen(
+            [*self.inside(), "bash", self.root / "node.sh", self.root, name, *self.shared],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self.env,
+        )  # fmt: skip
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            if "idle" in self.call("sinfo", "-h", "-n", name, "-p", "gpu", "-o", "%t").stdout.split():
+                return
+            time.sleep(0.5)
+        pytest.fail(f"{name} did not come back")
+
+    def stop(self) -> None:
+        """The end of the namespace's process 1 ends every process in it."""
+        if self.holder.poll() is None:
+            self.holder.kill()  # --kill-child
+            self.holder.wait(timeout=30)
+        shutil.rmtree(self.root.parent, ignore_errors=True)
+
+
+def start(folder: Path) -> Lab:
+    """A lab whose nodes see the pytest folder `folder`, this checkout and its environment, wherever they are."""
+    root = Path(tempfile.mkdtemp(prefix="slurm-lab-"))
+    root.chmod(0o711)  # munge wants to be reachable by everyone, which pytest's own folders are not
+    try:
+        return Lab(root / "lab", [root, folder, ROOT, Path(sys.prefix).resolve()])
+    except BaseException:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
+
+
+def submitted(text: str) -> list[int]:
+    """Job numbers in what sbatch or `submit` printed."""
+    return [int(n) for n in re.findall(r"Submitted batch job (\d+)", text)]

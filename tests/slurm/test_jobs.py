@@ -1,0 +1,314 @@
+"""Jobs on a real Slurm of 32 nodes: they start, they survive, and they end with the same weights as one undisturbed."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from conftest import changed, command, records, write_recipe
+from lab import submitted
+
+from hpc_lbsgd.parallel.world import World, from_environment
+
+ROOT = Path(__file__).parents[2]
+NODES = (1, 2, 4, 8, 16, 32)
+STEPS = 500
+# Stands in for Python: says what it was given, rank by rank
+STUB = """\
+#!/usr/bin/env bash
+set -eu
+words=("$@")
+while [ "$1" != --run ]; do shift; done
+env -0 > "$2/env-$SLURM_PROCID"
+if [ "$SLURM_PROCID" = 0 ]; then
+    printf '%s\\0' "${words[@]}" > "$2/words"
+    printf '{\\n "status": "done"\\n}\\n' > "$2/status.json"
+fi
+"""
+
+
+# A small model that takes its time in a job, so that the job can be hurt on the way; it hurries when `fast` is there
+SLOW_MODEL = """\
+import os, time
+from torch import nn
+
+class Pause(nn.Module):
+    def forward(self, x):
+        if "SLURM_JOB_ID" in os.environ and not os.path.exists("fast"):
+            time.sleep(0.04)
+        return x
+
+def model(channels, classes):
+    return nn.Sequential(Pause(), nn.Conv2d(channels, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(16, classes))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("jobs")
+    (folder / "slow.py").write_text(SLOW_MODEL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stub(folder):
+    path = folder / "stub"
+    path.write_text(STUB)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exact_recipe(small_recipe, folder):
+    """The same weights on any number of ranks."""
+    return changed(small_recipe, determinism="any-ranks", data__eval=None, checkpoint__steps=5, train__max_steps=10)
+
+
+@pytest.fixture(scope="module")
+def slow_recipe(exact_recipe, folder):
+    """Long enough to be hurt on the way."""
+    return changed(exact_recipe, train__epochs=STEPS, train__max_steps=STEPS, model={"name": "slow:model"},
+                   batch__workers=8)  # fmt: skip
+
+
+def undisturbed(recipe, folder, name):
+    """Weights of the same recipe in one piece, on one rank."""
+    words = ["train", write_recipe(folder / f"{name}.yaml", recipe), "--run", folder / name]
+    result = command(*words, timeout=300, cwd=folder, env={"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    return weights(folder / name)
+
+
+def weights(run):
+    return records(run, "end")[-1]["weights_sha256"]
+
+
+def site(folder, name="site", **keys):
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps({"partition": "gpu", "time_limit": "00:10:00", "warn_s": 60, **keys}))
+    return path
+
+
+def submit(lab, recipe, run, *more, cwd=None):
+    """Submit for real; returns the jobs' numbers."""
+    result = lab.command("submit", recipe, "--run", run, *more, cwd=cwd or run.parent)
+    return submitted(result.stderr)
+
+
+def log_of(lab, number):
+    return Path(lab.job(number)["StdOut"]).read_text()
+
+
+# ---------------------------------------------------------------- starting
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_slurm_takes_the_job(lab, nodes, folder):
+    result = lab.command("submit", "goyal-resnet50", "--nodes", nodes, "--site", "lab", "--test-only", cwd=folder)
+    assert f"using {nodes * 8} processors" in result.stderr, result.stderr
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("template", ["train", "data"])
+def test_slurm_takes_the_templates_by_hand(lab, template, folder):
+    lab.call("sbatch", "--test-only", "--nodes=1", ROOT / "slurm" / f"{template}.sbatch", "x", cwd=folder)
+
+
+def test_what_slurm_refuses_is_said(lab, folder):
+    result = lab.command("submit", "goyal-resnet50", "--nodes", 64, "--site", "lab", "--test-only", check=False)
+    assert result.returncode == 1 and "sbatch refused goyal-resnet50 on 64 nodes: " in result.stderr, result.stderr
+
+
+def test_256_ranks_know_their_places(lab, folder, stub):
+    run = folder / "places"
+    (number,) = submit(lab, "goyal-resnet50", run, "--nodes", 32, "--site", site(folder, python=str(stub)))
+    assert lab.wait(number)["JobState"] == "COMPLETED", log_of(lab, number)
+    for rank in range(256):
+        env = dict(v.split("=", 1) for v in (run / f"env-{rank}").read_text().split("\0") if "=" in v)
+        assert from_environment(env) == World(rank, 256, rank % 8, 8)
+        assert env["SLURMD_NODENAME"] == f"node{rank // 8 + 1:02d}"
+        assert env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
+
+
+def test_hostile_names_run_nothing(lab, folder, stub):
+    place = folder / "hostile"
+    place.mkdir()
+    name = "a 'b\" ; $(touch pwned) `touch pwned` %j\ntouch pwned"
+    recipe, run = place / f"{name}.yaml", place / f"run {name}"
+    recipe.write_text("{data: {samples: 1000}}")
+    value = f"data.train={json.dumps(name)}"
+    words = ["--nodes", 1, "--site", site(folder, python=str(stub), ranks_per_node=1), "--set", value]
+    (number,) = submit(lab, recipe, run, *words)
+    assert lab.wait(number)["JobState"] == "COMPLETED"
+    given = (run / "words").read_text().split("\0")[:-1]
+    assert given == ["-m", "hpc_lbsgd.cli", "train", str(recipe), "--set", value, "--run", str(run), "--resume"]
+    assert (run / f"job-{number}.log").exists()
+    assert not list(folder.rglob("pwned"))
+
+
+@pytest.fixture(scope="module")
+def one_rank(exact_recipe, folder):
+    return undisturbed(exact_recipe, folder, "one-rank")
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_real_training_on_4_nodes(lab, exact_recipe, folder, one_rank, launcher):
+    recipe, run = write_recipe(folder / f"by-{launcher}.yaml", exact_recipe), folder / f"by-{launcher}"
+    four = site(folder, launcher, launcher=launcher, ranks_per_node=2, exclude_interfaces=["docker0"])
+    (number,) = submit(lab, recipe, run, "--nodes", 4, "--site", four)
+    assert lab.wait(number, 240)["JobState"] == "COMPLETED", log_of(lab, number)
+    (start,) = records(run, "start")
+    (environment,) = json.loads((run / "environment.json").read_text())
+    assert start["ranks"] == 8
+    assert [r["host"] for r in environment["ranks"]] == [f"node{i:02d}" for i in (1, 1, 2, 2, 3, 3, 4, 4)]
+    assert environment["slurm_job_id"] == str(number)
+    assert weights(run) == one_rank
+
+
+# ---------------------------------------------------------------- life-cycle
+
+
+class Victim:
+    """A job of two nodes, one rank each, that is hurt in many ways."""
+
+    def __init__(self, lab, recipe, run, sites):
+        self.lab, self.run, self.folder = lab, run, run.parent
+        (self.number,) = submit(lab, recipe, run, "--nodes", 2, "--site", sites)
+
+    def log(self):
+        return (self.run / f"job-{self.number}.log").read_text()
+
+    def second_node(self):
+        nodes = self.lab.call("scontrol", "show", "hostnames", self.lab.job(self.number)["NodeList"]).stdout.split()
+        return nodes[1]
+
+    def wait_for_new_steps(self, count, within_s=120):
+        """Until this start has done some steps, and has a checkpoint."""
+        starts = len(records(self.run, "start"))
+        first = records(self.run, "start")[-1]["step"] if starts else 0
+        end = time.monotonic() + within_s
+        while time.monotonic() < end:
+            if any(r["step"] >= first + count for r in records(self.run, "step")):
+                return
+            time.sleep(0.2)
+        pytest.fail(f"no {count} steps more within {within_s} s\n{self.log()}")
+
+    def wait_for_start(self, number, within_s=120):
+        end = time.monotonic() + within_s
+        while time.monotonic() < end:
+            if len(records(self.run, "start")) >= number:
+                return
+            time.sleep(0.2)
+        pytest.fail(f"no start {number} within {within_s} s\n{self.lab.job(self.number)}\n{self.log()}")
+
+    # the ways, each of which ends this start
+
+    def signal(self):
+        self.lab.call("scancel", "--batch", "--signal=USR2", self.number)
+
+    def time_limit(self):
+        self.lab.call("scontrol", "update", f"JobId={self.number}", "TimeLimit=1")
+        self.lab.wait_for(self.number, lambda job: job["JobState"] != "RUNNING", 60)
+        self.lab.call("scontrol", "update", f"JobId={self.number}", "TimeLimit=10")
+
+    def preemption(self):
+        script = self.folder / "urgent.sh"
+        script.write_text("#!/bin/sh\nsleep 1\n")
+        words = ["-p", "urgent", "--exclusive", "-w", self.second_node(), "-o", "/dev/null", script]
+        self.lab.call("sbatch", *words, cwd=self.folder)
+
+    def requeue(self):
+        self.lab.call("scontrol", "requeue", self.number)
+
+    def killed_rank(self):
+        pid = json.loads((self.run / "heartbeats" / "rank-00001.json").read_text())["pid"]
+        where = ["--jobid", self.number, "--overlap", "--mpi=none", "-N1", "-n1", "-w", self.second_node()]
+        self.lab.call("srun", *where, "--gpus-per-node=0", "kill", "-KILL", pid)
+
+    def killed_node(self):
+        self.lost = self.second_node()
+        self.lab.kill_node(self.lost)
+
+
+WAYS = ["signal", "time_limit", "preemption", "requeue", "killed_rank", "killed_node"]
+
+
+def test_whatever_ends_a_start_the_job_ends_as_if_nothing_had_been(lab, slow_recipe, folder):
+    run = folder / "hurt"
+    recipe = write_recipe(folder / "hurt.yaml", slow_recipe)
+    job = Victim(lab, recipe, run, site(folder, "two", ranks_per_node=1))
+    for count, way in enumerate(WAYS, 1):
+        job.wait_for_start(count)
+        job.wait_for_new_steps(7)
+        getattr(job, way)()
+    job.wait_for_start(len(WAYS) + 1)
+    facts = lab.job(job.number)
+    assert job.lost in facts["ExcNodeList"] and job.lost not in facts["NodeList"]
+    (folder / "fast").touch()
+    lab.start_node(job.lost)
+    assert lab.wait(job.number, 120)["JobState"] == "COMPLETED", job.log()
+    assert [r["step"] for r in records(run, "step")] == list(range(STEPS))
+    assert [r["attempt"] for r in records(run, "event") if r["event"] == "resume"] == list(range(1, len(WAYS) + 1))
+    assert weights(run) == undisturbed(slow_recipe, folder, "whole")
+    log = job.log()
+    assert log.count("asked to stop at a safe point") >= 2
+    assert "no rank said why" in log and f"lost {job.lost}; queued again without" in log
+
+
+def test_a_failure_that_a_rank_explains_is_the_end(lab, exact_recipe, folder):
+    """And a chain stops there: the later stages are cancelled, and the log says so."""
+    grows = {"schedule__kind": "increasing-batch", "schedule__milestones": [1, 2], "schedule__factor": 2.0}
+    recipe = changed(exact_recipe, **grows, optim__base_lr=1e30, schedule__warmup="none")
+    numbers = submit(lab, write_recipe(folder / "fails.yaml", recipe), folder / "fails", "--chain",
+                     "--site", site(folder, "one", ranks_per_node=1))  # fmt: skip
+    assert len(numbers) == 3
+    facts = lab.wait(numbers[0])
+    log = log_of(lab, numbers[0])
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0"), log
+    assert "is not finite" in log and "failed with 1, not queued again" in log
+    assert "stage 1 of 3" in log and "The later stages of the chain are cancelled" in log
+    assert [lab.wait(n, 60)["JobState"] for n in numbers[1:]] == ["CANCELLED", "CANCELLED"]
+    assert json.loads((folder / "fails" / "status.json").read_text())["status"] == "failed"
+
+
+def test_restarts_without_progress_are_limited(lab, folder):
+    stub = folder / "dies"
+    stub.write_text("#!/bin/sh\nkill -9 $$\n")
+    stub.chmod(0o755)
+    words = ["--site", site(folder, "dies", python=str(stub), ranks_per_node=1, max_restarts=1)]
+    (number,) = submit(lab, "goyal-resnet50", folder / "restarts", *words)
+    facts = lab.wait(number, 120)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "2"), log_of(lab, number)
+    assert "gave up after 1 restarts without a new checkpoint (the newest: none)" in log_of(lab, number)
+
+
+def test_a_cancelled_job_stays_cancelled(lab, folder):
+    stub = folder / "waits"
+    stub.write_text("#!/bin/sh\nsleep 60\n")
+    stub.chmod(0o755)
+    words = ["--site", site(folder, "waits", python=str(stub), ranks_per_node=1)]
+    (number,) = submit(lab, "goyal-resnet50", folder / "cancelled", *words)
+    lab.wait_for(number, lambda job: job["JobState"] == "RUNNING")
+    lab.call("scancel", number)
+    assert lab.wait(number)["JobState"] == "CANCELLED"
+    time.sleep(3)
+    assert lab.job(number)["JobState"] == "CANCELLED"
+
+
+# ---------------------------------------------------------------- chains
+
+
+def test_a_chain_on_1_2_and_4_nodes_equals_one_job(lab, exact_recipe, folder):
+    grows = {"batch__workers": 4, "schedule__kind": "increasing-batch", "schedule__milestones": [1, 2],
+             "schedule__factor": 2.0, "train__max_steps": None,
+             "train__epochs": 3}  # fmt: skip
+    grown = changed(exact_recipe, **grows)
+    recipe = write_recipe(folder / "grows.yaml", grown)
+    run = folder / "chain"
+    numbers = submit(lab, recipe, run, "--chain", "--nodes", 1, "--site", site(folder, "chain", ranks_per_node=1))
+    assert [lab.wait(n, 240)["JobState"] for n in numbers] == ["COMPLETED"] * 3, [log_of(lab, n) for n in numbers]
+    assert [s["ranks"] for s in records(run, "start")] == [1, 2, 4]
+    assert weights(run) == undisturbed(grown, folder, "one-job")
+    steps = [r["step"] for r in records(run, "step")]
+    assert steps == [r["step"] for r in records(folder / "one-job", "step")] == list(range(len(steps)))

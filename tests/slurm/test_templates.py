@@ -1,0 +1,230 @@
+"""The batch scripts as text: what people read, what Slurm gets, and what names cannot do to it."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import command
+
+from hpc_lbsgd.cluster import sites, submit
+from hpc_lbsgd.cluster.submit import Job, Request, render
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.recipe import read, validate
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+NODES = (1, 2, 4, 8, 16, 32)
+HOSTILE = "a 'b\" ; $(touch pwned) `touch pwned`\n#SBATCH --nodes=7\ntouch pwned"
+RICH = """
+partition: gpu-a100
+account: proj_1
+qos: high
+options: [--constraint=h100&ib, --exclusive]
+launcher: mpirun
+mpi: openmpi
+modules: [gcc/12, "open mpi; touch pwned"]
+environment: {NCCL_IB_HCA: mlx5, ODD: "it's $(touch pwned)"}
+exclude_interfaces: [docker0]
+host_suffix: -ib
+"""
+
+
+def site(text, tmp_path):
+    (tmp_path / "site.yaml").write_text(text)
+    return sites.read(str(tmp_path / "site.yaml"))
+
+
+def golden(name, text):
+    """Compare with the kept text; HPC_LBSGD_GOLDEN=write keeps a new one, to be read before it is committed."""
+    path = GOLDEN / name
+    if os.environ.get("HPC_LBSGD_GOLDEN") == "write":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text(), f"{path} is out of date"
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_golden_on_the_lab(nodes):
+    job = Job("train", "resnet", nodes, [], "")
+    golden(f"train-{nodes:02d}.sbatch", render(job, sites.read("lab"), "/opt/env/bin/python"))
+
+
+def test_golden_of_a_rich_site(tmp_path):
+    job = Job("train", "resnet.2", 4, [], "", "2 of 3")
+    golden("train-rich.sbatch", render(job, site(RICH, tmp_path), "/opt/my env/python", "2-00:00:00"))
+
+
+def test_golden_data():
+    golden("data.sbatch", render(Job("data", "resnet.data", 1, [], ""), sites.read("lab"), "/opt/env/bin/python"))
+
+
+def test_the_shipped_templates_are_the_generic_site():
+    spec = importlib.util.spec_from_file_location("render_templates", ROOT / "tools" / "render_templates.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for path in sorted((ROOT / "slurm").glob("*.sbatch")):
+        assert path.read_text() == module.by_hand(path.stem), "run tools/render_templates.py"
+
+
+SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sbatch")), *sorted(GOLDEN.glob("*.sbatch"))]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_bash_and_shellcheck_accept(path):
+    result = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
+    result = subprocess.run(["shellcheck", "--exclude=SC2016", path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", sites.shipped())
+def test_shipped_sites_are_valid(name):
+    assert sites.read(name)
+
+
+def test_the_commented_template_says_every_key_and_its_default():
+    content = yaml.safe_load((ROOT / "hpc_lbsgd" / "cluster" / "sites" / "template.yaml").read_text())
+    assert content.keys() == sites.Site.model_fields.keys()
+    assert sites.Site.model_validate(content) == sites.Site()
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("partitoin: gpu", r"unknown key partitoin \(= 'gpu'\); allowed here: partition, account"),
+        ("container: {runtime: apptainer, image: x, mount: y}", r"unknown key container.mount .*allowed here: runtime"),
+        ('partition: "gpu\\n#SBATCH --uid=0"', "partition = "),
+        ("partition: a b", "partition = 'a b'"),
+        ('options: ["--wrap=touch pwned"]', "options"),
+        ('options: ["--comment=x\\ntouch pwned"]', "options"),
+        ('environment: {"A; touch pwned": x}', "environment"),
+        ("time_limit: 2:00:00", "time_limit = 7200: put it in quotes"),
+        ("gpus_per_node: 0", "ranks_per_node is not set"),
+        ("ranks_per_node: 16", "ranks_per_node = 16 is more than gpus_per_node = 8"),
+        ("{launcher: mpirun, container: {runtime: pyxis, image: x}}", "container with launcher = mpirun"),
+        ("- a", "expected keys and values, found list"),
+    ],
+)
+def test_wrong_sites_are_refused(text, said, tmp_path):
+    with pytest.raises(RequestError, match=said):
+        site(text, tmp_path)
+
+
+def test_unknown_site_names_those_there_are():
+    with pytest.raises(RequestError, match="generic, lab, template"):
+        sites.read("nowhere")
+
+
+def header(text):
+    return text.split(submit.BEGIN)[1].split(submit.END)[0]
+
+
+def run_header(text, folder):
+    """What the site's part does to a shell: its variables."""
+    script = f"module() {{ printf 'module %s\\n' \"$*\"; }}\n#{header(text)}\ndeclare -p python wrap srun_options ODD"
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=folder)
+
+
+def test_values_of_a_site_are_words_whatever_they_hold(tmp_path):
+    text = render(Job("train", "x", 1, [], ""), site(RICH, tmp_path), f"/opt/{HOSTILE}/python")
+    result = run_header(text, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "module load open mpi; touch pwned" in result.stdout
+    assert not (tmp_path / "pwned").exists()
+    directives = [line for line in header(text).splitlines() if line.startswith("#SBATCH")]
+    assert sum("--nodes" in line for line in directives if "uid" not in line) == 2  # the second is inside python='...'
+    assert text.index("set -euo pipefail") < text.index("python=")  # Slurm stops reading directives at a command
+
+
+@pytest.mark.parametrize(
+    "runtime, words",
+    [
+        ("apptainer", "wrap=(apptainer exec --nv --bind /data --bind '/my data:/d' /apps/x.sif)"),
+        ("pyxis", "srun_options=(--container-image=/apps/x.sif '--container-mounts=/data,/my data:/d')"),
+    ],
+)
+def test_containers(runtime, words, tmp_path):
+    box = {"runtime": runtime, "image": "/apps/x.sif", "mounts": ["/data", "/my data:/d"]}
+    text = render(Job("train", "x", 1, [], ""), site(json.dumps({"container": box}), tmp_path), "/opt/python")
+    assert words in text.splitlines() and "python=python" in text.splitlines()
+
+
+def test_dry_run_with_hostile_names_is_a_script_that_runs_nothing(tmp_path):
+    recipe = tmp_path / f"{HOSTILE.replace('/', '_')}.yaml"
+    recipe.write_text("{data: {samples: 1000}}")
+    words = [
+        "submit",
+        recipe,
+        "--nodes",
+        "2",
+        "--run",
+        tmp_path / HOSTILE,
+        "--set",
+        f"data.train={json.dumps(HOSTILE)}",
+    ]
+    result = command(*words, "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    before = result.stdout.split("set -euo pipefail")[0]
+    assert all(line.startswith("#") or not line for line in before.splitlines())
+    assert [line for line in before.splitlines() if line.startswith("#SBATCH --nodes")] == ["#SBATCH --nodes=2"]
+    assert not (tmp_path / "pwned").exists() and not (tmp_path / HOSTILE).exists()
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--time", "1:00:00\ntouch pwned"], "--time = '1:00:00"),
+        (["--site", "nowhere"], "site 'nowhere'"),
+        (["--set", "optim.base_lr=-1"], "optim.base_lr = -1"),
+        (["--data"], "there is nothing to prepare"),
+    ],
+)
+def test_wrong_requests_are_refused(more, said):
+    result = command("submit", "goyal-resnet50", "--dry-run", *more)
+    assert result.returncode == 2 and said in result.stderr, result.stderr
+
+
+def test_a_run_that_is_there_is_not_taken_for_a_new_one(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    words = ["submit", "goyal-resnet50", "--run", tmp_path, "--dry-run"]
+    assert "continue it with --resume" in command(*words).stderr
+    assert command(*words, "--resume").returncode == 0
+
+
+def chain(recipe, nodes, text="{gpus_per_node: 8}", tmp_path=None):
+    lab = sites.Site.model_validate(yaml.safe_load(text))
+    return submit.training_jobs("r", recipe, ["r.yaml"], lab, "run", Request(nodes=nodes, chain=True))
+
+
+def test_a_chain_has_the_nodes_that_each_stage_wants():
+    """Smith et al. 2018: kn = 8192 growing fivefold; stages that only change the rate do not make a job."""
+    recipe = validate(
+        {"data": {"samples": 100000}, "batch": {"workers": 8, "samples_per_worker": 16}, "train": {"epochs": 90},
+         "schedule": {"kind": "increasing-batch", "milestones": [30, 60, 80], "factor": 5, "max_batch": 3200}}
+    )  # fmt: skip
+    jobs = chain(recipe, 1)
+    assert [(j.nodes, j.stage) for j in jobs] == [(1, "1 of 3"), (5, "2 of 3"), (25, "3 of 3")]
+    schedule = recipe.build_schedule(100000)
+    assert [j.words[-1] for j in jobs[:2]] == [f"train.max_steps={schedule.first_step(e)}" for e in (30, 60)]
+    assert not any("max_steps" in word for word in jobs[2].words)
+
+
+def test_a_chain_settles_k_at_its_first_stage():
+    settings = ["data.samples=100000", "train.epochs=30", "schedule.kind=increasing-batch", "schedule.factor=2"]
+    settings += ["schedule.milestones=[10,20]", "batch.samples_per_worker=16"]
+    jobs = chain(read("goyal-resnet50", settings), 2)
+    assert [j.nodes for j in jobs] == [2, 4, 8]
+    assert all("batch.workers=16" in j.words for j in jobs)
+
+
+def test_a_chain_of_an_adaptive_batch_is_refused():
+    recipe = read("goyal-resnet50", ["schedule.kind=adaptive-batch", "schedule.milestones=[]"])
+    with pytest.raises(RequestError, match="adaptive-batch decides its stages while it runs"):
+        chain(recipe, 1)

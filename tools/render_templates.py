@@ -1,0 +1,18 @@
+"""Writes the site's part of slurm/*.sbatch as `submit --site generic` would: run it after a change of submit.py."""
+
+from pathlib import Path
+
+from hpc_lbsgd.cluster import sites
+from hpc_lbsgd.cluster.submit import Job, render
+
+FOLDER = Path(__file__).parents[1] / "slurm"
+
+
+def by_hand(name: str) -> str:
+    """The template as people use it by hand: one node of the generic site, the Python that is active."""
+    return render(Job(name, "hpc-lbsgd", 1, [], ""), sites.read("generic"), "python")
+
+
+if __name__ == "__main__":
+    for path in FOLDER.glob("*.sbatch"):
+        path.write_text(by_hand(path.stem))
