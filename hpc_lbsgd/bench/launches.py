@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from hpc_lbsgd.cluster.launch import Layout, compose, find_mpirun
+from hpc_lbsgd.cluster.launchers import Layout, compose
 from hpc_lbsgd.errors import RunError
 
 OURS = ("HOROVOD_", "OMPI_MCA_", "GLOO_")  # prefixes of settings that belong to a contender, not to the caller
@@ -40,7 +40,7 @@ def run(program: str, contender: Contender, timeout_s: float, oversubscribe: boo
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         words = [sys.executable, "-m", program, json.dumps(contender.task), str(out)]
-        line = compose(find_mpirun(), Layout(contender.ranks, oversubscribe=oversubscribe), {}, words)
+        line = compose(Layout(contender.ranks, oversubscribe=oversubscribe), {}, words)
         process = subprocess.Popen(
             line, env=environment(contender), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -86,6 +87,7 @@ class Ours:
         self.rank, self.size = self.engine.rank, self.engine.size
 
     def prepare(self, batch: int) -> None:
+        from hpc_lbsgd.data.loader import Batch
         from hpc_lbsgd.theory.schedule import Point
         from hpc_lbsgd.train.replica import Replica
         from hpc_lbsgd.train.step import Stepper
@@ -96,7 +98,7 @@ class Ours:
         pictures = synthetic(self.task, batch, self.device, self.replica.channels_last)
         kn = batch * self.size
         self.point = Point(0, 0, 0, LR, MOMENTUM, self.size, batch, 0, kn)
-        self.stepper = Stepper(self.replica, recipe, forever(pictures))
+        self.stepper = Stepper(self.replica, recipe, repeat(Batch(*pictures)))
         self.forward, self.update = self.stepper._forward, self.replica.update
 
     def step(self) -> None:
@@ -281,11 +283,6 @@ def synthetic(task: dict, batch: int, device: torch.device, channels_last: bool)
     labels = torch.randint(0, CLASSES, (batch,), generator=generator)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return images.to(device, memory_format=layout), labels.to(device)
-
-
-def forever(batch):
-    while True:
-        yield batch
 
 
 def time_batch(way, batch: int, task: dict, device: torch.device) -> dict:
