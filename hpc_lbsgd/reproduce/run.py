@@ -98,7 +98,7 @@ def conditions(cell: Cell) -> list[str]:
         f"data: {data.train}, {data.samples} images; test: {data.eval}",
         f"model: {model.name}, n = {cell.recipe.batch.samples_per_worker}, {cell.recipe.train.epochs} epochs, "
         f"determinism {cell.recipe.determinism}",
-        f"torch {facts['versions']['torch']}, horovod {facts['versions']['horovod']}, {facts['platform']}",
+        f"torch {facts['versions']['torch']}, horovod {facts['versions']['horovod']}, {facts['ranks'][0]['device']}",
     ]
 
 
