@@ -1,6 +1,7 @@
 """Jobs on a real Slurm of 32 nodes: they start, they survive, and they end with the same weights as one undisturbed."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -164,6 +165,19 @@ def test_real_training_on_4_nodes(lab, exact_recipe, folder, one_rank, launcher)
     assert [r["host"] for r in environment["ranks"]] == [f"node{i:02d}" for i in (1, 1, 2, 2, 3, 3, 4, 4)]
     assert environment["slurm_job_id"] == str(number)
     assert weights(run) == one_rank
+
+
+def test_doctor_sums_on_the_nodes_of_a_job(lab, folder):
+    script, out = folder / "doctor.sh", folder / "doctor.json"
+    script.write_text(f"#!/bin/sh\n{sys.executable} -m hpc_lbsgd.cli doctor --mpi --json\n")
+    words = ["--nodes=2", "--ntasks-per-node=2", f"--output={out}", f"--error={folder}/doctor.log", script]
+    (number,) = submitted(lab.call("sbatch", *words, cwd=folder).stdout)
+    lab.wait(number, 240)
+    found = {f["what"]: f for f in json.loads(out.read_text())["findings"]}
+    assert found["mpi sum"]["level"] == "ok", found
+    assert "4 ranks on 2 nodes (node01, node02)" in found["mpi sum"]["found"]
+    assert "bus bandwidth" in found["mpi sum"]["found"] and found["clock skew"]["level"] == "ok"
+    assert found["slurm"]["level"] == "ok" and "pmix" in found["srun --mpi"]["found"]
 
 
 # ---------------------------------------------------------------- life-cycle
