@@ -45,7 +45,7 @@ class Request:
 class Job:
     """One job: a template, and what stands on its sbatch line."""
 
-    template: str  # train | data
+    template: str  # train | data | reproduce
     name: str
     nodes: int
     words: list[str]  # the script's arguments
@@ -75,7 +75,7 @@ def render(job: Job, site: Site, python: str, time_limit: str | None = None) -> 
 
 def directives(job: Job, site: Site, time_limit: str | None) -> Iterator[str]:
     """#SBATCH lines. Slurm reads them, no shell; what comes from people is one plain word each."""
-    training = job.template == "train"
+    training = job.template != "data"
     values = {
         "job-name": job.name,
         "partition": site.partition,

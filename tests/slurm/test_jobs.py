@@ -111,7 +111,7 @@ def test_slurm_takes_the_job(lab, nodes, folder):
     assert not (folder / "runs").exists()
 
 
-@pytest.mark.parametrize("template", ["train", "data"])
+@pytest.mark.parametrize("template", ["train", "data", "reproduce"])
 def test_slurm_takes_the_templates_by_hand(lab, template, folder):
     lab.call("sbatch", "--test-only", "--nodes=1", ROOT / "slurm" / f"{template}.sbatch", "x", cwd=folder)
 
@@ -197,7 +197,7 @@ class Victim:
         nodes = self.lab.call("scontrol", "show", "hostnames", self.lab.job(self.number)["NodeList"]).stdout.split()
         return nodes[1]
 
-    def wait_for_new_steps(self, count, within_s=120):
+    def wait_for_new_steps(self, count, within_s=200):
         """Until this start has done some steps, and has a checkpoint."""
         starts = len(records(self.run, "start"))
         first = records(self.run, "start")[-1]["step"] if starts else 0
@@ -208,7 +208,7 @@ class Victim:
             time.sleep(0.2)
         pytest.fail(f"no {count} steps more within {within_s} s\n{self.log()}")
 
-    def wait_for_start(self, number, within_s=120):
+    def wait_for_start(self, number, within_s=200):
         end = time.monotonic() + within_s
         while time.monotonic() < end:
             if len(records(self.run, "start")) >= number:
@@ -248,6 +248,7 @@ class Victim:
 WAYS = ["signal", "time_limit", "preemption", "requeue", "killed_rank", "killed_node"]
 
 
+@pytest.mark.timeout(900)
 def test_whatever_ends_a_start_the_job_ends_as_if_nothing_had_been(lab, slow_recipe, folder):
     run = folder / "hurt"
     recipe = write_recipe(folder / "hurt.yaml", slow_recipe)
