@@ -298,6 +298,18 @@ def test_restarts_without_progress_are_limited(lab, folder):
     assert "gave up after 1 restarts without a new checkpoint (the newest: none)" in log_of(lab, number)
 
 
+def test_a_restart_that_fails_to_start_its_ranks_is_tried_again(lab, folder):
+    """Slurm refuses a step now and then just after a node was lost: srun ends with 1, and no rank has run."""
+    stub, run = folder / "bad-luck", folder / "luck"
+    done = 'printf \'{\\n "status": "done"\\n}\\n\' > ' + f"{run}/status.json"
+    stub.write_text(f"#!/bin/sh\ncase $SLURM_RESTART_COUNT in '') kill -9 $$ ;; 1) exit 1 ;; *) {done} ;; esac\n")
+    stub.chmod(0o755)
+    words = ["--site", site(folder, "luck", python=str(stub), ranks_per_node=1)]
+    (number,) = submit(lab, "goyal-resnet50", run, *words)
+    facts = lab.wait(number, 120)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "2"), log_of(lab, number)
+
+
 def test_a_cancelled_job_stays_cancelled(lab, folder):
     stub = folder / "waits"
     stub.write_text("#!/bin/sh\nsleep 60\n")
