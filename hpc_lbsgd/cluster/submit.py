@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -280,7 +281,9 @@ def queue(jobs: list[Job], texts: list[str], folder: Path, chain: bool) -> list[
     for job, text in zip(jobs, texts, strict=True):
         script = folder / job.script_name
         if job.template == "data":
-            script = Path(tempfile.mkstemp(suffix=".sbatch")[1])
+            descriptor, path = tempfile.mkstemp(suffix=".sbatch")
+            os.close(descriptor)
+            script = Path(path)
         script.write_text(text)
         try:
             said = call(sbatch_line(job, str(script), numbers[-1] if chain and numbers else None), job)

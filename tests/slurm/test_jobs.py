@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import changed, command, records, write_recipe
+from conftest import changed, command, records, write_images, write_recipe
 from lab import submitted
 
 from hpc_lbsgd.parallel.world import World, from_environment
@@ -146,6 +146,15 @@ def test_hostile_names_run_nothing(lab, folder, stub):
     assert given == ["-m", "hpc_lbsgd.cli", "train", str(recipe), "--set", value, "--run", str(run), "--resume"]
     assert (run / f"job-{number}.log").exists()
     assert not list(folder.rglob("pwned"))
+
+
+def test_data_is_listed_by_a_job(lab, folder):
+    write_images(folder / "my images", 8, 8)
+    recipe = write_recipe(folder / "data.yaml", {"data": {"train": "my images"}})
+    words = ["--data", "--site", site(folder, "data-site", ranks_per_node=1)]
+    (number,) = submitted(lab.command("submit", recipe, *words, cwd=folder).stderr)
+    assert lab.wait(number)["JobState"] == "COMPLETED", log_of(lab, number)
+    assert list((folder / "my images").glob("manifest*"))
 
 
 @pytest.fixture(scope="module")
