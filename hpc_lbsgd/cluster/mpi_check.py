@@ -10,6 +10,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 
 from hpc_lbsgd.cluster.launch import exported
@@ -47,16 +49,33 @@ def measure(hosts: str | None = None) -> dict:
     except RequestError as problem:
         return {"problem": str(problem)}
     program = [sys.executable, "-m", "hpc_lbsgd.cluster.mpi_check"]
-    line = [*launcher.line(mpirun, layout, exported() if slots else {}), *program]
-    try:
-        result = subprocess.run(line, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return {"problem": f"{layout.ranks} ranks did not finish within {TIMEOUT_S} s: they cannot reach each other"}
-    found = [text.removeprefix(MARK) for text in result.stdout.splitlines() if text.startswith(MARK)]
-    if result.returncode or not found:
-        last = (result.stderr.strip() or result.stdout.strip() or "nothing").splitlines()[-1]
-        return {"problem": f"mpirun ended with {result.returncode}, saying last: {last}"}
-    return json.loads(found[0])
+    return run([*launcher.line(mpirun, layout, exported() if slots else {}), *program], layout.ranks)
+
+
+def run(line: list[str], ranks: int) -> dict:
+    """Rank 0's facts, or a problem. The launcher need not end in time once the facts are there."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True)
+        killer = threading.Timer(TIMEOUT_S, process.kill)
+        killer.start()
+        found, said = None, ""
+        for text in process.stdout:
+            said = text.strip() or said
+            if text.startswith(MARK):
+                found = json.loads(text.removeprefix(MARK))
+                break
+        if found:
+            process.terminate()  # it has nothing left to do, and Open MPI 5 may miss that
+        code = process.wait()
+        late = not killer.is_alive()
+        killer.cancel()
+        if found:
+            return found
+        if late:
+            return {"problem": f"{ranks} ranks did not finish within {TIMEOUT_S} s: they cannot reach each other"}
+        errors.seek(0)
+        last = (errors.read().strip() or said or "nothing").splitlines()[-1]
+        return {"problem": f"mpirun ended with {code}, saying last: {last}"}
 
 
 def one_rank() -> None:
@@ -101,6 +120,8 @@ def one_rank() -> None:
             # after a barrier clocks are read almost at once; the smallest difference has the least waiting in it
             "clock_skew_s": min(skews),
         }
+    engine.barrier()
+    if engine.rank == 0:
         print(MARK + json.dumps(facts), flush=True)
     engine.close()
 

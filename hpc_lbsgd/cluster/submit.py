@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -45,7 +46,7 @@ class Request:
 class Job:
     """One job: a template, and what stands on its sbatch line."""
 
-    template: str  # train | data
+    template: str  # train | data | reproduce
     name: str
     nodes: int
     words: list[str]  # the script's arguments
@@ -75,7 +76,7 @@ def render(job: Job, site: Site, python: str, time_limit: str | None = None) -> 
 
 def directives(job: Job, site: Site, time_limit: str | None) -> Iterator[str]:
     """#SBATCH lines. Slurm reads them, no shell; what comes from people is one plain word each."""
-    training = job.template == "train"
+    training = job.template != "data"
     values = {
         "job-name": job.name,
         "partition": site.partition,
@@ -280,7 +281,9 @@ def queue(jobs: list[Job], texts: list[str], folder: Path, chain: bool) -> list[
     for job, text in zip(jobs, texts, strict=True):
         script = folder / job.script_name
         if job.template == "data":
-            script = Path(tempfile.mkstemp(suffix=".sbatch")[1])
+            descriptor, path = tempfile.mkstemp(suffix=".sbatch")
+            os.close(descriptor)
+            script = Path(path)
         script.write_text(text)
         try:
             said = call(sbatch_line(job, str(script), numbers[-1] if chain and numbers else None), job)

@@ -153,6 +153,21 @@ def test_a_signal_stops_at_a_safe_point_and_launch_says_75(slow_recipe, tmp_path
     assert_no_step_twice_or_missing(run)
 
 
+def test_a_stop_file_stops_at_a_safe_point(slow_recipe, tmp_path):
+    """For launchers that pass no signals on. The file is gone at the next start."""
+    recipe, run = slow_recipe(train__epochs=4000, train__max_steps=6000), tmp_path / "run"
+    job = Job(2, recipe, run)
+    job.wait_for_step(5)
+    (run / "stop").touch()
+    code, output, _ = job.end(within=60)
+    assert code == 0, output
+    status = json.loads((run / "status.json").read_text())
+    assert status["status"] == "stopped" and (run / "checkpoints" / f"step-{status['step']:08d}").exists()
+    again = train_on(1, recipe, run, "--resume", "--set", f"train.max_steps={status['step'] + 3}")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((run / "status.json").read_text())["status"] == "done" and not (run / "stop").exists()
+
+
 def test_a_run_can_go_on_past_its_cap(slow_recipe, tmp_path):
     recipe = slow_recipe(determinism="any-ranks")
     first = command("train", recipe, "--run", tmp_path / "run", "--set", "train.max_steps=10")
