@@ -176,8 +176,10 @@ def smith_schedules(scale: Scale) -> list[Row]:
     """Section 5.1: the learning rate decays, the batch grows once and then it decays, the batch grows."""
     if scale.paper:
         return [
-            Row("decaying-lr", "smith-imagenet-decaying-lr", {}, "78.7 / 77.8 %, 14,000 updates"),
-            Row("increasing-batch", "smith-imagenet-increasing-batch", {}, "78.1 / 76.8 %, under 6,000 updates"),
+            Row("decaying-lr", "smith-imagenet-decaying-lr", {}, "accuracy 78.7 / 77.8 %, 14,000 updates"),
+            Row(
+                "increasing-batch", "smith-imagenet-increasing-batch", {}, "accuracy 78.1 / 76.8 %, under 6,000 updates"
+            ),
         ]
     _, lr, m, _ = smith_start(scale)
     variants = {
@@ -209,13 +211,20 @@ def smith_momentum(scale: Scale) -> list[Row]:
         ]
     raised = {"optim__base_lr": 5 * lr, "schedule__scaling": "none"}
     return [
-        smith(scale, "original", "94.3 %, 80,000 updates", schedule__kind="decaying-lr"),
-        smith(scale, "increasing batch", "94.4 %, 29,000 updates", **grow),
-        smith(scale, "+ initial learning rate x 5", "94.5 %, under 6,500 updates", **{batch: 5 * k}, **raised, **grow),
+        smith(scale, "original", "accuracy 94.3 %, 80,000 updates", schedule__kind="decaying-lr"),
+        smith(scale, "increasing batch", "accuracy 94.4 %, 29,000 updates", **grow),
+        smith(
+            scale,
+            "+ initial learning rate x 5",
+            "accuracy 94.5 %, under 6,500 updates",
+            **{batch: 5 * k},
+            **raised,
+            **grow,
+        ),
         smith(
             scale,
             "+ momentum 0.98",
-            "93.3 %, under 2,500 updates",
+            "accuracy 93.3 %, under 2,500 updates",
             **{batch: 25 * k, "optim__momentum": round(1 - (1 - m) / 5, 10)},
             **raised,
             **grow,

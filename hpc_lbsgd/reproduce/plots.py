@@ -25,7 +25,10 @@ def draw(path: Path, experiment: Experiment, scale: Scale, report: Report) -> No
     {"error": _errors, "batches": _batches, "curves": _curves, "tradeoff": _tradeoff}[experiment.kind](
         axes[0], report, scale
     )
-    figure.suptitle(f"{experiment.title} ({experiment.source}; scale {scale.name}, {report.seeds} seeds)", fontsize=10)
+    figure.suptitle(
+        f"{experiment.title} ({experiment.source}; scale {scale.name}, {report.seeds} seed{'s' * (report.seeds > 1)})",
+        fontsize=10,
+    )
     for axis in axes[0]:
         axis.grid(alpha=0.3)
     figure.tight_layout()

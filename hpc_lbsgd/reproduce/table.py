@@ -270,7 +270,8 @@ def markdown(experiment: Experiment, scale: Scale, report: Report, command: str,
             batch = f"{x.batch}" + (f" → {x.largest_batch}" if x.largest_batch > x.batch else "")
             error = with_spread(x.error, x.std) + (f" ({x.diverged} of {x.runs} diverged)" if x.diverged else "")
             out.append(f"| {x.label} | {batch} | {x.lr:g} | {x.momentum:g} | {x.steps} | {error} | {x.paper} |")
-        out += ["", f"Error: median of the last 5 epochs; mean ± standard deviation over {report.seeds} seeds."]
+        spread = f"; mean ± standard deviation over {report.seeds} seeds" if report.seeds > 1 else ", one seed"
+        out += ["", f"Error: median of the last 5 epochs{spread}."]
     out += ["", *(f"- {f}" for f in report.findings)] if report.findings else []
     out += ["", f"![{experiment.title}]({experiment.name}.png)", "", f"    {command}", ""]
     out += [f"- {c}" for c in conditions]
