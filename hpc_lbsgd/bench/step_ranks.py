@@ -51,7 +51,7 @@ def recipe_of(task: dict, ranks: int, batch: int):
 
 
 class Clock:
-    """Seconds between calls, by part; on a GPU it waits for the work to be done."""
+    """Seconds between calls, by part. On a GPU it waits for what was computed, not for sums that go on beside it."""
 
     def __init__(self, device: torch.device):
         self.device, self.parts = device, dict.fromkeys(PARTS, 0.0)
@@ -62,7 +62,7 @@ class Clock:
 
     def wait(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
 
     def lap(self, part: str) -> None:
         self.wait()
@@ -97,35 +97,32 @@ class Ours:
         kn = batch * self.size
         self.point = Point(0, 0, 0, LR, MOMENTUM, self.size, batch, 0, kn)
         self.stepper = Stepper(self.replica, recipe, forever(pictures))
-        self.forward, self.update = self.stepper._forward, self.replica.update
+        self.forward, self.mark, self.update = self.stepper._forward, self.stepper.mark, self.replica.update
 
     def step(self) -> None:
         self.stepper.run(self.point)
 
     def step_in_parts(self, clock: Clock) -> None:
-        """Backward ends where the trainer's own clock of exposed communication starts."""
+        """Between the trainer's own marks: backward ends where it starts to wait for sums."""
 
         def forward(*args):
-            clock.start()
             loss = self.forward(*args)
             clock.lap("forward")
             return loss
 
+        def mark(phase, step):
+            if phase == "sum":
+                clock.lap("backward")
+
         def update(*args):
-            clock.start()
+            clock.lap("exposed_comm")
             self.update(*args)
             clock.lap("optimizer")
 
-        self.stepper._forward, self.replica.update = forward, update
-        clock.wait()
-        before, done = time.perf_counter(), dict(clock.parts)
-        outcome = self.stepper.run(self.point)
-        clock.wait()
-        whole = time.perf_counter() - before
-        clock.parts["exposed_comm"] += outcome.exposed_comm_s
-        others = sum(clock.parts[p] - done[p] for p in ("forward", "optimizer")) + outcome.exposed_comm_s
-        clock.parts["backward"] += whole - others
-        self.stepper._forward, self.replica.update = self.forward, self.update
+        self.stepper._forward, self.stepper.mark, self.replica.update = forward, mark, update
+        clock.start()
+        self.stepper.run(self.point)
+        self.stepper._forward, self.stepper.mark, self.replica.update = self.forward, self.mark, self.update
 
     def slowest(self, value: float) -> float:
         return max(self.engine.gather(value))
@@ -232,7 +229,7 @@ class Horovod(Peer):
 
 class Ddp(Peer):
     """DistributedDataParallel as shipped. What of its backward is communication shows only against a backward
-    without: every second step in parts runs inside no_sync()."""
+    without, inside no_sync(): a step in parts is one of each."""
 
     def __init__(self, task: dict, device: torch.device):
         super().__init__(task, device)
@@ -257,9 +254,6 @@ class Ddp(Peer):
         clock.parts["backward"] += together.parts["backward"] - exposed
 
     def slowest(self, value: float) -> float:
-        return self.engine_max(value)
-
-    def engine_max(self, value: float) -> float:
         return max(self.engine.gather(value))
 
     def barrier(self) -> None:

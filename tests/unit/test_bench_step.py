@@ -63,6 +63,9 @@ def test_stock_is_stock_and_tuned_has_our_settings():
         step.choose(["magic"])
 
 
-def test_command_line_refuses_by_name():
-    done = command("bench", "step", "--engines", "magic")
-    assert done.returncode == 2 and "--engines magic" in done.stderr
+@pytest.mark.parametrize(
+    "words, said", [(["--engines", "magic"], "--engines magic"), (["--model", "magic"], "model.name = 'magic'")]
+)
+def test_command_line_refuses_by_name(words, said):
+    done = command("bench", "step", *words)
+    assert done.returncode == 2 and said in done.stderr
