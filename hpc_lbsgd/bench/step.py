@@ -48,7 +48,7 @@ def choose(ways: list[str] | None) -> list[str]:
 
 def check(task: dict, ways: list[str], ranks: int) -> None:
     """Raises RequestError, before anything starts, for what no recipe could say."""
-    from hpc_lbsgd.bench.step_ranks import recipe_of
+    from hpc_lbsgd.bench.ways import recipe_of
 
     for way in ways:
         recipe_of(task | {"mode": WAYS[way][1]}, ranks, task["batches"][0])
