@@ -163,13 +163,18 @@ def positive(text: str) -> int:
 
 
 def counts(text: str) -> list[int]:
+    if not all(word.isdigit() for word in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text}: expected whole numbers, such as 1,44")
     return [positive(word) for word in text.split(",")]
 
 
 def byte_count(text: str) -> int:
     number = text.upper().removesuffix("B")
     factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(number[-1:], 1)
-    return positive(number.rstrip("KMG")) * factor
+    count = number.rstrip("KMG")
+    if not count.isdigit():
+        raise argparse.ArgumentTypeError(f"{text}: expected a size, such as 64KB, 4MB or 1000")
+    return positive(count) * factor
 
 
 def byte_counts(text: str) -> list[int]:
