@@ -39,6 +39,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--hosts", metavar="A,B", help="--mpi: these hosts (default: the nodes of the Slurm job, or here)")
     with_json(p)
 
+    add_data(commands)
+    add_runs(command)
+    add_jobs(command)
+    add_bench(commands)
+    add_reproduce(command)
+    return top
+
+
+def add_data(commands) -> None:
     p = commands.add_parser("data", help="get, list and check a data set; print who gets which sample")
     data = p.add_subparsers(dest="data_command", metavar="fetch|index|pack|verify|order", required=True)
     p = data.add_parser("fetch", help="get a data set by name, as image files with a manifest")
@@ -85,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--worker", type=not_negative, default=0)
     with_json(p).set_defaults(function=data_order)
 
+
+def add_runs(command) -> None:
     p = command("plan", plan, help="the run before it runs")
     with_recipe(p)
     p.add_argument("--nodes", type=positive, default=1)
@@ -106,6 +117,35 @@ def parser() -> argparse.ArgumentParser:
     with_run(p)
     with_json(p)
 
+
+def add_jobs(command) -> None:
+    p = command("launch", launch, help="compose and run the mpirun line of a job: launch --np 8 -- train RECIPE ...")
+    p.add_argument("--np", type=positive, required=True, dest="ranks", help="ranks")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--hosts", help="hosts with their slots: a:8,b:8")
+    where.add_argument("--hostfile", help="file of hosts, as mpirun takes it")
+    p.add_argument("--mpi", choices=["openmpi", "mpich", "intel"], help="flavour (default: what mpirun says it is)")
+    p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
+    p.add_argument("--dry-run", action="store_true", help="print the command and stop")
+    p.add_argument("job", nargs=argparse.REMAINDER, help="-- train RECIPE ...")
+
+    p = command("submit", submit, help="render the sbatch job of a recipe for a site, and submit it")
+    with_recipe(p)
+    p.add_argument("--nodes", type=positive, default=1, help="nodes (a chain: of the first stage)")
+    p.add_argument("--site", default="generic", help="a site file, or the name of a shipped site (default: generic)")
+    p.add_argument("--time", help="time limit of a job, as Slurm writes it (default: the site's)")
+    p.add_argument("--run", help="run folder (default: RECIPE-TIME in the site's folder of runs)")
+    p.add_argument("--resume", action="store_true", help="go on with the run that is in --run")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--chain", action="store_true", help="a job a stage, each with the nodes that its batch wants")
+    what.add_argument("--data", action="store_true", help="list the recipe's data folders on a node, do not train")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="print the script and stop")
+    how.add_argument("--test-only", action="store_true", help="ask Slurm whether it would take the job, and stop")
+    with_json(p)
+
+
+def add_bench(commands) -> None:
     p = commands.add_parser("bench", help="measure loader, step and allreduce here; predict what more nodes would do")
     benches = p.add_subparsers(dest="bench_command", metavar="loader|rates|step|allreduce|simulate", required=True)
     p = benches.add_parser("loader", help="images a second of our loader and its peers, taking turns in one run")
@@ -123,20 +163,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=positive, default=5, help="measurements of each (default: %(default)s)")
     p.add_argument("--steps", type=positive, default=20, help="steps a measurement (default: %(default)s)")
     with_json(p).set_defaults(function=bench_rates)
-
-    from hpc_lbsgd.reproduce.experiments import EXPERIMENTS, SCALES
-
-    p = command("reproduce", reproduce, help="a paper's table or figure on data you have; go on with the same command")
-    p.add_argument("experiment", choices=sorted(EXPERIMENTS))
-    p.add_argument("--scale", choices=sorted(SCALES), default="small", help="size (default: %(default)s)")
-    p.add_argument("--seeds", type=positive, default=3, help="runs a row (default: %(default)s)")
-    with_set(p)
-    p.add_argument("--out", type=Path, help="folder for runs, table and plot (default: runs/reproduce/SCALE)")
-    p.add_argument("--ranks", type=positive, help="ranks of a run (default: one a GPU; one on CPUs)")
-    p.add_argument("--jobs", type=positive, help="runs side by side (default: one a CPU core; one on GPUs)")
-    p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
-    p.add_argument("--list", action="store_true", help="print the runs that it takes, and stop")
-    with_json(p)
 
     p = benches.add_parser("simulate", help="predict step time and efficiency on more nodes, from a preset or a run")
     p.add_argument("--preset", default="goyal-p100-50gbe", help="the system (default: %(default)s); see --list")
@@ -184,31 +210,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=positive, help="of a CPU rank, the same for all (default: cores / ranks)")
     with_json(p).set_defaults(function=bench_step)
 
-    p = command("launch", launch, help="compose and run the mpirun line of a job: launch --np 8 -- train RECIPE ...")
-    p.add_argument("--np", type=positive, required=True, dest="ranks", help="ranks")
-    where = p.add_mutually_exclusive_group()
-    where.add_argument("--hosts", help="hosts with their slots: a:8,b:8")
-    where.add_argument("--hostfile", help="file of hosts, as mpirun takes it")
-    p.add_argument("--mpi", choices=["openmpi", "mpich", "intel"], help="flavour (default: what mpirun says it is)")
-    p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
-    p.add_argument("--dry-run", action="store_true", help="print the command and stop")
-    p.add_argument("job", nargs=argparse.REMAINDER, help="-- train RECIPE ...")
 
-    p = command("submit", submit, help="render the sbatch job of a recipe for a site, and submit it")
-    with_recipe(p)
-    p.add_argument("--nodes", type=positive, default=1, help="nodes (a chain: of the first stage)")
-    p.add_argument("--site", default="generic", help="a site file, or the name of a shipped site (default: generic)")
-    p.add_argument("--time", help="time limit of a job, as Slurm writes it (default: the site's)")
-    p.add_argument("--run", help="run folder (default: RECIPE-TIME in the site's folder of runs)")
-    p.add_argument("--resume", action="store_true", help="go on with the run that is in --run")
-    what = p.add_mutually_exclusive_group()
-    what.add_argument("--chain", action="store_true", help="a job a stage, each with the nodes that its batch wants")
-    what.add_argument("--data", action="store_true", help="list the recipe's data folders on a node, do not train")
-    how = p.add_mutually_exclusive_group()
-    how.add_argument("--dry-run", action="store_true", help="print the script and stop")
-    how.add_argument("--test-only", action="store_true", help="ask Slurm whether it would take the job, and stop")
+def add_reproduce(command) -> None:
+    from hpc_lbsgd.reproduce.experiments import EXPERIMENTS, SCALES
+
+    p = command("reproduce", reproduce, help="a paper's table or figure on data you have; go on with the same command")
+    p.add_argument("experiment", choices=sorted(EXPERIMENTS))
+    p.add_argument("--scale", choices=sorted(SCALES), default="small", help="size (default: %(default)s)")
+    p.add_argument("--seeds", type=positive, default=3, help="runs a row (default: %(default)s)")
+    with_set(p)
+    p.add_argument("--out", type=Path, help="folder for runs, table and plot (default: runs/reproduce/SCALE)")
+    p.add_argument("--ranks", type=positive, help="ranks of a run (default: one a GPU; one on CPUs)")
+    p.add_argument("--jobs", type=positive, help="runs side by side (default: one a CPU core; one on GPUs)")
+    p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
+    p.add_argument("--list", action="store_true", help="print the runs that it takes, and stop")
     with_json(p)
-    return top
 
 
 def positive(text: str) -> int:
@@ -219,13 +235,18 @@ def positive(text: str) -> int:
 
 
 def counts(text: str) -> list[int]:
+    if not all(word.isdigit() for word in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text}: expected whole numbers, such as 1,44")
     return [positive(word) for word in text.split(",")]
 
 
 def byte_count(text: str) -> int:
     number = text.upper().removesuffix("B")
     factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(number[-1:], 1)
-    return positive(number.rstrip("KMG")) * factor
+    count = number.rstrip("KMG")
+    if not count.isdigit():
+        raise argparse.ArgumentTypeError(f"{text}: expected a size, such as 64KB, 4MB or 1000")
+    return positive(count) * factor
 
 
 def byte_counts(text: str) -> list[int]:

@@ -46,6 +46,14 @@ def choose(ways: list[str] | None) -> list[str]:
     return ways or DEFAULT_WAYS
 
 
+def check(task: dict, ways: list[str], ranks: int) -> None:
+    """Raises RequestError, before anything starts, for what no recipe could say."""
+    from hpc_lbsgd.bench.ways import recipe_of
+
+    for way in ways:
+        recipe_of(task | {"mode": WAYS[way][1]}, ranks, task["batches"][0])
+
+
 def measure(ways: list[str], ranks: int, task: dict, rounds: int, timeout_s: float, oversubscribe: bool) -> dict:
     """Launch all in turn, and summarise."""
     import torch
@@ -167,7 +175,9 @@ def step(
     """The command: measure, print, and draw where asked to."""
     task = {"model": model, "image_size": image_size, "precision": precision, "batches": batches,
             "warm_ups": warm_ups, "steps": steps, "threads": threads or max(1, cores() // ranks)}  # fmt: skip
-    result = measure(choose(ways), ranks, task, rounds, timeout_s, oversubscribe)
+    ways = choose(ways)
+    check(task, ways, ranks)
+    result = measure(ways, ranks, task, rounds, timeout_s, oversubscribe)
     print(json.dumps(result) if as_json else show(result))
     if picture:
         plot(picture, result)

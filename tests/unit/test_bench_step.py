@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import command
 
-from hpc_lbsgd.bench import step, step_ranks
+from hpc_lbsgd.bench import step, step_ranks, ways
 from hpc_lbsgd.errors import RequestError
 
 CPU = torch.device("cpu")
@@ -14,7 +14,7 @@ TASK = {"engine": "hpc_lbsgd", "mode": "buckets", "model": "resnet8", "image_siz
 
 def test_ours_and_the_peers_loop_make_the_same_updates():
     """Equal weights and running statistics after three steps: same model, start, pictures, loss, optimizer, decay."""
-    ours, peer = step_ranks.Ours(TASK, CPU), step_ranks.Peer(TASK, CPU)
+    ours, peer = ways.Ours(TASK, CPU), ways.Peer(TASK, CPU)
     for way in (ours, peer):
         way.prepare(4)
         for _ in range(3):
@@ -23,16 +23,16 @@ def test_ours_and_the_peers_loop_make_the_same_updates():
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
-    start = step_ranks.Peer(TASK, CPU)
+    start = ways.Peer(TASK, CPU)
     start.prepare(4)
     assert not torch.equal(start.model.state_dict()["fc.weight"], expected["fc.weight"])
 
 
-@pytest.mark.parametrize("way", [step_ranks.Ours, step_ranks.Peer])
+@pytest.mark.parametrize("way", [ways.Ours, ways.Peer])
 def test_parts_are_timed_and_leave_the_way_as_it_was(way):
     found = step_ranks.time_batch(way(TASK, CPU), 4, TASK, CPU)
     assert found["batch"] == 4 and found["step_s"] > 0
-    assert all(found[f"{part}_s"] >= 0 for part in step_ranks.PARTS)
+    assert all(found[f"{part}_s"] >= 0 for part in ways.PARTS)
     assert found["forward_s"] > 0 and found["backward_s"] > 0 and found["optimizer_s"] > 0
 
 
@@ -63,6 +63,9 @@ def test_stock_is_stock_and_tuned_has_our_settings():
         step.choose(["magic"])
 
 
-def test_command_line_refuses_by_name():
-    done = command("bench", "step", "--engines", "magic")
-    assert done.returncode == 2 and "--engines magic" in done.stderr
+@pytest.mark.parametrize(
+    "words, said", [(["--engines", "magic"], "--engines magic"), (["--model", "magic"], "model.name = 'magic'")]
+)
+def test_command_line_refuses_by_name(words, said):
+    done = command("bench", "step", *words)
+    assert done.returncode == 2 and said in done.stderr
