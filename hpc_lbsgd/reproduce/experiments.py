@@ -39,7 +39,7 @@ SCALES = {
         large=8,
         figure=(1, 2, 4, 8, 16, 32, 64, 128),
         smith_cap=40,
-        tradeoff={1: 1, 2: 1, 4: 2, 8: 2, 16: 3, 32: 4, 64: 7},
+        tradeoff={1: 1, 2: 1, 4: 2, 8: 2, 16: 3, 32: 6, 64: 11},
         target_loss=0.6,
         lr_max=2.0,
         lr_turn=8,
@@ -234,7 +234,7 @@ def smith_momentum(scale: Scale) -> list[Row]:
 
 # ---------------------------------------------------------------- McCandlish et al. 2018
 
-LR_GRID = (0.5, 1.0, 2.0)  # the learning rate is tuned at every batch, as the theory asks
+LR_GRID = (1.0, 2.0, 4.0)  # the learning rate is tuned at every batch, as the theory asks
 
 
 def mccandlish_tradeoff(scale: Scale) -> list[Row]:

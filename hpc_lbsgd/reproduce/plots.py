@@ -13,7 +13,7 @@ from hpc_lbsgd.theory.tradeoff import Tradeoff
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 SIZE = (7.0, 4.2)  # inches
 DPI = 110
@@ -60,6 +60,14 @@ def _errors(axes, report: Report, scale: Scale) -> None:
     axes[0].legend(fontsize=8)
 
 
+def _plain(*scales) -> None:
+    """Log scales with a few plain numbers."""
+    for scale in scales:
+        scale.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        scale.set_major_formatter(StrMethodFormatter("{x:g}"))
+        scale.set_minor_locator(NullLocator())
+
+
 def _batches(axes, report: Report, scale: Scale) -> None:
     axis, shown = axes[0], [x for x in report.lines if x.error is not None]
     bars = [2 * (x.std or 0.0) for x in shown]
@@ -67,9 +75,7 @@ def _batches(axes, report: Report, scale: Scale) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set(xlabel="global batch kn", ylabel="error, % (± 2 standard deviations)")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)))
-    axis.yaxis.set_major_formatter(ScalarFormatter())
-    axis.yaxis.set_minor_locator(NullLocator())
+    _plain(axis.yaxis)
     lost = [x.batch for x in report.lines if x.error is None]
     for batch in lost:
         axis.axvline(batch, linestyle=":", color="tab:red", label="diverged" if batch == lost[0] else None)
@@ -101,9 +107,12 @@ def _tradeoff(axes, report: Report, scale: Scale) -> None:
         frontier.plot([fit.steps(b) for b in batches], [fit.examples(b) for b in batches], label="fit (eq. 2.11)")
         axes[1].axvline(fit.critical_batch, color="tab:orange", label="B_crit")
     frontier.set(xlabel="steps", ylabel="examples", xscale="log", yscale="log")
+    _plain(frontier.xaxis, frontier.yaxis)
     frontier.legend(fontsize=8)
     axes[1].plot([x.batch for x in shown], [x.lr for x in shown], "o-", label="best learning rate")
     if "noise_scale" in facts:
         axes[1].axvline(facts["noise_scale"], color="tab:green", linestyle="--", label="B_simple")
     axes[1].set(xlabel="global batch kn", ylabel="learning rate", xscale="log", yscale="log")
+    axes[1].set_xscale("log", base=2)
+    _plain(axes[1].yaxis)
     axes[1].legend(fontsize=8)
