@@ -267,7 +267,7 @@ class Trainer:
         # the steps of the epoch under way, for its mean: a resume may start in the middle
         epoch = self.schedule.at(min(first, self.schedule.full_steps - 1)).epoch
         steps = (r for r in read_metrics(self.folder.metrics) if r["kind"] == "step" and r["epoch"] == epoch)
-        self.epoch_steps = [(r["loss"], r["samples"], r["step_s"]) for r in steps]
+        self.epoch_steps = [(r["loss"], r["samples"], r["step_s"], r.get("replaced", 0)) for r in steps]
         self.listeners = [
             Display(self.schedule.steps, first, self.schedule.epochs),
             TensorBoard(self.folder.path / "tensorboard"),
