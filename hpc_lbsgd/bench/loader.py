@@ -107,9 +107,10 @@ def torchvision(name: str, manifest: Manifest, data: Data, batch: int, native: b
     """torch's DataLoader with a process a thread, as most people load images."""
 
     def start(threads: int) -> Iterator[int]:
+        # not fork: DALI's threads live in this process, and their locks would be copied as they are
         made = torch.utils.data.DataLoader(
             Pictures(manifest, data, native), min(batch, len(manifest)), shuffle=True, num_workers=threads,
-            drop_last=True, persistent_workers=True, multiprocessing_context="fork",
+            drop_last=True, persistent_workers=True, multiprocessing_context="forkserver",
         )  # fmt: skip
         while True:
             for images, _ in made:
