@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,15 +24,16 @@ class Layout:
     oversubscribe: bool = False
 
 
-class Launcher:
-    """`line` is everything up to the program; environment is passed by name and value, never left to chance."""
+class Launcher(ABC):
+    """Environment is passed by name and value, never left to chance."""
 
     name: ClassVar[str]
     said: ClassVar[str]  # a pattern in what `mpirun --version` prints
     passes_usr2_on: ClassVar[bool] = False  # to the ranks
 
+    @abstractmethod
     def line(self, mpirun: str, layout: Layout, environment: dict[str, str]) -> list[str]:
-        raise NotImplementedError
+        """Everything up to the program."""
 
 
 class OpenMPI(Launcher):
