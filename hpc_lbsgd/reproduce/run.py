@@ -53,7 +53,7 @@ def reproduce(
     report = table.summarise(experiment, scale, cells, seeds)
     command = shlex.join(command_of(name, scale.name, seeds, settings))
     content = table.as_json(report)
-    text = table.markdown(experiment, scale, report, command, conditions(cells[0]))
+    text = table.markdown(experiment, scale, report, command, conditions(cells))
     table.write(out, experiment, text, json.dumps(content, indent=1) + "\n")
     plots.draw(out / f"{name}.png", experiment, scale, report)
     if as_json:
@@ -90,13 +90,16 @@ def command_of(name: str, scale: str, seeds: int, settings: list[str]) -> list[s
     return line
 
 
-def conditions(cell: Cell) -> list[str]:
+def conditions(cells: list[Cell]) -> list[str]:
     """Where and on what the table was made, from the environment record of its first run."""
+    cell = cells[0]
+    epochs = sorted({c.recipe.train.epochs for c in cells})
+    length = f"{epochs[0]} epochs" if len(epochs) == 1 else f"{epochs[0]} to {epochs[-1]} epochs by row"
     facts = json.loads(cell.folder.environment.read_text())[-1]
     data, model = cell.recipe.data, cell.recipe.model
     return [
         f"data: {data.train}, {data.samples} images; test: {data.eval}",
-        f"model: {model.name}, n = {cell.recipe.batch.samples_per_worker}, {cell.recipe.train.epochs} epochs, "
+        f"model: {model.name}, n = {cell.recipe.batch.samples_per_worker}, {length}, "
         f"determinism {cell.recipe.determinism}",
         f"torch {facts['versions']['torch']}, horovod {facts['versions']['horovod']}, {facts['ranks'][0]['device']}",
     ]
