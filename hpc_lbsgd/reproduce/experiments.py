@@ -321,7 +321,7 @@ EXPERIMENTS = {
         Experiment(
             "smith-schedules",
             "Decay the learning rate, or grow the batch",
-            "Smith et al. 2018, figures 1 to 3",
+            "Smith et al. 2018, section 5.1",
             "The curves over epochs coincide; the updates shrink.",
             "curves",
             smith_schedules,

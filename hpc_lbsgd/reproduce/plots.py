@@ -92,6 +92,7 @@ def _curves(axes, report: Report, scale: Scale) -> None:
         _limit(axis, report.lines)
         axis.set(xlabel=label, ylabel="error, %")
     axes[1].set_xscale("log")
+    _plain(axes[1].xaxis)
     axes[0].legend(fontsize=8)
 
 
