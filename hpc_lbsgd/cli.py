@@ -152,7 +152,7 @@ def add_bench(commands) -> None:
     p.add_argument("sets", nargs="+", help="image-file sets, for us and the peers; packed sets, for us")
     p.add_argument("--image-size", type=positive, default=224, help="pixels (default: %(default)s)")
     p.add_argument("--batch", type=positive, default=64, help="images a batch (default: %(default)s)")
-    p.add_argument("--threads", type=positives, default=[1, 2], help="decoding threads, such as 1,2,4 (default: 1,2)")
+    p.add_argument("--threads", type=counts, default=[1, 2], help="decoding threads, such as 1,2,4 (default: 1,2)")
     p.add_argument("--rounds", type=positive, default=5, help="measurements of each (default: %(default)s)")
     p.add_argument("--images", type=positive, default=1000, help="images a measurement (default: %(default)s)")
     p.add_argument("--no-peers", action="store_true", help="only ours")
@@ -258,10 +258,6 @@ def not_negative(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text}: must not be negative")
     return value
-
-
-def positives(text: str) -> list[int]:
-    return [positive(part) for part in text.split(",")]
 
 
 def quality(text: str) -> int:
@@ -523,7 +519,7 @@ def bench_step(args) -> int:
 
 def launch(args) -> int:
     from hpc_lbsgd.cluster import launch as launches
-    from hpc_lbsgd.cluster.launchers import Layout
+    from hpc_lbsgd.parallel.launchers import Layout
 
     job = args.job[1:] if args.job[:1] == ["--"] else args.job
     if job[:1] != ["train"]:

@@ -108,7 +108,7 @@ def command(
 
 
 def mpirun_line(ranks: int, *program) -> list[str]:
-    from hpc_lbsgd.cluster.launchers import find_mpirun
+    from hpc_lbsgd.parallel.launchers import find_mpirun
 
     return [
         find_mpirun(),

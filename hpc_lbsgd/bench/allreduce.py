@@ -10,11 +10,12 @@ from statistics import median
 from hpc_lbsgd.bench import launches
 from hpc_lbsgd.bench.launches import Contender
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.report import figures
 from hpc_lbsgd.theory import collectives
 from hpc_lbsgd.theory.allreduce import SWITCH_BYTES
 
 METRIC = "seconds of one float32 allreduce, median of repeats on the slowest rank, median over rounds"
-SMALLEST, DEFAULT_LARGEST, LARGEST = 2**10, 2**26, 2**30
+SMALLEST, LARGEST = 2**10, 2**30
 
 # Open MPI's component `tuned`, parameter coll_tuned_allreduce_algorithm
 TUNED = {"recursive-doubling": 3, "ring": 4, "segmented-ring": 5, "rabenseifner": 6}
@@ -198,12 +199,7 @@ def show(result: dict) -> str:
 
 
 def plot(path: Path, result: dict) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, axes = figures.panels(2, (11, 4.2))
     for name in dict.fromkeys(r["algorithm"] for r in result["rows"]):
         mine = sorted((r for r in result["rows"] if r["algorithm"] == name), key=lambda r: r["bytes"])
         x = [r["bytes"] for r in mine]
@@ -213,9 +209,7 @@ def plot(path: Path, result: dict) -> None:
     axes[0].set(xscale="log", yscale="log", xlabel="bytes", ylabel=f"microseconds, {result['ranks']} ranks")
     axes[1].set(xscale="log", xlabel="bytes", ylabel="bus bandwidth, GB/s")
     axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def allreduce(

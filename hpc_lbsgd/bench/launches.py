@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from hpc_lbsgd.cluster.launchers import Layout, compose
 from hpc_lbsgd.errors import RunError
+from hpc_lbsgd.parallel.launchers import Layout, compose
 
 OURS = ("HOROVOD_", "OMPI_MCA_", "GLOO_")  # prefixes of settings that belong to a contender, not to the caller
 

@@ -25,6 +25,7 @@ from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.order import Permutation
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.recipe import Data
+from hpc_lbsgd.report import figures
 
 WARMUP_BATCHES = 4
 
@@ -255,14 +256,9 @@ def show(result: dict) -> str:
 
 def draw(result: dict, path: Path) -> None:
     """Bars by loader, grouped by threads, with the spread."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = list(dict.fromkeys(r["loader"] for r in result["rows"]))
     threads = list(dict.fromkeys(r["threads"] for r in result["rows"]))
-    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.55 * len(names)))
+    figure, (axis,) = figures.panels(1, (8, 0.9 + 0.55 * len(names)))
     height = 0.8 / len(threads)
     for i, t in enumerate(threads):
         rows = {r["loader"]: r for r in result["rows"] if r["threads"] == t}
@@ -277,6 +273,4 @@ def draw(result: dict, path: Path) -> None:
     axis.set_xlabel("images a second")
     axis.legend(fontsize=8)
     axis.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figures.save(figure, path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from hpc_lbsgd.bench import presets
 from hpc_lbsgd.bench.presets import MB, PRESETS, PUBLISHED, Preset
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.report import figures
 from hpc_lbsgd.theory import simulate as model
 from hpc_lbsgd.theory.simulate import System
 
@@ -187,12 +188,7 @@ def show_published(rows: list[dict]) -> str:
 
 def plot(path: Path, results: list[dict]) -> None:
     """Efficiency against nodes, and where the last one's step goes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, (left, right) = figures.panels(2, (11, 4.2))
     for result in results:
         rows = result["rows"]
         left.plot([r["ranks"] for r in rows], [100 * r["efficiency"] for r in rows], "o-", label=result["preset"])
@@ -215,9 +211,7 @@ def plot(path: Path, results: list[dict]) -> None:
     right.set(xlabel="nodes", ylabel=f"step, ms: {results[0]['preset']}")
     right.set_xticks(positions, [str(r["nodes"]) for r in rows], fontsize=8)
     right.legend(fontsize=8, loc="lower left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def simulate(

@@ -11,6 +11,7 @@ from hpc_lbsgd.bench import launches
 from hpc_lbsgd.bench.launches import Contender
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel.world import cores
+from hpc_lbsgd.report import figures
 
 METRIC = "images/s over all ranks; whole steps on the slowest rank, mean of a launch, median over rounds"
 FEWEST_ROUNDS = 5  # below it the output says that nothing should be concluded
@@ -145,14 +146,9 @@ def show(result: dict) -> str:
 
 def plot(path: Path, result: dict) -> None:
     """A step's parts, stacked, a bar a way; one panel a batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     batches = sorted({r["batch"] for r in result["rows"]})
-    figure, axes = plt.subplots(1, len(batches), figsize=(5.5 * len(batches), 4.2), squeeze=False)
-    for axis, batch in zip(axes[0], batches, strict=True):
+    figure, axes = figures.panels(len(batches), (5.5 * len(batches), 4.2))
+    for axis, batch in zip(axes, batches, strict=True):
         rows = [r for r in result["rows"] if r["batch"] == batch]
         bottom = [0.0] * len(rows)
         for part in PARTS:
@@ -162,9 +158,7 @@ def plot(path: Path, result: dict) -> None:
         axis.set(title=f"batch {batch}", ylabel="milliseconds")
         axis.tick_params(axis="x", labelrotation=40, labelsize=7)
         axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def step(

@@ -68,8 +68,8 @@ def check_compiler() -> Iterator[Finding]:
 
 
 def check_mpi() -> Iterator[Finding]:
-    from hpc_lbsgd.cluster.launchers import find_mpirun
     from hpc_lbsgd.errors import RequestError
+    from hpc_lbsgd.parallel.launchers import find_mpirun
 
     try:
         mpirun = find_mpirun()
@@ -102,8 +102,8 @@ def check_mpi() -> Iterator[Finding]:
 
 def check_mpi_is_one(library: str) -> Iterator[Finding]:
     """mpirun and the library that ranks load must be of one kind: else every rank believes to be alone."""
-    from hpc_lbsgd.cluster.launchers import choose, find_mpirun
     from hpc_lbsgd.errors import RequestError
+    from hpc_lbsgd.parallel.launchers import choose, find_mpirun
 
     try:
         flavour = choose(find_mpirun()).name

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.cluster.launchers import Layout, check_hosts, choose, find_mpirun
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, RequestError
+from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, find_mpirun
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.train.prepare import choose_run
 

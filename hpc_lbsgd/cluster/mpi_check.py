@@ -15,8 +15,8 @@ import threading
 import time
 
 from hpc_lbsgd.cluster.launch import exported
-from hpc_lbsgd.cluster.launchers import Layout, check_hosts, choose, find_mpirun, slots_of
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, find_mpirun, slots_of
 
 RANKS_PER_NODE = 2
 TIMEOUT_S = 120

@@ -58,7 +58,7 @@ class DdpEngine:
             os.environ.setdefault(key, value)
         import torch.distributed as dist
 
-        self._dist, self._device = dist, device
+        self._dist = dist
         on_gpu = device.type == "cuda"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",

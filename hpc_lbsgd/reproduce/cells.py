@@ -85,10 +85,6 @@ class Result:
         """Median over the last five epochs, in %; None for a run that did not reach its end."""
         return statistics.median(self.errors[-LAST:]) if self.errors and self.diverged_at is None else None
 
-    @property
-    def final_loss(self) -> float | None:
-        return statistics.fmean(self.losses[-20:]) if self.losses else None
-
 
 def read_result(cell: Cell) -> Result:
     records = list(read_metrics(cell.folder.metrics))

@@ -86,6 +86,11 @@ class Row(NamedTuple):
     paper: str  # the paper's figure for its own line, with its batch
 
 
+def row(recipe: str, label: str, paper: str, **settings: Any) -> Row:
+    """A row of keyword settings, with __ for the dot in a key."""
+    return Row(label, recipe, {key.replace("__", "."): value for key, value in settings.items()}, paper)
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A table or figure. rows: of a scale; kind: how it is summarised and drawn."""
@@ -102,9 +107,7 @@ class Experiment:
 
 
 def goyal(scale: Scale, label: str, workers: int, paper: str, **settings: Any) -> Row:
-    """A row of the Goyal tables; settings use __ for the dot in a key."""
-    keys = {key.replace("__", "."): value for key, value in settings.items()}
-    return Row(label, scale.goyal, {"batch.workers": workers, **keys}, paper)
+    return row(scale.goyal, label, paper, batch__workers=workers, **settings)
 
 
 BASELINE, LARGE = "23.60 ± 0.12", "23.74 ± 0.09"  # ResNet-50, kn = 256 and 8k
@@ -167,11 +170,6 @@ def figure1(scale: Scale) -> list[Row]:
 # ---------------------------------------------------------------- Smith et al. 2018
 
 
-def smith(scale: Scale, label: str, paper: str, **settings: Any) -> Row:
-    keys = {key.replace("__", "."): value for key, value in settings.items()}
-    return Row(label, scale.smith, keys, paper)
-
-
 def smith_schedules(scale: Scale) -> list[Row]:
     """Section 5.1: the learning rate decays, the batch grows once and then it decays, the batch grows."""
     if scale.paper:
@@ -190,7 +188,7 @@ def smith_schedules(scale: Scale) -> list[Row]:
     rows = []
     for name, keys in variants.items():
         for kind in ("decaying-lr", "hybrid", "increasing-batch"):
-            rows.append(smith(scale, f"{name}, {kind}", "the same curve", schedule__kind=kind, **keys))
+            rows.append(row(scale.smith, f"{name}, {kind}", "the same curve", schedule__kind=kind, **keys))
     return rows
 
 
@@ -211,18 +209,18 @@ def smith_momentum(scale: Scale) -> list[Row]:
         ]
     raised = {"optim__base_lr": 5 * lr, "schedule__scaling": "none"}
     return [
-        smith(scale, "original", "accuracy 94.3 %, 80,000 updates", schedule__kind="decaying-lr"),
-        smith(scale, "increasing batch", "accuracy 94.4 %, 29,000 updates", **grow),
-        smith(
-            scale,
+        row(scale.smith, "original", "accuracy 94.3 %, 80,000 updates", schedule__kind="decaying-lr"),
+        row(scale.smith, "increasing batch", "accuracy 94.4 %, 29,000 updates", **grow),
+        row(
+            scale.smith,
             "+ initial learning rate x 5",
             "accuracy 94.5 %, under 6,500 updates",
             **{batch: 5 * k},
             **raised,
             **grow,
         ),
-        smith(
-            scale,
+        row(
+            scale.smith,
             "+ momentum 0.98",
             "accuracy 93.3 %, under 2,500 updates",
             **{batch: 25 * k, "optim__momentum": round(1 - (1 - m) / 5, 10)},

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from hpc_lbsgd.report import figures
 from hpc_lbsgd.reproduce.experiments import Experiment, Scale
 from hpc_lbsgd.reproduce.table import Line, Report
 from hpc_lbsgd.theory.tradeoff import Tradeoff
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
 SIZE = (7.0, 4.2)  # inches
-DPI = 110
 
 
 def draw(path: Path, experiment: Experiment, scale: Scale, report: Report) -> None:
-    panels = 2 if experiment.kind in ("curves", "tradeoff") else 1
-    figure, axes = plt.subplots(1, panels, figsize=(SIZE[0] * (1 + 0.5 * (panels - 1)), SIZE[1]), squeeze=False)
+    columns = 2 if experiment.kind in ("curves", "tradeoff") else 1
+    figure, axes = figures.panels(columns, (SIZE[0] * (1 + 0.5 * (columns - 1)), SIZE[1]))
     {"error": _errors, "batches": _batches, "curves": _curves, "tradeoff": _tradeoff}[experiment.kind](
-        axes[0], report, scale
+        axes, report, scale
     )
     figure.suptitle(
         f"{experiment.title} ({experiment.source}; scale {scale.name}, {report.seeds} seed{'s' * (report.seeds > 1)})",
         fontsize=10,
     )
-    for axis in axes[0]:
+    for axis in axes:
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def _curve(axis, line: Line, along: str) -> None:

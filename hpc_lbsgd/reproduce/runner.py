@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hpc_lbsgd.cluster.launchers import Layout, compose
 from hpc_lbsgd.data import fetch, manifest
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_STOPPED, RunError
+from hpc_lbsgd.parallel.launchers import Layout, compose
 from hpc_lbsgd.parallel.world import cores
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import write_atomically

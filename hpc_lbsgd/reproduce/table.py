@@ -248,9 +248,7 @@ def _summarise_tradeoff(experiment: Experiment, scale: Scale, cells: list[Cell],
     return Report(experiment.name, scale.name, seeds, lines, findings, facts)
 
 
-def with_spread(mean: float | None, std: float | None) -> str:
-    if mean is None:
-        return "diverged"
+def with_spread(mean: float, std: float | None) -> str:
     return f"{mean:.2f} ± {std:.2f}" if std is not None else f"{mean:.2f}"
 
 
@@ -268,7 +266,8 @@ def markdown(experiment: Experiment, scale: Scale, report: Report, command: str,
         ]
         for x in report.lines:
             batch = f"{x.batch}" + (f" → {x.largest_batch}" if x.largest_batch > x.batch else "")
-            error = with_spread(x.error, x.std) + (f" ({x.diverged} of {x.runs} diverged)" if x.diverged else "")
+            lost = f"{x.diverged} of {x.runs} diverged" if x.diverged else ""
+            error = lost if x.error is None else with_spread(x.error, x.std) + (f" ({lost})" if lost else "")
             out.append(f"| {x.label} | {batch} | {x.lr:g} | {x.momentum:g} | {x.steps} | {error} | {x.paper} |")
         spread = f"; mean ± standard deviation over {report.seeds} seeds" if report.seeds > 1 else ", one seed"
         out += ["", f"Error: median of the last 5 epochs{spread}."]

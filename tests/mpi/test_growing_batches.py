@@ -5,6 +5,8 @@ import json
 import pytest
 from conftest import changed, mpirun, records, train_on, write_recipe
 
+from hpc_lbsgd.theory.noise import transferred_lr
+
 RANKS = (1, 2, 3)
 EXACT = {"determinism": "any-ranks", "precision": "float32", "model__zero_gamma": True, "train__max_steps": None}
 GROWS = {"schedule__kind": "increasing-batch", "schedule__milestones": [1, 2], "schedule__factor": 2.0,
@@ -72,7 +74,9 @@ def test_the_batch_grew_where_it_should(runs):
     first = decisions[0]
     after = [r for r in records(runs[2]["adapts"], "step") if r["epoch"] == first["epoch"]]
     assert {r["global_batch"] for r in after} == {first["global_batch"]} and after[0]["lr"] == first["lr"]
-    assert first["lr"] != records(runs[2]["adapts"], "step")[-1]["lr"] or len(decisions) == 1
+    before = [r for r in records(runs[2]["adapts"], "step") if r["step"] < first["step"] and r["samples"] == 32][-1]
+    expected = transferred_lr(before["lr"], 32, first["global_batch"], first["noise_scale"])
+    assert first["lr"] == pytest.approx(expected) and first["lr"] > before["lr"]
 
 
 def test_a_resume_after_a_decision_is_the_run_that_never_stopped(runs, small_recipe, tmp_path):

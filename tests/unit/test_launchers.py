@@ -7,8 +7,8 @@ import time
 import pytest
 
 from hpc_lbsgd.cluster import launch
-from hpc_lbsgd.cluster.launchers import Hydra, IntelMPI, Layout, OpenMPI, OpenMPI5, check_hosts, choose, recognise
 from hpc_lbsgd.errors import EXIT_DONE, RequestError
+from hpc_lbsgd.parallel.launchers import Hydra, IntelMPI, Layout, OpenMPI, OpenMPI5, check_hosts, choose, recognise
 from hpc_lbsgd.records import RunFolder
 
 SPREAD = Layout(16, hosts="a:8,b:8")
