@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from typing import Any
 
 import torch
@@ -100,4 +101,8 @@ class DdpEngine:
         end_all_ranks(code)
 
     def close(self) -> None:
+        # Gloo's threads let go of a sum's tensors some time after it ended, and for that they need the interpreter. A
+        # thread that asks while Python shuts down aborts the process (pytorch issue 190489), and neither destroying the
+        # group nor a barrier waits for it: asleep, this thread leaves the interpreter to them.
+        time.sleep(0.5)
         self._dist.destroy_process_group()
