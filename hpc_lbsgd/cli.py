@@ -208,6 +208,15 @@ def add_bench(commands) -> None:
     p.add_argument("--warm-ups", type=positive, default=5, help="steps before timing (default: %(default)s)")
     p.add_argument("--steps", type=positive, default=20, help="timed steps of a launch (default: %(default)s)")
     p.add_argument("--threads", type=positive, help="of a CPU rank, the same for all (default: cores / ranks)")
+    p.add_argument(
+        "--tune", type=lambda text: text.split(","), nargs="?", const=["all"], metavar="A,B",
+        help="search the machine keys of the gradient path instead: buckets, first-bucket, fusion, cycle, yield, "
+        "allreduce (default: all)",
+    )  # fmt: skip
+    p.add_argument("--out", type=Path, default="tuned.yaml", help="--tune: file to write (default: %(default)s)")
+    p.add_argument(
+        "--fp16", action="store_true", help="--tune: time the fp16 wire too; it changes results and is never written"
+    )
     with_json(p).set_defaults(function=bench_step)
 
 
@@ -496,24 +505,17 @@ def bench_allreduce(args) -> int:
 
 
 def bench_step(args) -> int:
-    from hpc_lbsgd.bench import step
+    from hpc_lbsgd.bench import step, tune
 
-    step.step(
-        args.ranks,
-        args.batch,
-        args.engines,
-        args.model,
-        args.image_size,
-        args.precision,
-        args.warm_ups,
-        args.steps,
-        args.threads,
-        args.rounds,
-        args.timeout_s,
-        args.oversubscribe,
-        args.plot,
-        args.json,
-    )
+    work = (args.batch, args.model, args.image_size, args.precision, args.warm_ups, args.steps, args.threads)
+    task, launches = step.task_of(args.ranks, *work), (args.rounds, args.timeout_s, args.oversubscribe)
+    if args.tune:
+        for flag, value in (("--engines", args.engines), ("--plot", args.plot)):
+            if value:
+                raise RequestError(f"{flag} {value}: not with --tune, which compares settings of one engine")
+        tune.tune(args.ranks, task, args.tune, args.fp16, *launches, args.out, args.json)
+    else:
+        step.step(args.ranks, task, args.engines, *launches, args.plot, args.json)
     return EXIT_DONE
 
 

@@ -221,6 +221,10 @@ class Machine(Section):
     """fusion: HOROVOD_FUSION_THRESHOLD"""
     cycle_time_ms: Positive | None = None
     """HOROVOD_CYCLE_TIME (default 0.1 on CPU ranks, 1 on GPUs)"""
+    yield_when_idle: bool | None = None
+    """Open MPI: a rank that waits leaves its core to others (default true on CPU ranks, false on GPUs)"""
+    allreduce: Literal["hierarchical", "torus"] | None = None
+    """Horovod with NCCL on several nodes: sums on a node first (default: over all ranks at once)"""
     workers_per_pass: Count = 1
     """workers in one forward-backward; constant for the run"""
     threads: Count | None = None
@@ -288,6 +292,11 @@ class Recipe(Section):
             raise ValueError(
                 f"machine.reduction = fusion: run-time fusion changes the summation order from run to run; "
                 f"determinism {self.determinism} allows: buckets"
+            )
+        if self.determinism != "off" and self.machine.allreduce:
+            raise ValueError(
+                f"machine.allreduce = {self.machine.allreduce}: its summation order follows the placement of ranks on "
+                f"nodes; determinism {self.determinism} allows: none"
             )
         if self.machine.engine == "ddp":
             for key, value, allowed in (
@@ -435,22 +444,46 @@ def read(name: str, settings: list[str] = ()) -> Recipe:
         text = (resources.files("hpc_lbsgd.recipes") / f"{name}.yaml").read_text()
     else:
         raise RequestError(f"recipe {name!r}: neither a file nor a shipped recipe ({', '.join(shipped())})")
-    try:
-        content = yaml.safe_load(text) or {}
-    except yaml.YAMLError as problem:
-        raise RequestError(f"recipe {name}: not YAML: {problem}") from None
-    if not isinstance(content, dict):
-        raise RequestError(f"recipe {name}: expected keys and values, found {type(content).__name__}")
+    content = mapping(text, f"recipe {name}")
+    if isinstance(content.get("machine"), str):
+        content["machine"] = machine_file(content["machine"])
     for setting in settings:
         override(content, setting)
     return validate(content, f"recipe {name}")
 
 
+def mapping(text: str, where: str) -> dict:
+    """The keys and values of a YAML text."""
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as problem:
+        raise RequestError(f"{where}: not YAML: {problem}") from None
+    if not isinstance(content, dict):
+        raise RequestError(f"{where}: expected keys and values, found {type(content).__name__}")
+    return content
+
+
+def machine_file(name: str) -> dict:
+    """The machine section of a file that holds nothing else, so that including it cannot change a result."""
+    path = Path(name)
+    if not path.is_file():
+        raise RequestError(f"machine = {name}: no such file")
+    content = mapping(path.read_text(), f"machine = {name}")
+    section = content.get("machine") or {}
+    if content.keys() != {"machine"} or not isinstance(section, dict):
+        raise RequestError(f"machine = {name}: expected one section, machine; found {', '.join(content) or 'nothing'}")
+    return section
+
+
 def override(content: dict, setting: str) -> None:
-    """Apply one `--set a.b=value` (the value is YAML) to a recipe's content."""
+    """Apply one `--set a.b=value` (the value is YAML), or `--set machine=FILE`, to a recipe's content."""
     key, equals, value = setting.partition("=")
     if not equals or not key:
         raise RequestError(f"--set {setting}: expected key=value, such as optim.base_lr=0.2")
+    if key.strip() == "machine":
+        own = content.get("machine")
+        content["machine"] = (own if isinstance(own, dict) else {}) | machine_file(value)
+        return
     *sections, last = key.strip().split(".")
     for section in sections:
         content = content.setdefault(section, {})

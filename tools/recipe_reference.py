@@ -18,6 +18,9 @@ HEAD = """# Recipe reference
 A recipe is a YAML file. The *result part* decides the weights and is fingerprinted: everything but `machine`,
 `checkpoint`, `train.max_steps` and the paths of data (what the data holds is fingerprinted apart). An unknown key or
 an impossible value is refused before any rank starts work. `--set section.key=value` changes a key on the command line.
+
+`machine: FILE` takes the section from a file that holds nothing else, such as `bench step --tune` writes;
+`--set machine=FILE` puts such a file's keys over those of any recipe.
 """
 
 

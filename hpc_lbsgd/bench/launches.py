@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,12 +61,31 @@ def tail(text: str, lines: int = 5) -> str:
     return " | ".join(line for line in text.strip().splitlines()[-lines:] if line.strip()) or "nothing"
 
 
+class Progress:
+    """Says on stderr which launch begins, and when the last one will end at the pace so far."""
+
+    def __init__(self, launches: int):
+        self.launches, self.begun, self.since = launches, 0, time.monotonic()
+
+    def begin(self, text: str) -> None:
+        if self.begun:
+            left = (time.monotonic() - self.since) / self.begun * (self.launches - self.begun)
+            text += f", ETA {timedelta(seconds=round(max(0.0, left)))}"
+        print(text, file=sys.stderr, flush=True)
+        self.begun += 1
+
+
 def in_turn(
-    program: str, contenders: list[Contender], rounds: int, timeout_s: float, oversubscribe: bool
-) -> Iterator[tuple[Contender, dict]]:
-    """Every contender once a round; each round starts with another. Progress goes to stderr."""
+    program: str, contenders: list[Contender], rounds: int, timeout_s: float, oversubscribe: bool,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Contender, dict]]:  # fmt: skip
+    """Every contender once a round; each round starts with another.
+
+    progress: of more launches than these.
+    """
+    progress = progress or Progress(rounds * len(contenders))
     for r in range(rounds):
         order = contenders[r % len(contenders) :] + contenders[: r % len(contenders)]
         for contender in order:
-            print(f"round {r + 1} of {rounds}: {contender.name}", file=sys.stderr, flush=True)
+            progress.begin(f"round {r + 1} of {rounds}: {contender.name}")
             yield contender, run(program, contender, timeout_s, oversubscribe)

@@ -31,6 +31,15 @@ WAYS = {
 DEFAULT_WAYS = [way for way in WAYS if way not in ("hpc_lbsgd-fp16", "hpc_lbsgd-any-ranks")]
 
 
+def task_of(
+    ranks: int, batches: list[int], model: str, image_size: int, precision: str, warm_ups: int, steps: int,
+    threads: int | None,
+) -> dict:  # fmt: skip
+    """What the ranks of `step_ranks` are told, but for the way. threads: of a CPU rank; None shares the cores out."""
+    return {"model": model, "image_size": image_size, "precision": precision, "batches": batches,
+            "warm_ups": warm_ups, "steps": steps, "threads": threads or max(1, cores() // ranks)}  # fmt: skip
+
+
 def contender(way: str, ranks: int, task: dict, on_gpu: bool) -> Contender:
     """`horovod-tuned` is stock Horovod with the settings that our engine makes for itself."""
     from hpc_lbsgd.parallel.horovod_engine import defaults
@@ -162,13 +171,10 @@ def plot(path: Path, result: dict) -> None:
 
 
 def step(
-    ranks: int, batches: list[int], ways: list[str] | None, model: str, image_size: int, precision: str, warm_ups: int,
-    steps: int, threads: int | None, rounds: int, timeout_s: float, oversubscribe: bool, picture: Path | None,
-    as_json: bool,
+    ranks: int, task: dict, ways: list[str] | None, rounds: int, timeout_s: float, oversubscribe: bool,
+    picture: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """The command: measure, print, and draw where asked to."""
-    task = {"model": model, "image_size": image_size, "precision": precision, "batches": batches,
-            "warm_ups": warm_ups, "steps": steps, "threads": threads or max(1, cores() // ranks)}  # fmt: skip
     ways = choose(ways)
     check(task, ways, ranks)
     result = measure(ways, ranks, task, rounds, timeout_s, oversubscribe)

@@ -1,7 +1,7 @@
 """The ranks of `bench step`: train on synthetic pictures one way, time whole steps and their parts.
 
 Started as `mpirun ... python -m hpc_lbsgd.bench.step_ranks TASK OUT`; TASK is JSON: engine, mode, model, image_size,
-precision, batches, warm_ups, steps, threads.
+precision, batches, warm_ups, steps, threads, and machine (a recipe's keys, where they are not the default).
 
 Two measurements a batch size. Whole steps run as they would in training, nothing added: they give images/s. Parts are
 timed in further steps, on GPUs with a synchronisation between parts, which costs time: they say where a step goes.

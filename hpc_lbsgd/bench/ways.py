@@ -20,7 +20,8 @@ PARTS = ("forward", "backward", "exposed_comm", "optimizer")
 
 
 def recipe_of(task: dict, ranks: int, batch: int):
-    """What `train` would run: one worker of `batch` samples a rank, the default mode of everything else."""
+    """What `train` would run: one worker of `batch` samples a rank, the default mode of everything else but the
+    machine keys that the task names."""
     mode = task["mode"]
     return recipes.validate(
         {
@@ -32,7 +33,7 @@ def recipe_of(task: dict, ranks: int, batch: int):
             "precision": task["precision"],
             "determinism": "any-ranks" if mode == "any-ranks" else "off",
             "wire": "fp16" if mode == "fp16" else "fp32",
-            "machine": {"reduction": "fusion" if mode == "fusion" else "buckets"},
+            "machine": {"reduction": "fusion" if mode == "fusion" else "buckets", **task.get("machine", {})},
         }
     )
 

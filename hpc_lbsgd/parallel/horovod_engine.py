@@ -22,6 +22,10 @@ def environment(machine, determinism: str, on_gpu: bool) -> dict[str, str]:
         settings["HOROVOD_FUSION_THRESHOLD"] = str(int(machine.fusion_threshold_mb * 2**20))
     if machine.cycle_time_ms is not None:
         settings["HOROVOD_CYCLE_TIME"] = str(machine.cycle_time_ms)
+    if machine.yield_when_idle is not None:
+        settings["OMPI_MCA_mpi_yield_when_idle"] = str(int(machine.yield_when_idle))
+    if machine.allreduce:
+        settings[f"HOROVOD_{machine.allreduce.upper()}_ALLREDUCE"] = "1"
     if determinism != "off":
         # one summation order, whatever the placement of ranks on nodes: no hierarchical algorithms, no tuning
         settings |= {
@@ -31,6 +35,7 @@ def environment(machine, determinism: str, on_gpu: bool) -> dict[str, str]:
             "OMPI_MCA_coll_han_priority": "0",
             "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
             "OMPI_MCA_coll_tuned_allreduce_algorithm": "4",  # ring
+            "OMPI_MCA_coll_tuned_dynamic_rules_filename": "",  # a site's choices: some versions prefer them to the ring
             "NCCL_ALGO": "Ring",
         }
     return settings

@@ -4,6 +4,8 @@ import json
 
 from conftest import command
 
+from hpc_lbsgd import recipe as recipes
+
 
 def test_bench_step(tmp_path):
     picture = tmp_path / "step.png"
@@ -25,6 +27,22 @@ def test_bench_step(tmp_path):
     assert settings["hpc_lbsgd"]["HOROVOD_CYCLE_TIME"] == settings["horovod-tuned"]["HOROVOD_CYCLE_TIME"] == "0.1"
     assert {c["threads"] for c in result["conditions"].values()} == {result["conditions"]["none"]["threads"]}
     assert picture.stat().st_size > 1000
+
+
+def test_bench_step_tune(tmp_path):
+    """A setting reaches MPI; one round gives no spread, so that the defaults stay and the file says nothing."""
+    out = tmp_path / "tuned.yaml"
+    done = command(
+        "bench", "step", "--tune", "yield", "--oversubscribe", "--rounds", "1", "--batch", "2", "--steps", "2",
+        "--warm-ups", "1", "--model", "resnet8", "--image-size", "16", "--out", out, "--json", timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    (row,) = result["rows"]
+    assert row["setting"] == {"yield_when_idle": False} and not row["wins"] and result["tuned"] == {}
+    assert row["environment"]["OMPI_MCA_mpi_yield_when_idle"] == "0"
+    assert "ETA" in done.stderr
+    assert recipes.read("fashion-mnist", [f"machine={out}"]) == recipes.read("fashion-mnist")
 
 
 def test_bench_allreduce(tmp_path):

@@ -39,6 +39,8 @@ def test_engine_settings_follow_the_recipe():
     assert settings() == {"HOROVOD_FUSION_THRESHOLD": "0"}
     fused = settings("machine.reduction=fusion", "machine.fusion_threshold_mb=64", "machine.cycle_time_ms=2.5")
     assert fused == {"HOROVOD_FUSION_THRESHOLD": str(64 * 2**20), "HOROVOD_CYCLE_TIME": "2.5"}
+    chosen = settings("machine.yield_when_idle=false", "machine.allreduce=torus")
+    assert (chosen["OMPI_MCA_mpi_yield_when_idle"], chosen["HOROVOD_TORUS_ALLREDUCE"]) == ("0", "1")
     exact = settings("determinism=same-ranks")
     assert exact["HOROVOD_AUTOTUNE"] == "0" and exact["OMPI_MCA_coll_tuned_allreduce_algorithm"] == "4"
     assert defaults(on_gpu=True) == {} and defaults(on_gpu=False)["OMPI_MCA_mpi_yield_when_idle"] == "1"

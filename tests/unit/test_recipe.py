@@ -41,6 +41,7 @@ def test_refused_with_key_and_value(setting, says):
         (["determinism=any-ranks", "machine.threads=2"], "machine.threads = 2"),
         (["determinism=any-ranks", "wire=fp16"], "wire = fp16"),
         (["determinism=same-ranks", "machine.reduction=fusion"], "machine.reduction = fusion"),
+        (["determinism=same-ranks", "machine.allreduce=hierarchical"], "machine.allreduce = hierarchical"),
     ],
 )
 def test_determinism_refuses_what_would_break_it(settings, says):
