@@ -194,6 +194,9 @@ def add_bench(commands) -> None:
     p.add_argument("--algorithms", type=lambda text: text.split(","), metavar="A,B", help="default: all")
     p.add_argument("--seconds", type=positive_float, default=0.5, help="to spend on each size (default: %(default)s)")
     p.add_argument("--node-size", type=positive, default=2, help="ranks a node of reference-hierarchical")
+    p.add_argument(
+        "--choices", type=Path, metavar="FILE", help="write the best of Open MPI's algorithms by size, for a site"
+    )
     with_json(p).set_defaults(function=bench_allreduce)
 
     p = benches.add_parser(
@@ -498,6 +501,7 @@ def bench_allreduce(args) -> int:
         args.node_size,
         args.timeout_s,
         args.oversubscribe,
+        args.choices,
         args.plot,
         args.json,
     )

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from statistics import median
 
-from hpc_lbsgd.bench import launches
+from hpc_lbsgd.bench import choices, launches
 from hpc_lbsgd.bench.launches import Contender
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.report import figures
@@ -17,8 +17,6 @@ from hpc_lbsgd.theory.allreduce import SWITCH_BYTES
 METRIC = "seconds of one float32 allreduce, median of repeats on the slowest rank, median over rounds"
 SMALLEST, LARGEST = 2**10, 2**30
 
-# Open MPI's component `tuned`, parameter coll_tuned_allreduce_algorithm
-TUNED = {"recursive-doubling": 3, "ring": 4, "segmented-ring": 5, "rabenseifner": 6}
 REFERENCE = ("ring", "halving-doubling", "binary-blocks", "torus", "hierarchical")
 YIELD = {"OMPI_MCA_mpi_yield_when_idle": "1"}  # CPU ranks: the same for all that go through MPI
 # torch-distributed is Gloo on CPU ranks and NCCL on GPUs
@@ -26,7 +24,7 @@ ALGORITHMS = (
     "horovod",
     "torch-distributed",
     "mpi",
-    *(f"mpi-{a}" for a in TUNED),
+    *(f"mpi-{a}" for a in choices.TUNED),
     *(f"reference-{a}" for a in REFERENCE),
 )
 
@@ -44,11 +42,7 @@ def contender(name: str, ranks: int, listed: list[int], seconds: float, node_siz
     kind, _, algorithm = name.partition("-")
     settings = dict(YIELD)
     if kind == "mpi" and algorithm:
-        settings |= {
-            "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
-            "OMPI_MCA_coll_tuned_allreduce_algorithm": str(TUNED[algorithm]),
-            "OMPI_MCA_coll_han_priority": "0",
-        }
+        settings |= choices.settings(algorithm)
     return Contender(name, settings, task | {"via": kind, "algorithm": algorithm}, ranks)
 
 
@@ -195,7 +189,19 @@ def show(result: dict) -> str:
             lines.append(f"  {f['algorithm']:28s}{1e6 * f['latency_s']:14.1f}{1e-9 / per_byte:16.2f}")
     lines += ["", "  best by size (?: fewer than 3 rounds, or the next best's overlap)"]
     lines += [f"    {readable(b['bytes']):>8s}  {b['algorithm']}{'' if b['clear'] else ' ?'}" for b in result["best"]]
-    return "\n".join(lines)
+    return "\n".join(lines + (show_choices(result["choices"]) if "choices" in result else []))
+
+
+def show_choices(written: dict) -> list[str]:
+    """What was written, and how a site includes it."""
+    lines = ["", f"  {written['file']}: Open MPI's algorithm by size (tuned: its own choice)"]
+    lines += [f"    from {readable(r['from_bytes']):>10s}  {r['algorithm']}" for r in written["rules"]]
+    lines += ["  a site includes it with", "    environment:"]
+    lines += [f'      {key}: "{value}"' for key, value in written["environment"].items()]
+    if written["slower_than_mpi_bytes"]:
+        sizes = ", ".join(map(readable, written["slower_than_mpi_bytes"]))
+        lines.append(f"  without these settings MPI was faster at {sizes}: weigh it against your buckets' size")
+    return lines
 
 
 def plot(path: Path, result: dict) -> None:
@@ -214,14 +220,19 @@ def plot(path: Path, result: dict) -> None:
 
 def allreduce(
     ranks: int, listed: list[int] | None, largest: int, names: list[str] | None, rounds: int, seconds: float,
-    node_size: int, timeout_s: float, oversubscribe: bool, picture: Path | None, as_json: bool,
+    node_size: int, timeout_s: float, oversubscribe: bool, rules: Path | None, picture: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """The command: measure, print, and draw where asked to."""
+    """The command: measure, write the choices and draw where asked to, and print."""
     listed = listed or sizes(largest)
     for size_bytes in listed:
         if size_bytes % 4 or not 4 <= size_bytes <= LARGEST:
             raise RequestError(f"--bytes {size_bytes}: allowed are multiples of 4, up to {LARGEST}")
-    result = measure(ranks, listed, choose(names, ranks), rounds, seconds, node_size, timeout_s, oversubscribe)
+    names = choose(names, ranks)
+    if rules:
+        choices.check(rules, names)
+    result = measure(ranks, listed, names, rounds, seconds, node_size, timeout_s, oversubscribe)
+    if rules:
+        result["choices"] = choices.write(rules, result)
     print(json.dumps(result) if as_json else show(result))
     if picture:
         plot(picture, result)

@@ -2,9 +2,11 @@
 
 import json
 
-from conftest import command
+from conftest import command, mpirun
 
 from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.bench import allreduce, choices
+from hpc_lbsgd.parallel.horovod_engine import environment
 
 
 def test_bench_step(tmp_path):
@@ -47,10 +49,11 @@ def test_bench_step_tune(tmp_path):
 
 def test_bench_allreduce(tmp_path):
     picture = tmp_path / "allreduce.png"
-    names = "horovod,torch-distributed,mpi-ring,reference-binary-blocks,reference-hierarchical"
+    names = "horovod,torch-distributed,mpi-tuned,mpi-ring,reference-binary-blocks,reference-hierarchical"
+    rules = tmp_path / "allreduce.rules"
     done = command(
         "bench", "allreduce", "--ranks", "3", "--oversubscribe", "--rounds", "1", "--bytes", "1KB,16KB", "--seconds",
-        "0.01", "--algorithms", names, "--plot", picture, "--json", timeout=400,
+        "0.01", "--algorithms", names, "--plot", picture, "--choices", rules, "--json", timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -61,6 +64,31 @@ def test_bench_allreduce(tmp_path):
     }
     assert [b["bytes"] for b in result["best"]] == [1024, 16384]
     assert result["libraries"]["mpi-ring"].startswith("Open MPI") and picture.stat().st_size > 1000
+    assert result["choices"]["rules"] == [{"from_bytes": 0, "algorithm": "tuned"}]  # one round decides nothing
+    assert result["choices"]["environment"]["OMPI_MCA_coll_tuned_dynamic_rules_filename"] == str(rules)
+    assert rules.read_text().startswith("# hpc-lbsgd bench allreduce: 3 ranks")
+
+
+def test_open_mpi_follows_the_written_choices(tmp_path, monkeypatch):
+    """The order of a float32 sum tells which algorithm made it: at the size that a file says ring the bits are those
+    of the ring, at others those of MPI's own choice. And determinism's ring holds against a site's file."""
+    times = {("mpi-tuned", size): [1.0] * 3 for size in (1024, 16384)}
+    times |= {("mpi-ring", 1024): [2.0] * 3, ("mpi-ring", 16384): [0.5] * 3}
+    rules = tmp_path / "allreduce.rules"
+    written = choices.write(rules, allreduce.summarise(4, times, 1e-9, {}, 3, 2))
+
+    def bits(settings):
+        with monkeypatch.context() as patch:
+            for key, value in settings.items():
+                patch.setenv(key, value)
+            done = mpirun(4, "tests/mpi/sum_bits.py", 1024, 16384)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    own, ring = bits(choices.settings("tuned")), bits(choices.settings("ring"))
+    assert own[0] != ring[0] and own[1] != ring[1]
+    assert bits(written["environment"]) == [own[0], ring[1]]
+    assert bits(written["environment"] | environment(recipes.Machine(), "same-ranks", False)) == ring
 
 
 def test_a_contender_that_fails_is_named():

@@ -1,10 +1,12 @@
 """What `bench allreduce` makes of measured seconds, and what it refuses."""
 
+from pathlib import Path
+
 import pytest
 from conftest import command
 
 from hpc_lbsgd import cli
-from hpc_lbsgd.bench import allreduce, launches
+from hpc_lbsgd.bench import allreduce, choices, launches
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.theory import collectives
 from hpc_lbsgd.theory.collectives import Link
@@ -44,6 +46,38 @@ def test_a_best_that_overlaps_is_marked():
     assert best["algorithm"] == "mpi" and not best["clear"]
 
 
+def chosen(times, rounds=3):
+    result = allreduce.summarise(4, times, 1e-9, {}, rounds, 2)
+    return choices.rules(result), result
+
+
+def test_a_rule_needs_rounds_that_do_not_overlap():
+    """1 KB: faster, but not in every round. 4 KB: clearly faster. 16 KB: MPI's own choice is the best."""
+    times = {
+        ("mpi-tuned", 1024): [1.0, 1.2, 1.4], ("mpi-ring", 1024): [0.9, 1.0, 1.1],
+        ("mpi-tuned", 4096): [2.0, 2.1, 2.2], ("mpi-ring", 4096): [1.7, 1.8, 1.9],
+        ("mpi-tuned", 16384): [3.0, 3.1, 3.2], ("mpi-ring", 16384): [4.0, 4.1, 4.2],
+    }  # fmt: skip
+    found, _ = chosen(times)
+    assert found == [(0, "tuned"), (2048, "ring"), (8192, "tuned")]
+    assert chosen({k: v[:2] for k, v in times.items()}, rounds=2)[0] == [(0, "tuned")]
+
+
+def test_choices_end_above_the_largest_size_and_at_other_numbers_of_ranks():
+    found, result = chosen({("mpi-tuned", 1024): [1.0] * 3, ("mpi-ring", 1024): [0.5] * 3})
+    assert found == [(0, "ring"), (2048, "tuned")]
+    numbers = [line.split("#")[0].split() for line in choices.to_text(result, found).splitlines()]
+    expected = "1 2 3 1 1 0,0,0,0 4 2 0,4,0,0 2048,0,0,0 5 1 0,0,0,0"
+    assert [",".join(n) for n in numbers if n] == expected.split()
+
+
+def test_what_the_rules_cost_is_said():
+    """On several nodes plain MPI may use another component, which the rules shut out."""
+    times = {("mpi-tuned", 1024): [1.0] * 3, ("mpi-ring", 1024): [0.5] * 3, ("mpi", 1024): [0.4] * 3}
+    found, result = chosen(times)
+    assert choices.costs(result, found) == [1024]
+
+
 def test_sizes_and_contenders():
     assert allreduce.sizes(2**20) == [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]
     assert "reference-halving-doubling" not in allreduce.choose(None, 3)
@@ -66,13 +100,16 @@ def test_a_contender_starts_without_the_callers_engine_settings(monkeypatch):
         ({"names": ["reference-halving-doubling"], "ranks": 3}, "on 3 ranks"),
         ({"listed": [6]}, "--bytes 6"),
         ({"listed": [2**31]}, "--bytes 2147483648"),
+        ({"rules": Path("no/such/rules")}, "--choices no/such/rules: no folder"),
+        ({"rules": Path("rules"), "names": ["mpi-tuned", "horovod"]}, "--algorithms must have mpi-tuned and"),
+        ({"rules": Path("rules"), "names": ["mpi", "mpi-ring"]}, "--algorithms must have mpi-tuned and"),
     ],
 )
 def test_wrong_requests(changes, said):
     asked = {"ranks": 2, "listed": None, "largest": 1024, "names": None, "rounds": 1, "seconds": 0.1, "node_size": 2,
-             "timeout_s": 10, "oversubscribe": True, "picture": None, "as_json": True} | changes  # fmt: skip
+             "timeout_s": 10, "oversubscribe": True, "rules": None, "picture": None, "as_json": True}  # fmt: skip
     with pytest.raises(RequestError, match=said):
-        allreduce.allreduce(**asked)
+        allreduce.allreduce(**asked | changes)
 
 
 def test_the_command_line_reads_sizes():
