@@ -171,6 +171,13 @@ def add_bench(commands) -> None:
     p.add_argument(
         "--from", dest="run", metavar="RUN", help="take the workload, and with several ranks the links, of a run"
     )
+    p.add_argument(
+        "--calibrate", type=Path, nargs="+", metavar="RESULT",
+        help="outputs of bench step --json on 1 rank and on one a core; predict those of --against, and stop",
+    )  # fmt: skip
+    p.add_argument(
+        "--against", type=Path, nargs="+", metavar="RESULT", help="outputs of bench step --json on more ranks than that"
+    )
     p.add_argument("--nodes", type=counts, metavar="A,B", help="numbers of nodes (default: 1 to 4096)")
     p.add_argument("--baseline", type=positive, metavar="RANKS", help="what efficiency is relative to")
     p.add_argument("--ranks-per-node", type=positive)
@@ -484,7 +491,8 @@ def bench_simulate(args) -> int:
         return EXIT_DONE
     keys = ("ranks_per_node", "network_gbit", "input_images_per_s", "cores", "wire", "algorithm", "bucket_mb")
     changes = {key: getattr(args, key) for key in keys}
-    simulate.simulate(args.preset, args.run, args.nodes, args.baseline, changes, args.published, args.plot, args.json)
+    asked = (args.published, args.calibrate, args.against, args.plot, args.json)
+    simulate.simulate(args.preset, args.run, args.nodes, args.baseline, changes, *asked)
     return EXIT_DONE
 
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from hpc_lbsgd.bench import presets
+from hpc_lbsgd.bench import measured, presets
 from hpc_lbsgd.bench.presets import MB, PRESETS, PUBLISHED, Preset
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.report import figures
@@ -221,10 +221,16 @@ def simulate(
     baseline: int | None,
     changes: dict,
     published: bool,
+    calibrate: list[Path] | None,
+    against: list[Path] | None,
     picture: Path | None,
     as_json: bool,
 ) -> None:
     """The command: predict, print, and draw where asked to."""
+    if calibrate or against:
+        compared = measured.compare(calibrate, against)
+        print(json.dumps(compared) if as_json else measured.show(compared))
+        return
     if published:
         rows = against_published()
         print(json.dumps({"metric": METRIC, "rows": rows}) if as_json else show_published(rows))

@@ -53,7 +53,8 @@ def main(task: dict, out: Path) -> None:
     way = WAYS[task["engine"]](task, device)
     rows = [time_batch(way, batch, task, device) for batch in task["batches"]]
     if way.rank == 0:
-        facts = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        facts = {"device": str(device), "threads": torch.get_num_threads(), "cores": worlds.cores()}
+        facts["torch"] = torch.__version__
         facts["settings"] = {k: v for k, v in os.environ.items() if k.startswith(("HOROVOD_", "OMPI_MCA_mpi"))}
         out.write_text(json.dumps({"rows": rows, "ranks": way.size, **facts}))
     way.barrier()

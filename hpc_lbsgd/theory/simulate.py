@@ -67,6 +67,20 @@ class Cluster:
     protocols: tuple[Protocol, ...]
     images_per_s: float = math.inf  # that a node's input can deliver
     cores: int | None = None  # CPU ranks: cores of a node, which its ranks share when there are more of them
+    crowding: float = 1.0  # CPU ranks: compute time of a rank when every core has one, over that of a rank alone
+
+    @property
+    def ranks_per_core(self) -> float:
+        return max(1.0, self.ranks_per_node / self.cores) if self.cores else 1.0
+
+    @property
+    def compute_factor(self) -> float:
+        """How much longer a rank computes than alone: for its share of a core, and for memory and caches that all
+        cores use, which grows with the cores in use."""
+        if not self.cores or self.cores < 2:
+            return self.ranks_per_core
+        in_use = min(1.0, (self.ranks_per_node - 1) / (self.cores - 1))
+        return self.ranks_per_core * (1 + (self.crowding - 1) * in_use)
 
 
 @dataclass(frozen=True)
@@ -202,8 +216,7 @@ def messages(ready: list[tuple[float, float]], method: Method) -> Iterable[tuple
 def step(system: System, nodes: int) -> Outcome:
     """One step on so many nodes, of the mean length that the slowest node allows."""
     w, c, m = system.workload, system.cluster, system.method
-    shared = max(1.0, c.ranks_per_node / c.cores) if c.cores else 1.0
-    slow = shared * (1 + system.fitted.straggler * slowest_of(nodes))
+    slow = c.compute_factor * (1 + system.fitted.straggler * slowest_of(nodes))
     backward_end = slow * (w.forward_s + w.backward_s)
     ready = [
         (b, slow * (w.forward_s + share * w.backward_s) if m.overlap else backward_end) for b, share in groups(w, m)
@@ -215,7 +228,8 @@ def step(system: System, nodes: int) -> Outcome:
         negotiation = negotiation_s(c, nodes) if m.cycle_s else 0.0
         for size, leaves in messages(ready, m):
             at = leaves + negotiation
-            lasting = phases(system, nodes, size)
+            # CPU ranks copy and add with the cores that they share
+            lasting = [c.ranks_per_core * seconds for seconds in phases(system, nodes, size)]
             free, busy = free or [0.0] * len(lasting), busy or [0.0] * len(lasting)
             for i, seconds in enumerate(lasting):
                 at = free[i] = max(at, free[i]) + seconds
@@ -225,7 +239,7 @@ def step(system: System, nodes: int) -> Outcome:
     exposed = end - backward_end
     input_wait = max(0.0, w.samples * c.ranks_per_node / c.images_per_s - compute - exposed)
     total = compute + exposed + input_wait
-    straggling = compute - shared * w.compute_s
+    straggling = compute - c.compute_factor * w.compute_s
     return Outcome(total, compute, straggling, exposed, input_wait, max(busy, default=0.0), count)
 
 
