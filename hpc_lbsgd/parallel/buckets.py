@@ -95,11 +95,12 @@ class Bucket:
         self.index, self.layout = index, layout
         self.gradients = torch.zeros(layout.size, dtype=dtype, device=device)
         self.weights = torch.zeros(layout.size, dtype=dtype, device=device)
+        self.places: dict[str, torch.Tensor] = {}  # of gradients, by parameter
         for view in layout.views:
             place = view.of(self.weights)
             place.copy_(view.parameter.data)
             view.parameter.data = place
-            view.parameter.grad = view.of(self.gradients)
+            view.parameter.grad = self.places[view.name] = view.of(self.gradients)
         self.names = frozenset(view.name for view in layout.views)
         self.missing: set[str] = set()  # gradients still to come in this pass
         self.full = False
@@ -140,7 +141,7 @@ class Buckets:
         for bucket in self.buckets:
             for view in bucket.layout.views:
                 view.parameter.register_post_accumulate_grad_hook(
-                    lambda _, bucket=bucket, name=view.name: self._arrived(bucket, name)
+                    lambda parameter, bucket=bucket, name=view.name: self._arrived(bucket, name, parameter)
                 )
 
     # ---------------------------------------------------------------- one step
@@ -171,7 +172,17 @@ class Buckets:
         """In this step the engine's model sums the gradients."""
         return self.engine.sums_gradients and not self._measured
 
-    def _arrived(self, bucket: Bucket, name: str) -> None:
+    def _arrived(self, bucket: Bucket, name: str, parameter: nn.Parameter) -> None:
+        if parameter.grad is not bucket.places[name]:
+            raise RunError(
+                f"the gradient of {name} is not in its bucket: the model or the loss has put another in its place "
+                "(zero_grad, .grad = None); gradients are the trainer's to clear"
+            )
+        if name not in bucket.missing:  # its bucket may have left
+            raise RunError(
+                f"{name} got a gradient twice in one backward: what is used more than once cannot be inside "
+                "torch.utils.checkpoint with use_reentrant=True; set use_reentrant=False"
+            )
         bucket.missing.discard(name)
         if not (bucket.missing or self._measured or self.engine.sums_gradients):
             self._fill(bucket)

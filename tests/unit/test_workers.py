@@ -1,11 +1,15 @@
 """Ghost BatchNorm, keyed dropout, buckets and the optimizer, against plain PyTorch. One rank, real Horovod."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import changed
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel.buckets import plan_layouts
 from hpc_lbsgd.theory.schedule import Point
@@ -265,6 +269,51 @@ def test_unused_and_frozen_parameters(engine):
         assert torch.equal(after["used.weight"], after["tied"])
     finally:
         del models.MODELS["partly"]
+
+
+class Twice(nn.Module):
+    """Its layer is used twice, each time inside a checkpoint."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(144, 5), nn.Linear(5, 5), nn.Linear(5, 5)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        x = self.first(x.flatten(1))
+        for _ in range(2):
+            x = checkpoint(self.layer, x, use_reentrant=self.use_reentrant)
+        return self.last(x)
+
+
+class Clears(nn.Module):
+    """Throws its gradients away, as a training loop of its own would."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(144, 5)
+
+    def forward(self, x):
+        self.zero_grad()
+        return self.layer(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "model, says",
+    [
+        (lambda: Twice(True), "layer.* got a gradient twice in one backward"),
+        (Clears, "the gradient of layer.* is not in its bucket"),
+        (lambda: Twice(False), None),
+    ],
+)
+def test_gradients_that_would_be_lost_are_refused_by_name(engine, monkeypatch, model, says):
+    monkeypatch.setitem(models.MODELS, "odd", lambda section, channels, classes: model())
+    base = small_recipe(machine__bucket_mb=1e-6)
+    recipe = base.model_copy(update={"model": base.model.model_copy(update={"name": "odd"})})
+    replica = Replica(recipe, 5, engine, CPU)
+    point = point_of()
+    with pytest.raises(RunError, match=says) if says else nullcontext():
+        assert step.Stepper(replica, recipe, batches(recipe, point)).run(point).finite
 
 
 def test_layout_covers_every_parameter_aligned_and_in_backward_order():
