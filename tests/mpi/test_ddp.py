@@ -22,6 +22,7 @@ VARIANTS = {
     "grows": {"schedule__kind": "increasing-batch", "schedule__milestones": [1, 2], "schedule__factor": 2.0,
               "schedule__max_batch": 96, "batch__workers": 4},
     "frozen": {"model": {"name": "unused:frozen"}},
+    "shared": {"model": {"name": "unused:shared"}},
 }  # fmt: skip
 DDP = {"machine__engine": "ddp"}
 

@@ -1,9 +1,11 @@
-"""A model with a layer that no pass uses."""
+"""Models whose gradients are not one a parameter and pass: unused, frozen, shared, and used by some samples only."""
 
 from torch import nn
 
 
 class Partly(nn.Module):
+    """A layer that no pass uses."""
+
     def __init__(self, channels, classes):
         super().__init__()
         self.used = nn.Linear(channels * 64, classes)
@@ -11,6 +13,34 @@ class Partly(nn.Module):
 
     def forward(self, x):
         return self.used(x.flatten(1))
+
+
+class Shared(nn.Module):
+    """One layer at two places, and its weight under a second name."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(channels * 64, 16), nn.Linear(16, 16), nn.Linear(16, classes)
+        self.same = self.layer
+        self.tied = self.layer.weight
+
+    def forward(self, x):
+        x = self.layer(self.first(x.flatten(1)).relu()).relu()
+        return self.last(nn.functional.linear(self.same(x).relu(), self.tied))
+
+
+class Sometimes(nn.Module):
+    """A layer for bright pictures only: in some passes, and so on some ranks, it has no gradient (`None`)."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.always, self.sometimes = nn.Linear(channels * 64, classes), nn.Linear(channels * 64, classes)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        bright = x.mean(1) > 0.3
+        y = self.always(x)
+        return y.index_add(0, bright.nonzero()[:, 0], self.sometimes(x[bright])) if bright.any() else y
 
 
 def model(channels, classes):
@@ -21,3 +51,11 @@ def frozen(channels, classes):
     partly = Partly(channels, classes)
     partly.unused.requires_grad_(False)
     return partly
+
+
+def shared(channels, classes):
+    return Shared(channels, classes)
+
+
+def sometimes(channels, classes):
+    return Sometimes(channels, classes)

@@ -1,0 +1,76 @@
+"""Gradients that are None, shared, frozen or unused, on real ranks: the weights of the run on one rank, or refused.
+
+DistributedDataParallel's part is in test_ddp.py.
+"""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import changed, mpirun, records, train_on, write_recipe
+
+STEPS = 6
+BASE = {"precision": "float64", "train__max_steps": STEPS, "optim__weight_decay": 0.01}
+MODELS = ("model", "frozen", "shared", "sometimes")
+WAYS = {
+    "fusion": {"machine__reduction": "fusion"},  # first: Horovod reads its threshold once
+    "buckets": {"machine__bucket_mb": 0.0005, "machine__first_bucket_mb": 0.0001},
+    "any-ranks": {"determinism": "any-ranks"},
+    "two-a-pass": {"machine__workers_per_pass": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(small_recipe, tmp_path_factory):
+    """{(ranks, way, model): run folder}; on one rank each model once."""
+    root = tmp_path_factory.mktemp("odd")
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    found = {}
+    for ranks, ways in ((1, {"buckets": {}}), (2, WAYS)):
+        listed = []
+        for way, changes in ways.items():
+            for model in MODELS:
+                recipe = changed(small_recipe, **BASE | changes, model={"name": f"unused:{model}"})
+                run = found[ranks, way, model] = root / f"{model}-{way}-on-{ranks}"
+                listed.append([str(write_recipe(root / f"{run.name}.yaml", recipe)), str(run)])
+        jobs = root / f"jobs-{ranks}.json"
+        jobs.write_text(json.dumps(listed))
+        result = mpirun(ranks, "tests/mpi/many.py", jobs, timeout=300)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return found
+
+
+def end_state(run):
+    return torch.load(run / "checkpoints" / f"step-{STEPS:08d}" / "weights.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_give_the_weights_of_one(runs, way):
+    for model in MODELS:
+        state, expected = end_state(runs[2, way, model]), end_state(runs[1, "buckets", model])
+        assert state.keys() == expected.keys()
+        for key in state:
+            # any-ranks rounds each worker's gradient to 2^-40
+            torch.testing.assert_close(state[key], expected[key], rtol=0, atol=1e-9, msg=f"{way}, {model}: {key}")
+
+
+def test_frozen_stays_unused_decays_shared_is_one(runs):
+    unused, frozen = end_state(runs[2, "buckets", "model"]), end_state(runs[2, "buckets", "frozen"])
+    kept, left = frozen["unused.weight"], unused["unused.weight"]  # of one start: the recipe's seed
+    share = (left / kept).flatten()
+    assert 0 < share[0] < 1 and torch.allclose(share, share[0].expand(9))  # a gradient of zero: only decay moves it
+    assert torch.equal(unused["unused.bias"], frozen["unused.bias"])  # which biases do not have
+    shared = end_state(runs[2, "buckets", "shared"])
+    assert torch.equal(shared["layer.weight"], shared["tied"]) and torch.equal(shared["tied"], shared["same.weight"])
+    losses = [r["loss"] for r in records(runs[2, "buckets", "shared"], "step")]
+    assert losses[-1] < losses[0]
+
+
+def test_ddp_names_what_one_rank_did_not_use(small_recipe, tmp_path, runs):
+    """Some rank has no bright picture in some step: that rank says so, and all end."""
+    recipe = changed(small_recipe, **BASE, model={"name": "unused:sometimes"}, machine__engine="ddp")
+    recipe = changed(recipe, batch__workers=2, batch__last_batch="drop")
+    result = train_on(2, write_recipe(tmp_path / "r.yaml", recipe), tmp_path / "run", timeout=120)
+    assert result.returncode == 1
+    assert "no gradient for sometimes.bias, sometimes.weight" in result.stderr
