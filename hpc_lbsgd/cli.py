@@ -173,7 +173,8 @@ def add_bench(commands) -> None:
     )
     p.add_argument(
         "--calibrate", type=Path, nargs="+", metavar="RESULT",
-        help="outputs of bench step --json on 1 rank and on one a core; predict those of --against, and stop",
+        help="outputs of bench step --json on 1 rank and on one a core, several of each are rounds; predict those of "
+        "--against, and stop",
     )  # fmt: skip
     p.add_argument(
         "--against", type=Path, nargs="+", metavar="RESULT", help="outputs of bench step --json on more ranks than that"

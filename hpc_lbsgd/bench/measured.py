@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from hpc_lbsgd.bench import presets
@@ -55,6 +56,24 @@ def read(path: Path) -> Steps:
     return Steps(path, ranks, facts, rows)
 
 
+def merged(listed: list[Steps]) -> list[Steps]:
+    """One for each number of ranks: results of one number of ranks are rounds that took turns with the others'."""
+    found = []
+    for ranks in sorted({steps.ranks for steps in listed}):
+        same = [steps for steps in listed if steps.ranks == ranks]
+        rows = {}
+        for batch in set.intersection(*(set(steps.rows) for steps in same)):
+            each = [steps.rows[batch] for steps in same]
+            rows[batch] = {
+                "batch": batch,
+                **{key: median(row[key] for row in each) for key in ("step_s", *PARTS)},
+                "images_per_s_low": min(row["images_per_s_low"] for row in each),
+                "images_per_s_high": max(row["images_per_s_high"] for row in each),
+            }
+        found.append(same[0]._replace(rows=rows))
+    return found
+
+
 def places(steps: Steps) -> int:
     """Ranks that the machine has cores for."""
     return steps.facts["cores"] // steps.facts["threads"]
@@ -70,7 +89,7 @@ def check(calibrate: list[Steps], against: list[Steps]) -> None:
         missing = first.rows.keys() - other.rows.keys()
         if missing:
             raise RequestError(f"{other.path}: no batch {min(missing)}, which {first.path} has")
-    ranks = sorted(steps.ranks for steps in calibrate)
+    ranks = sorted({steps.ranks for steps in calibrate})
     if len(ranks) != 2 or ranks[0] != 1 or not 1 < ranks[1] <= places(first):
         raise RequestError(
             f"--calibrate: results of {ranks} ranks; needed are one of 1 rank, and one of 2 to {places(first)} ranks, "
@@ -154,7 +173,8 @@ def compare(calibrate: list[Path] | None, against: list[Path] | None) -> dict:
         raise RequestError("--calibrate and --against go together: results to learn from, and results to predict")
     learnt, unseen = [read(p) for p in calibrate], [read(p) for p in against]
     check(learnt, unseen)
-    alone, beside = sorted(learnt, key=lambda s: s.ranks)
+    learnt, unseen = merged(learnt), merged(unseen)
+    alone, beside = learnt
     layers = layers_of_model(alone.facts["model"], alone.facts["image_size"])
     rows, constants = [], []
     for batch in sorted(alone.rows):

@@ -72,6 +72,16 @@ def test_predictions_do_not_look_at_what_they_are_held_against(files, tmp_path):
     assert [r["step_s"] for r in before] == [r["step_s"] for r in after]
 
 
+def test_results_of_one_number_of_ranks_are_rounds(files, tmp_path):
+    """Medians over files, the spread over all of them."""
+    for name, seconds in (("a", 0.100), ("b", 0.130)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result_of(4, seconds, (1, 1, 1, 1))))
+    rounds = [files[4], tmp_path / "a.json", tmp_path / "b.json"]
+    row = measured.compare([files[1], files[2]], rounds)["rows"][-1]
+    found = [row[f"measured_step_s{which}"] for which in ("", "_low", "_high")]
+    assert row["ranks"] == 4 and found == pytest.approx([0.110, 0.100, 1.1 * 0.130])
+
+
 def test_crowding_grows_with_the_cores_in_use():
     system = measured.calibrated(RESULTS[1]["rows"][0], RESULTS[2]["rows"][0], LAYERS, 2, 4)
     factors = [measured.on_ranks(system, ranks).cluster.compute_factor for ranks in (1, 2, 4, 8)]
