@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from hpc_lbsgd.bench import launches
 from hpc_lbsgd.errors import RequestError
 
 # Open MPI's component `tuned`, parameter coll_tuned_allreduce_algorithm; with 0 it chooses itself
@@ -45,8 +46,7 @@ def environment(path: Path) -> dict[str, str]:
 
 def check(path: Path, names: list[str]) -> None:
     """Raises RequestError, before anything starts, where a run could not give rules."""
-    if not path.parent.is_dir():
-        raise RequestError(f"--choices {path}: no folder {path.parent}")
+    launches.check_file("--choices", path)
     named = [f"mpi-{a}" for a in TUNED]
     if named[0] not in names or not set(named[1:]) & set(names):
         raise RequestError(f"--choices {path}: --algorithms must have {named[0]} and one or more of {named[1:]}")

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from hpc_lbsgd.errors import RunError
+from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel.launchers import Layout, compose
 
 OURS = ("HOROVOD_", "OMPI_MCA_", "GLOO_")  # prefixes of settings that belong to a contender, not to the caller
@@ -59,6 +59,12 @@ def run(program: str, contender: Contender, timeout_s: float, oversubscribe: boo
 
 def tail(text: str, lines: int = 5) -> str:
     return " | ".join(line for line in text.strip().splitlines()[-lines:] if line.strip()) or "nothing"
+
+
+def check_file(flag: str, path: Path) -> None:
+    """Refuse a file that could not be written when all launches are over."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise RequestError(f"{flag} {path}: " + ("a folder" if path.is_dir() else f"no folder {path.parent}"))
 
 
 class Progress:

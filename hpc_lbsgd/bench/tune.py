@@ -320,8 +320,7 @@ def tune(
     on_gpu = torch.cuda.is_available()
     task = task | {"mode": "buckets"}
     groups = choose(names, on_gpu, int(os.environ.get("SLURM_JOB_NUM_NODES", 1)))
-    if not out.parent.is_dir():
-        raise RequestError(f"--out {out}: no folder {out.parent}")
+    launches.check_file("--out", out)
     effect = effect_of(task, on_gpu)  # refuses a wrong model before anything starts
     progress = Progress(most_launches(groups, rounds) + 2 * rounds * fp16)
     measure = Launches(ranks, task, timeout_s, oversubscribe, progress)

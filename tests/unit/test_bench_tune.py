@@ -153,7 +153,8 @@ def test_a_file_that_is_not_there_is_refused():
         (["--engines", "ddp"], "--engines"),
         (["--plot", "x.png"], "--plot x.png"),
         (["--model", "no.such:thing"], "model.name = no.such:thing"),
-        (["--out", "no/such/tuned.yaml"], "--out no/such/tuned.yaml"),
+        (["--out", "no/such/tuned.yaml"], "--out no/such/tuned.yaml: no folder"),
+        (["--out", "."], "--out .: a folder"),
     ],
 )
 def test_wrong_requests_end_before_work_starts(words, said, capsys):
