@@ -101,9 +101,16 @@ def sweep(
         for i, launched in zip(kept, further, strict=True):
             found[i] = found[i] + launched
         reference = reference + more
+    return trials_of(group, reference, best, offered, found)
+
+
+def trials_of(
+    group: str, reference: list[Launched], best: Setting, settings: list[Setting], found: list[list[Launched]]
+) -> list[Trial]:
+    """What settings are held against, and each of them; some have fewer rounds."""
     return [
         Trial(group, setting, judge(reference[: len(launched)], launched), launched)
-        for setting, launched in zip(offered, found, strict=True)
+        for setting, launched in zip([best, *settings], [reference, *found], strict=True)
     ]
 
 
@@ -130,8 +137,8 @@ def search(
         winners = [t for t in tried if t.verdict.wins]
         best = max(winners, key=lambda t: t.verdict.ratio).setting if winners else best
     if best:
-        against, launched = measure("confirmation", [{}, best], rounds)
-        trials.append(Trial("confirmation", best, judge(against, launched), launched))
+        defaults, launched = measure("confirmation", [{}, best], rounds)
+        trials += trials_of("confirmation", defaults, {}, [best], [launched])
         best = best if trials[-1].verdict.wins else {}
     return Search(best, trials)
 
@@ -289,7 +296,7 @@ def show(result: dict) -> str:
 def conclusion(result: dict) -> str:
     """One sentence: what holds from here on, and why."""
     if result["tuned"]:
-        final = next(r for r in result["rows"] if r["group"] == "confirmation")
+        final = next(r for r in result["rows"] if r["group"] == "confirmation" and r["setting"])
         return (
             f"{said(result['tuned'])}: {final['ratio']:.3f} times as fast as the defaults "
             f"({final['ratio_low']:.3f} to {final['ratio_high']:.3f} in {final['rounds']} rounds)"

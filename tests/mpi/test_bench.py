@@ -40,7 +40,8 @@ def test_bench_step_tune(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    (row,) = result["rows"]
+    default, row = result["rows"]
+    assert default["default"] and default["environment"]["OMPI_MCA_mpi_yield_when_idle"] == "1"
     assert row["setting"] == {"yield_when_idle": False} and not row["wins"] and result["tuned"] == {}
     assert row["environment"]["OMPI_MCA_mpi_yield_when_idle"] == "0"
     assert "ETA" in done.stderr
