@@ -157,6 +157,7 @@ def add_bench(commands) -> None:
     p.add_argument("--images", type=positive, default=1000, help="images a measurement (default: %(default)s)")
     p.add_argument("--no-peers", action="store_true", help="only ours")
     p.add_argument("--plot", type=Path, help="PNG to write")
+    p.add_argument("--ffcv", action="store_true", help="FFCV too, if it is installed: JPEG and raw of its own format")
     with_json(p).set_defaults(function=bench_loader)
     p = benches.add_parser("rates", help="a recipe's step with synthetic batches, its loader alone, and both together")
     with_recipe(p)
@@ -428,7 +429,7 @@ def bench_loader(args) -> int:
     from hpc_lbsgd.bench import loader
 
     result = loader.bench(
-        args.sets, args.image_size, args.batch, args.threads, args.rounds, args.images, not args.no_peers
+        args.sets, args.image_size, args.batch, args.threads, args.rounds, args.images, not args.no_peers, args.ffcv
     )
     if args.plot:
         loader.draw(result, args.plot)

@@ -1,19 +1,21 @@
 """DALI as the loader: it is told which bytes to decode and which window to keep; it decides nothing.
 
-On a GPU JPEGs are decoded by nvJPEG (`mixed`) and resized there; without one everything runs on the CPU. Raw pixels
-skip the decoder.
+On a GPU JPEGs are decoded by nvJPEG (`mixed`), resized and normalised there. Without one DALI decodes, and what has to
+be resized is finished by torch (finish.py). Raw pixels skip the decoder.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import chain, repeat
+from itertools import chain, cycle, repeat, takewhile
+from typing import Any
 
 import numpy as np
 import torch
 
 from hpc_lbsgd.data.ahead import ahead
+from hpc_lbsgd.data.finish import Finish
 from hpc_lbsgd.data.loader import Batch, Fetched, Source
 from hpc_lbsgd.data.manifest import decode
 from hpc_lbsgd.data.storage import READERS, Request, SampleError
@@ -30,9 +32,17 @@ class DaliLoader:
     ):
         self.source, self.prefetch, self.channels_last, self.device = source, prefetch, channels_last, device
         self.max_batch, self.threads = max_batch, threads
-        self._feed: Iterator = iter(())
+        self.finish = None
+        if device.type == "cpu" and source.resizes:
+            self.finish = Finish(source.data, True, channels_last, threads)
+            # used in turn, one more than can be under way: fresh memory for each batch costs a fifth of its time
+            self._buffers = cycle([self.finish.empty(max_batch) for _ in range(prefetch + 2)])
+        self._feed: Iterator[Fetched] = iter(())
         self._fed: deque[Fetched] = deque()  # in the pipeline, oldest first
-        self._pipeline = self._build(max_batch, threads, self._next)
+        if not (self.finish and source.raw):
+            self._pipeline = self._build(max_batch, threads, self._next)
+
+    # ------------------------------------------------------------ the pipeline
 
     def _build(self, max_batch: int, threads: int, source):
         try:
@@ -50,9 +60,11 @@ class DaliLoader:
             device_id=self.device.index or 0 if on_gpu else None,
         )
         with pipeline:
-            encoded, flip, *place = fn.external_source(
-                source=source, batch=True, num_outputs=4 if self.source.crops else 2
+            flips = 0 if self.finish else 1
+            encoded, *rest = fn.external_source(
+                source=source, batch=True, num_outputs=1 + flips + 2 * self.source.crops
             )
+            flip, place = rest[:flips], rest[flips:]
             if self.source.raw:
                 encoded = fn.reshape(encoded, layout="HWC")
             decode = {
@@ -69,13 +81,6 @@ class DaliLoader:
                     images = images.gpu() if on_gpu else images
                 else:  # only the window is decoded, where the format allows it
                     images = fn.decoders.image_slice(encoded, *place, **window, **decode)
-                images = fn.resize(
-                    images,
-                    size=[data.image_size] * 2,
-                    interp_type=types.INTERP_LINEAR,
-                    antialias=True,
-                    dtype=types.FLOAT,
-                )
             else:
                 if self.source.raw:
                     images = encoded.gpu() if on_gpu else encoded
@@ -83,10 +88,19 @@ class DaliLoader:
                     images = fn.decoders.image(encoded, **decode)
                 if self.source.crops:
                     images = fn.slice(images, *place, **window, out_of_bounds_policy="pad")
-            layout = "HWC" if self.channels_last else "CHW"
-            images = fn.crop_mirror_normalize(
-                images, mirror=flip, mean=data.mean, std=data.std, output_layout=layout, dtype=types.FLOAT
-            )
+            if not self.finish:
+                if self.source.resizes:
+                    images = fn.resize(
+                        images,
+                        size=[data.image_size] * 2,
+                        interp_type=types.INTERP_LINEAR,
+                        antialias=True,
+                        dtype=types.FLOAT,
+                    )
+                layout = "HWC" if self.channels_last else "CHW"
+                images = fn.crop_mirror_normalize(
+                    images, mirror=flip[0], mean=data.mean, std=data.std, output_layout=layout, dtype=types.FLOAT
+                )
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
@@ -99,16 +113,12 @@ class DaliLoader:
 
     def _inputs(self, fetched: Fetched):
         w = self.source.windows(fetched.given)
-        flip = w.flip.astype(np.int32)[:, None]
-        if not self.source.crops:
-            return fetched.contents, flip
-        return fetched.contents, flip, *(np.stack(pair, axis=1).astype(np.int32) for pair in ((w.x, w.y), (w.w, w.h)))
+        flip = [] if self.finish else [w.flip.astype(np.int32)[:, None]]
+        corner_and_size = ((w.x, w.y), (w.w, w.h)) if self.source.crops else ()
+        return fetched.contents, *flip, *(np.stack(pair, axis=1).astype(np.int32) for pair in corner_and_size)
 
-    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
-        data = self.source.data
-        self._feed = ahead(self.source.fetch, requests, self.prefetch, READERS)
+    def _outputs(self) -> Iterator[tuple[Fetched, Any]]:
+        """What the pipeline makes of the feed, in order; good until the next is asked for."""
         while True:
             try:
                 (output,) = self._pipeline.run()
@@ -123,20 +133,54 @@ class DaliLoader:
                 self._feed = chain(map(self.source.fetch, again), self._feed)
                 self._pipeline = self._build(self.max_batch, self.threads, self._next)
                 continue
-            fetched = self._fed.popleft()
-            request = fetched.given
-            shape = (len(request.samples), data.channels, data.image_size, data.image_size)
-            images = torch.empty(
-                shape,
-                device=self.device,
-                memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
-            )
-            # DALI reuses its buffers: copy. Seen as NHWC, a channels-last tensor is contiguous.
-            target = images.permute(0, 2, 3, 1) if self.channels_last else images
-            stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-            feed_ndarray(output.as_tensor(), target, cuda_stream=stream)
-            labels = torch.from_numpy(self.source.labels(request))
+            yield self._fed.popleft(), output
+
+    # ------------------------------------------------------------ batches
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        self._feed = ahead(self.source.fetch, requests, self.prefetch, READERS)
+        made = self._finished() if self.finish else map(self._copied, self._outputs())
+        for fetched, images in made:
+            labels = torch.from_numpy(self.source.labels(fetched.given))
             yield Batch(images, labels.to(self.device, non_blocking=True), fetched.replaced)
+
+    def _finished(self) -> Iterator[tuple[Fetched, torch.Tensor]]:
+        """Decoded windows, resized and normalised ahead of time in one more thread."""
+        decoded = self._cut() if self.source.raw else self._outputs()
+
+        def make(_) -> tuple[Fetched, torch.Tensor] | None:
+            fetched, windows = next(decoded, (None, None))
+            if fetched is None:
+                return None
+            windows = [torch.from_numpy(np.asarray(windows[i])).permute(2, 0, 1) for i in range(len(fetched.contents))]
+            room = next(self._buffers)[: len(windows)]
+            return fetched, self.finish.into(room, windows, self.source.windows(fetched.given).flip)
+
+        return takewhile(lambda made: made is not None, ahead(make, repeat(None), self.prefetch, 1))
+
+    def _cut(self) -> Iterator[tuple[Fetched, list[np.ndarray]]]:
+        """Windows of raw pixels, where they lie."""
+        for fetched in self._feed:
+            w = self.source.windows(fetched.given)
+            places = zip(fetched.contents, w.x.tolist(), w.y.tolist(), w.w.tolist(), w.h.tolist(), strict=True)
+            yield fetched, [pixels[y : y + height, x : x + width] for pixels, x, y, width, height in places]
+
+    def _copied(self, made: tuple[Fetched, Any]) -> tuple[Fetched, torch.Tensor]:
+        """The pipeline's output as a tensor of its own: DALI reuses its buffers."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        fetched, output = made
+        data = self.source.data
+        images = torch.empty(
+            (len(fetched.contents), data.channels, data.image_size, data.image_size),
+            device=self.device,
+            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
+        )
+        # seen as NHWC, a channels-last tensor is contiguous
+        target = images.permute(0, 2, 3, 1) if self.channels_last else images
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        feed_ndarray(output.as_tensor(), target, cuda_stream=stream)
+        return fetched, images
 
     def _find_bad(self, problem: RuntimeError) -> None:
         """DALI does not say which image it failed at: pass the candidates through a pipeline one by one."""

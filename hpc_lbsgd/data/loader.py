@@ -37,7 +37,10 @@ class Fetched(NamedTuple):
 
 class Loader(Protocol):
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """One batch a request, in order, made ahead of time. To be drained before it is called again."""
+        """One batch a request, in order, made ahead of time. To be drained before it is called again.
+
+        Images may lie in memory that is used again: they are good until the next batch is asked for.
+        """
 
 
 class Source:

@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from hpc_lbsgd.data.ahead import ahead
+from hpc_lbsgd.data.finish import Finish
 from hpc_lbsgd.data.loader import Batch, Fetched, Source
 from hpc_lbsgd.data.storage import READERS, Request, SampleError
 
@@ -22,9 +23,7 @@ class TorchvisionLoader:
         self, source: Source, max_batch: int, threads: int, prefetch: int, channels_last: bool, device: torch.device
     ):
         self.source, self.threads, self.ahead, self.device = source, threads, max(prefetch, threads), device
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        shape = (1, source.data.channels, 1, 1)
-        self.mean, self.std = (torch.tensor(v).view(shape) for v in (source.data.mean, source.data.std))
+        self.finish = Finish(source.data, source.resizes, channels_last, threads)
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         fetched = ahead(self.source.fetch, requests, self.ahead, READERS)
@@ -45,24 +44,19 @@ class TorchvisionLoader:
             except SampleError as problem:
                 self.source.refuse(problem)
                 fetched = self.source.fetch(fetched.asked)
-        data, request = self.source.data, fetched.given
-        w = self.source.windows(request)
-        images = torch.empty(len(pixels), data.channels, data.image_size, data.image_size)
-        for i, image in enumerate(pixels):
-            image = F.crop(image, int(w.y[i]), int(w.x[i]), int(w.h[i]), int(w.w[i]))  # black outside the image
-            if self.source.resizes:
-                image = F.resize(image, [data.image_size] * 2, antialias=True)
-            images[i] = F.horizontal_flip(image) if w.flip[i] else image
-        images = images.sub_(self.mean).div_(self.std).contiguous(memory_format=self.memory_format)
-        return Batch(images, torch.from_numpy(self.source.labels(request)), fetched.replaced)
+        w = self.source.windows(fetched.given)
+        # black outside the image
+        windows = [F.crop(p, int(w.y[i]), int(w.x[i]), int(w.h[i]), int(w.w[i])) for i, p in enumerate(pixels)]
+        images = self.finish.into(self.finish.empty(len(windows)), windows, w.flip)
+        return Batch(images, torch.from_numpy(self.source.labels(fetched.given)), fetched.replaced)
 
     def _decode(self, content: np.ndarray, sample: int) -> torch.Tensor:
-        """(C, H, W) float32 on the scale of 0 to 255, so that resizing does not round."""
+        """(C, H, W) uint8."""
         if self.source.raw:
-            return torch.from_numpy(content.astype(np.float32)).permute(2, 0, 1)
+            return torch.from_numpy(content).permute(2, 0, 1)
         try:
             with Image.open(io.BytesIO(content)) as image:
-                pixels = np.array(image.convert("L" if self.source.data.channels == 1 else "RGB"), np.float32)
+                pixels = np.array(image.convert("L" if self.source.data.channels == 1 else "RGB"))
         except Exception as problem:  # PIL raises many kinds
             raise SampleError(
                 sample,

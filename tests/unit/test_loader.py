@@ -1,5 +1,7 @@
 """DALI and torchvision make the same pictures from the same request."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,18 @@ def test_a_sample_does_not_depend_on_its_batch(photos):
         assert torch.equal(together, torch.stack(alone))
         ((other_epoch, _),) = make(data, photos, kind, True, requests_of([[4, 8, 15, 16]], epoch=3))
         assert not torch.equal(together, other_epoch)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_batch_is_left_alone_until_the_next_is_asked_for(photos, train):
+    """Batches are made ahead of time, in memory that is used again."""
+    for kind in ("dali", "torchvision"):
+        data = Data(image_size=64, loader=kind)
+        made = loader.create(data, photos, 3, train, 8, 2, 2, True, CPU)
+        for images, _, _ in made.batches(requests_of([[i, i + 1] for i in range(12)])):
+            before = images.clone()
+            time.sleep(0.05)  # the next ones are being made
+            assert torch.equal(images, before)
 
 
 def test_drained_loader_starts_again(photos):
