@@ -60,7 +60,7 @@ class Data(Section):
     classes: Annotated[int, Field(ge=2)] | None = None
     """number of classes; checked against the data when it is there"""
     loader: Literal["dali", "torchvision"] = "dali"
-    """who decodes and resizes"""
+    """who decodes (on GPUs: and resizes)"""
     channels: Literal[1, 3] = 3
     """1: grey, 3: RGB"""
     image_size: Count = 224

@@ -1,7 +1,7 @@
 """DALI as the loader: it is told which bytes to decode and which window to keep; it decides nothing.
 
-On a GPU JPEGs are decoded by nvJPEG (`mixed`), resized and normalised there. Without one DALI decodes, and what has to
-be resized is finished by torch (finish.py). Raw pixels skip the decoder.
+On a GPU JPEGs are decoded by nvJPEG (`mixed`), resized and normalised there. Without one DALI only decodes, and torch
+does the rest (finish.py). Raw pixels skip the decoder.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ class DaliLoader:
         self, source: Source, max_batch: int, threads: int, prefetch: int, channels_last: bool, device: torch.device
     ):
         self.source, self.prefetch, self.channels_last, self.device = source, prefetch, channels_last, device
-        self.max_batch, self.threads = max_batch, threads
-        self.finish = None
-        if device.type == "cpu" and source.resizes:
-            self.finish = Finish(source.data, True, channels_last, threads)
-            # used in turn, one more than can be under way: fresh memory for each batch costs a fifth of its time
-            self._buffers = cycle([self.finish.empty(max_batch) for _ in range(prefetch + 2)])
+        self.max_batch, self.threads, self.on_gpu = max_batch, threads, device.type == "cuda"
         self._feed: Iterator[Fetched] = iter(())
         self._fed: deque[Fetched] = deque()  # in the pipeline, oldest first
-        if not (self.finish and source.raw):
+        if not self.on_gpu:
+            self._finish = Finish(source.data, source.resizes, channels_last, threads)
+            # used in turn, one more than can be under way: fresh memory for each batch costs a fifth of its time
+            self._buffers = cycle([self._finish.empty(max_batch) for _ in range(prefetch + 2)])
+        if self.on_gpu or not source.raw:
             self._pipeline = self._build(max_batch, threads, self._next)
 
     # ------------------------------------------------------------ the pipeline
@@ -52,58 +51,58 @@ class DaliLoader:
                 f"data.loader = dali, but DALI does not load ({problem}); install "
                 "nvidia-dali-cuda130, or set data.loader=torchvision"
             ) from None
-        data, on_gpu = self.source.data, self.device.type == "cuda"
         pipeline = Pipeline(
             batch_size=max_batch,
             num_threads=threads,
             prefetch_queue_depth=self.prefetch,
-            device_id=self.device.index or 0 if on_gpu else None,
+            device_id=self.device.index or 0 if self.on_gpu else None,
         )
+        window = {"axis_names": "WH", "normalized_anchor": False, "normalized_shape": False}
+        decode = {
+            "adjust_orientation": False,
+            "output_type": types.GRAY if self.source.data.channels == 1 else types.RGB,
+        }
         with pipeline:
-            flips = 0 if self.finish else 1
-            encoded, *rest = fn.external_source(
-                source=source, batch=True, num_outputs=1 + flips + 2 * self.source.crops
-            )
-            flip, place = rest[:flips], rest[flips:]
-            if self.source.raw:
-                encoded = fn.reshape(encoded, layout="HWC")
-            decode = {
-                "device": "mixed" if on_gpu else "cpu",
-                "adjust_orientation": False,
-                "output_type": types.GRAY if data.channels == 1 else types.RGB,
-            }
-            if on_gpu:
-                decode["hw_decoder_load"] = HW_DECODER_LOAD
-            window = {"axis_names": "WH", "normalized_anchor": False, "normalized_shape": False}
-            if self.source.resizes:
-                if self.source.raw:
-                    images = fn.slice(encoded, *place, **window)  # on the CPU: only the window travels
-                    images = images.gpu() if on_gpu else images
-                else:  # only the window is decoded, where the format allows it
-                    images = fn.decoders.image_slice(encoded, *place, **window, **decode)
+            if self.on_gpu:
+                decode |= {"device": "mixed", "hw_decoder_load": HW_DECODER_LOAD}
+                inputs = fn.external_source(source=source, batch=True, num_outputs=4 if self.source.crops else 2)
+                images = self._all_on_gpu(fn, types, inputs, window, decode)
+            elif self.source.resizes:  # only the window is decoded, where the format allows it
+                inputs = fn.external_source(source=source, batch=True, num_outputs=3)
+                images = fn.decoders.image_slice(*inputs, **window, **decode)
             else:
-                if self.source.raw:
-                    images = encoded.gpu() if on_gpu else encoded
-                else:
-                    images = fn.decoders.image(encoded, **decode)
-                if self.source.crops:
-                    images = fn.slice(images, *place, **window, out_of_bounds_policy="pad")
-            if not self.finish:
-                if self.source.resizes:
-                    images = fn.resize(
-                        images,
-                        size=[data.image_size] * 2,
-                        interp_type=types.INTERP_LINEAR,
-                        antialias=True,
-                        dtype=types.FLOAT,
-                    )
-                layout = "HWC" if self.channels_last else "CHW"
-                images = fn.crop_mirror_normalize(
-                    images, mirror=flip[0], mean=data.mean, std=data.std, output_layout=layout, dtype=types.FLOAT
-                )
+                inputs = fn.external_source(source=source, batch=True, num_outputs=1)
+                images = fn.decoders.image(*inputs, **decode)
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
+
+    def _all_on_gpu(self, fn, types, inputs, window: dict, decode: dict):
+        """The graph from bytes to normalised pixels."""
+        data, (encoded, flip, *place) = self.source.data, inputs
+        if self.source.raw:
+            images = fn.reshape(encoded, layout="HWC")
+            if self.source.resizes:
+                images = fn.slice(images, *place, **window)  # on the CPU: only the window travels
+            images = images.gpu()
+        elif self.source.resizes:
+            images = fn.decoders.image_slice(encoded, *place, **window, **decode)
+        else:
+            images = fn.decoders.image(encoded, **decode)
+        if self.source.resizes:
+            images = fn.resize(
+                images,
+                size=[data.image_size] * 2,
+                interp_type=types.INTERP_LINEAR,
+                antialias=True,
+                dtype=types.FLOAT,
+            )
+        elif self.source.crops:
+            images = fn.slice(images, *place, **window, out_of_bounds_policy="pad")
+        layout = "HWC" if self.channels_last else "CHW"
+        return fn.crop_mirror_normalize(
+            images, mirror=flip, mean=data.mean, std=data.std, output_layout=layout, dtype=types.FLOAT
+        )
 
     def _next(self):
         """What DALI asks for, ahead of time: bytes, windows and flips of the next request."""
@@ -113,8 +112,9 @@ class DaliLoader:
 
     def _inputs(self, fetched: Fetched):
         w = self.source.windows(fetched.given)
-        flip = [] if self.finish else [w.flip.astype(np.int32)[:, None]]
-        corner_and_size = ((w.x, w.y), (w.w, w.h)) if self.source.crops else ()
+        flip = [w.flip.astype(np.int32)[:, None]] if self.on_gpu else []
+        asked_for = self.source.crops if self.on_gpu else self.source.resizes
+        corner_and_size = ((w.x, w.y), (w.w, w.h)) if asked_for else ()
         return fetched.contents, *flip, *(np.stack(pair, axis=1).astype(np.int32) for pair in corner_and_size)
 
     def _outputs(self) -> Iterator[tuple[Fetched, Any]]:
@@ -139,34 +139,36 @@ class DaliLoader:
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         self._feed = ahead(self.source.fetch, requests, self.prefetch, READERS)
-        made = self._finished() if self.finish else map(self._copied, self._outputs())
+        made = map(self._copied, self._outputs()) if self.on_gpu else self._finished()
         for fetched, images in made:
             labels = torch.from_numpy(self.source.labels(fetched.given))
             yield Batch(images, labels.to(self.device, non_blocking=True), fetched.replaced)
 
     def _finished(self) -> Iterator[tuple[Fetched, torch.Tensor]]:
-        """Decoded windows, resized and normalised ahead of time in one more thread."""
-        decoded = self._cut() if self.source.raw else self._outputs()
+        """On a CPU: decoded windows, resized and normalised ahead of time in one more thread."""
+        decoded = self._windows()
 
         def make(_) -> tuple[Fetched, torch.Tensor] | None:
             fetched, windows = next(decoded, (None, None))
             if fetched is None:
                 return None
-            windows = [torch.from_numpy(np.asarray(windows[i])).permute(2, 0, 1) for i in range(len(fetched.contents))]
             room = next(self._buffers)[: len(windows)]
-            return fetched, self.finish.into(room, windows, self.source.windows(fetched.given).flip)
+            return fetched, self._finish.into(room, windows, self.source.windows(fetched.given).flip)
 
         return takewhile(lambda made: made is not None, ahead(make, repeat(None), self.prefetch, 1))
 
-    def _cut(self) -> Iterator[tuple[Fetched, list[np.ndarray]]]:
-        """Windows of raw pixels, where they lie."""
-        for fetched in self._feed:
-            w = self.source.windows(fetched.given)
-            places = zip(fetched.contents, w.x.tolist(), w.y.tolist(), w.w.tolist(), w.h.tolist(), strict=True)
-            yield fetched, [pixels[y : y + height, x : x + width] for pixels, x, y, width, height in places]
+    def _windows(self) -> Iterator[tuple[Fetched, list[np.ndarray]]]:
+        """The windows of each request, decoded; good until the next are asked for."""
+        if self.source.raw:
+            for fetched in self._feed:
+                yield fetched, self.source.cut(fetched.given, fetched.contents)
+            return
+        for fetched, output in self._outputs():
+            images = np.asarray(output.as_tensor()) if output.is_dense_tensor() else map(np.asarray, output)
+            yield fetched, list(images) if self.source.resizes else self.source.cut(fetched.given, list(images))
 
     def _copied(self, made: tuple[Fetched, Any]) -> tuple[Fetched, torch.Tensor]:
-        """The pipeline's output as a tensor of its own: DALI reuses its buffers."""
+        """On a GPU: the pipeline's output as a tensor of its own, for DALI reuses its buffers."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         fetched, output = made
@@ -178,8 +180,7 @@ class DaliLoader:
         )
         # seen as NHWC, a channels-last tensor is contiguous
         target = images.permute(0, 2, 3, 1) if self.channels_last else images
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        feed_ndarray(output.as_tensor(), target, cuda_stream=stream)
+        feed_ndarray(output.as_tensor(), target, cuda_stream=torch.cuda.current_stream(self.device))
         return fetched, images
 
     def _find_bad(self, problem: RuntimeError) -> None:

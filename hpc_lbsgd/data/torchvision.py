@@ -1,4 +1,4 @@
-"""PIL and torchvision as the loader: the fallback, and the reference that DALI is compared with."""
+"""Pillow as the decoder: the fallback, and the reference that DALI is compared with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional as F
 
 from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.finish import Finish
@@ -44,23 +43,22 @@ class TorchvisionLoader:
             except SampleError as problem:
                 self.source.refuse(problem)
                 fetched = self.source.fetch(fetched.asked)
-        w = self.source.windows(fetched.given)
-        # black outside the image
-        windows = [F.crop(p, int(w.y[i]), int(w.x[i]), int(w.h[i]), int(w.w[i])) for i, p in enumerate(pixels)]
-        images = self.finish.into(self.finish.empty(len(windows)), windows, w.flip)
-        return Batch(images, torch.from_numpy(self.source.labels(fetched.given)), fetched.replaced)
+        given = fetched.given
+        windows, flip = self.source.cut(given, pixels), self.source.windows(given).flip
+        images = self.finish.into(self.finish.empty(len(windows)), windows, flip)
+        return Batch(images, torch.from_numpy(self.source.labels(given)), fetched.replaced)
 
-    def _decode(self, content: np.ndarray, sample: int) -> torch.Tensor:
-        """(C, H, W) uint8."""
+    def _decode(self, content: np.ndarray, sample: int) -> np.ndarray:
+        """uint8 (H, W, C)."""
         if self.source.raw:
-            return torch.from_numpy(content).permute(2, 0, 1)
+            return content
         try:
             with Image.open(io.BytesIO(content)) as image:
-                pixels = np.array(image.convert("L" if self.source.data.channels == 1 else "RGB"))
+                pixels = np.asarray(image.convert("L" if self.source.data.channels == 1 else "RGB"))
         except Exception as problem:  # PIL raises many kinds
             raise SampleError(
                 sample,
                 f"{self.source.manifest.file(sample)}: cannot be decoded ({problem}); it changed since it was "
                 "indexed. Mend it, or have it left out (hpc-lbsgd data verify), and index again",
             ) from None
-        return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+        return pixels.reshape(*pixels.shape[:2], -1)
