@@ -45,17 +45,14 @@ def requests_of(samples: list[list[int]], epoch: int = 2) -> list[Request]:
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("channels", [3, 1])
 def test_same_crops_from_photos(photos, train, channels):
-    """Both resize with a triangle filter; decoders may differ by a rounding and at the edge of a cut-out window.
-
-    Measured: 0.003 to 0.06 grey levels of 255 on average. A window off by one pixel gives 1 and more.
-    """
+    """Only the decoders differ. Measured: equal in colour; in grey one level of 255 apart in 3 pixels of 1,000."""
     data = Data(channels=channels, mean=[110.0] * channels, std=[1.0] * channels, image_size=96, eval_resize=112)
     batches = requests_of([[0, 5, 3, 9, 11, 2, 7, 1], [20, 21], [23]])
     dali, torchvision = (make(data, photos, kind, train, batches) for kind in ("dali", "torchvision"))
     for (a, la), (b, lb), request in zip(dali, torchvision, batches, strict=True):
         assert a.shape == (len(request.samples), channels, 96, 96)
         assert torch.equal(la, lb)
-        assert (a - b).abs().mean((1, 2, 3)).max() < 0.2
+        assert (a - b).abs().max() <= 1 and (a - b).abs().mean() < 0.01
         assert a.is_contiguous(memory_format=torch.channels_last)
 
 
