@@ -138,6 +138,8 @@ def add_jobs(command) -> None:
         "--sweep", type=nodes_sweep, metavar="nodes=A,B", help="the scaling benchmark, a job a number; then its report"
     )
     what.add_argument("--data", action="store_true", help="list the recipe's data folders on a node, do not train")
+    p.add_argument("--rounds", type=positive, help="--sweep: as bench scaling has it")
+    p.add_argument("--steps", type=positive, help="--sweep: as bench scaling has it")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="print the script and stop")
     how.add_argument("--test-only", action="store_true", help="ask Slurm whether it would take the job, and stop")
@@ -582,7 +584,7 @@ def launch(args) -> int:
 def submit(args) -> int:
     from hpc_lbsgd.cluster import submit as submits
 
-    keys = ("nodes", "run", "resume", "chain", "sweep", "data", "dry_run", "test_only")
+    keys = ("nodes", "run", "resume", "chain", "sweep", "rounds", "steps", "data", "dry_run", "test_only")
     request = submits.Request(time_limit=args.time, **{key: getattr(args, key) for key in keys})
     return submits.submit(args.recipe, args.settings, args.site, request, args.json)
 

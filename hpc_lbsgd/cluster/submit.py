@@ -41,6 +41,8 @@ class Request:
     resume: bool = False
     chain: bool = False
     sweep: list[int] | None = None  # numbers of nodes
+    rounds: int | None = None  # of a sweep's measurements, and their steps; None: the benchmark's own
+    steps: int | None = None
     data: bool = False
     dry_run: bool = False
     test_only: bool = False
@@ -226,6 +228,9 @@ def sweep_jobs(name: str, words: list[str], site: Site, run: str, request: Reque
     """
     workers = asked["recipe"]["batch"]["workers"]
     words = [*words, "--set", f"batch.workers={workers}", "--out", run]
+    for key in ("rounds", "steps"):
+        value = getattr(request, key)
+        words += [f"--{key}", str(value)] if value else []
     jobs = []
     for nodes in request.sweep:
         label = f"{nodes}-nodes"
@@ -250,6 +255,8 @@ def data_jobs(name: str, recipe: Recipe) -> list[Job]:
 def submit(name: str, settings: list[str], site_name: str, request: Request, as_json: bool) -> int:
     """Submit a recipe; prints the jobs' numbers. Raises RequestError before anything is submitted."""
     site, recipe = sites.read(site_name), recipes.read(name, settings)
+    if (request.rounds or request.steps) and not request.sweep:
+        raise RequestError("--rounds and --steps go with --sweep")
     if request.time_limit:
         sites.check_duration("--time", request.time_limit)
     stem = Path(name).stem
@@ -260,6 +267,8 @@ def submit(name: str, settings: list[str], site_name: str, request: Request, as_
     if request.data:
         run, jobs = None, data_jobs(stem, recipe)
     elif request.sweep:
+        if request.resume:
+            raise RequestError("--sweep with --resume: a sweep adds to the folder that --run names by itself")
         asked = scaling.question(stem, recipe, [nodes * site.ranks for nodes in request.sweep], None)
         Folder(run).check(asked)
         jobs = sweep_jobs(stem, words, site, run, request, asked)

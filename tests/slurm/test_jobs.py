@@ -211,7 +211,7 @@ def test_a_sweep_on_1_and_2_nodes_ends_in_one_report(lab, folder):
     )
     recipe = write_recipe(folder / "tiny.yaml", tiny | {"data": {"image_size": 8, "classes": 4}})
     two = site(folder, "sweep", ranks_per_node=1, python=str(stub))
-    numbers = submit(lab, recipe, run, "--sweep", "nodes=1,2,3", "--site", two)
+    numbers = submit(lab, recipe, run, "--sweep", "nodes=1,2,3", "--rounds", 1, "--steps", 2, "--site", two)
     states = [lab.wait(n, 200)["JobState"] for n in numbers]
     logs = "".join(log_of(lab, n) for n in numbers)
     assert states == ["COMPLETED", "COMPLETED", "FAILED", "FAILED"], logs

@@ -268,6 +268,7 @@ def test_a_sweep_is_a_job_a_size_and_a_report_that_no_failure_stops(tmp_path):
         (["--sweep", "ranks=1,2"], "expected nodes=A,B"),
         (["--sweep", "nodes=1,2", "--set", "batch.workers=4"], "batch.workers = 4 on 16 ranks"),
         (["--sweep", "nodes=1", "--chain"], "not allowed with"),
+        (["--rounds", "3"], "--rounds and --steps go with --sweep"),
     ],
 )
 def test_wrong_sweeps_are_refused(more, said):
