@@ -561,9 +561,9 @@ def bench_scaling(args) -> int:
 
     if args.report:
         return scaling.report(args.report, args.baseline, args.json)
-    keys = ("ranks", "nodes", "ranks_per_node", "modes", "baseline", "rounds", "steps", "warm_ups", "timeout_s", "out")
-    place = Place(args.oversubscribe, args.hosts, args.hostfile, args.mpi)
-    request = scaling.Request(place=place, **{key: getattr(args, key) for key in keys})
+    keys = ("ranks", "nodes", "ranks_per_node", "modes", "baseline", "rounds", "steps", "warm_ups", "timeout_s")
+    asked = {key: getattr(args, key) for key in (*keys, "oversubscribe", "out")}
+    request = scaling.Request(place=Place(args.hosts, args.hostfile, args.mpi), **asked)
     return scaling.scaling(args.recipe, args.settings, request, args.json)
 
 

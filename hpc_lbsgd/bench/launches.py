@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +36,13 @@ class Contender(NamedTuple):
 class Place(NamedTuple):
     """Where launches run. folder: for results, seen by the hosts (default: a temporary one, on this host)."""
 
-    oversubscribe: bool = False
     hosts: str | None = None
     hostfile: str | None = None
     mpi: str | None = None  # flavour that mpirun must be
     folder: Path | None = None
+
+
+HERE = Place()
 
 
 def environment(contender: Contender) -> dict[str, str]:
@@ -50,7 +53,7 @@ def environment(contender: Contender) -> dict[str, str]:
     return kept | contender.settings
 
 
-def run(program: str, contender: Contender, timeout_s: float, place: Place) -> dict:
+def run(program: str, contender: Contender, timeout_s: float, oversubscribe: bool, place: Place = HERE) -> dict:
     """One launch of `python -m PROGRAM TASK OUT`; returns what rank 0 wrote.
 
     Raises RunError that names the contender.
@@ -58,7 +61,7 @@ def run(program: str, contender: Contender, timeout_s: float, place: Place) -> d
     with tempfile.TemporaryDirectory(dir=place.folder, prefix=".launch-") as folder:
         out = Path(folder).absolute() / "result.json"
         words = [sys.executable, "-m", program, json.dumps(contender.task), str(out)]
-        layout = Layout(contender.ranks, place.hosts, place.hostfile, place.oversubscribe)
+        layout = Layout(contender.ranks, place.hosts, place.hostfile, oversubscribe)
         own = environment(contender)
         line = compose(layout, exported(layout, own), words, place.mpi)
         process = subprocess.Popen(line, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -77,16 +80,31 @@ def tail(text: str, lines: int = 5) -> str:
     return " | ".join(line for line in text.strip().splitlines()[-lines:] if line.strip()) or "nothing"
 
 
+class Progress:
+    """Says on stderr which launch begins, and when the last one will end at the pace so far."""
+
+    def __init__(self, launches: int):
+        self.launches, self.begun, self.since = launches, 0, time.monotonic()
+
+    def begin(self, text: str) -> None:
+        if self.begun:
+            left = (time.monotonic() - self.since) / self.begun * (self.launches - self.begun)
+            text += f", ETA {timedelta(seconds=round(max(0.0, left)))}"
+        print(text, file=sys.stderr, flush=True)
+        self.begun += 1
+
+
 def in_turn(
-    program: str, contenders: list[Contender], rounds: int, timeout_s: float, place: Place
-) -> Iterator[tuple[Contender, dict]]:
-    """Every contender once a round; each round starts with another. Progress goes to stderr."""
-    started, done, total = time.monotonic(), 0, rounds * len(contenders)
+    program: str, contenders: list[Contender], rounds: int, timeout_s: float, oversubscribe: bool,
+    progress: Progress | None = None, place: Place = HERE,
+) -> Iterator[tuple[Contender, dict]]:  # fmt: skip
+    """Every contender once a round; each round starts with another.
+
+    progress: of more launches than these.
+    """
+    progress = progress or Progress(rounds * len(contenders))
     for r in range(rounds):
         order = contenders[r % len(contenders) :] + contenders[: r % len(contenders)]
         for contender in order:
-            left = (time.monotonic() - started) / done * (total - done) if done else None
-            soon = f", about {left:.0f} s left" if left else ""
-            print(f"round {r + 1} of {rounds}: {contender.name}{soon}", file=sys.stderr, flush=True)
-            yield contender, run(program, contender, timeout_s, place)
-            done += 1
+            progress.begin(f"round {r + 1} of {rounds}: {contender.name}")
+            yield contender, run(program, contender, timeout_s, oversubscribe, place)

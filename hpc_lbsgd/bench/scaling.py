@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench import launches, scaling_report
-from hpc_lbsgd.bench.launches import Contender, Place
+from hpc_lbsgd.bench.launches import HERE, Contender, Place
 from hpc_lbsgd.bench.scaling_results import Folder
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, RequestError
 from hpc_lbsgd.parallel import world as worlds
@@ -36,7 +36,8 @@ class Request:
     steps: int = 20
     warm_ups: int = 5
     timeout_s: float = 600.0
-    place: Place = Place()
+    oversubscribe: bool = False
+    place: Place = HERE
     out: Path | None = None
 
 
@@ -163,7 +164,8 @@ def across(folder: Folder, asked: dict, task: dict, request: Request, counts: li
     place = request.place._replace(folder=folder.path)
     rounds: dict[int, int] = {}
     program = "hpc_lbsgd.bench.scaling_ranks"
-    for who, result in launches.in_turn(program, contenders, request.rounds, request.timeout_s, place):
+    limits = (request.rounds, request.timeout_s, request.oversubscribe)
+    for who, result in launches.in_turn(program, contenders, *limits, place=place):
         folder.add(rounds.get(who.ranks, 0), result)
         rounds[who.ranks] = rounds.get(who.ranks, 0) + 1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from hpc_lbsgd.bench import launches
-from hpc_lbsgd.bench.launches import Contender, Place
+from hpc_lbsgd.bench.launches import Contender
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel.world import cores
 from hpc_lbsgd.report import figures
@@ -62,7 +62,7 @@ def measure(ways: list[str], ranks: int, task: dict, rounds: int, timeout_s: flo
     listed = [contender(way, ranks, task, torch.cuda.is_available()) for way in ways]
     found: dict[tuple[str, int], list[dict]] = {}
     conditions = {}
-    for who, result in launches.in_turn("hpc_lbsgd.bench.step_ranks", listed, rounds, timeout_s, Place(oversubscribe)):
+    for who, result in launches.in_turn("hpc_lbsgd.bench.step_ranks", listed, rounds, timeout_s, oversubscribe):
         conditions[who.name] = {k: v for k, v in result.items() if k != "rows"}
         for row in result["rows"]:
             found.setdefault((who.name, row["batch"]), []).append(row | {"ranks": result["ranks"]})
