@@ -120,7 +120,7 @@ def loading(site: Site) -> Iterator[str]:
         for module in site.modules:
             yield f"module load {shlex.quote(module)}"
         yield "set -u"
-    for key, value in {**site.fabric(), **site.environment}.items():
+    for key, value in {**site.fabric(), **site.storage(), **site.environment}.items():
         yield f"export {key}={shlex.quote(value)}"
 
 
@@ -263,6 +263,7 @@ def submit(name: str, settings: list[str], site_name: str, request: Request, as_
     words = [name, *(word for setting in settings for word in ("--set", setting))]
     kind = "scaling-" if request.sweep else ""
     run = request.run or str(Path(site.runs) / f"{kind}{plain_name(stem)}-{datetime.now():%Y%m%d-%H%M%S}")
+    run = site.folder_of_run(run)
     asked = None
     if request.data:
         run, jobs = None, data_jobs(stem, recipe)

@@ -174,6 +174,20 @@ def test_containers(runtime, words, tmp_path):
     assert words in text.splitlines() and "python=python" in text.splitlines()
 
 
+def test_scratch_is_expanded_where_one_submits_and_the_stage_folder_on_each_node(tmp_path):
+    (tmp_path / "site.yaml").write_text("{scratch: $MY_SCRATCH/x, stage_dir: $NODE_DISK/stage}")
+    words = ["submit", "goyal-resnet50", "--dry-run", "--site", tmp_path / "site.yaml"]
+    env = {"MY_SCRATCH": "/scratch/me", "NODE_DISK": "/not here"}
+    shown = command(*words, "--run", "mine", "--json", env=env)
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["run"] == "/scratch/me/x/mine"
+    assert "export HPC_LBSGD_STAGE_DIR='$NODE_DISK/stage'" in json.loads(shown.stdout)["jobs"][0]["script"]
+    assert "--run /scratch/me/x/runs/goyal-resnet50-" in command(*words, env=env).stdout
+    assert json.loads(command(*words, "--run", "/abs", "--json", env=env).stdout)["run"] == "/abs"
+    refused = command(*words)
+    assert refused.returncode == 2 and "scratch = $MY_SCRATCH/x: a variable in it is not set on" in refused.stderr
+
+
 def test_dry_run_with_hostile_names_is_a_script_that_runs_nothing(tmp_path):
     recipe = tmp_path / f"{HOSTILE.replace('/', '_')}.yaml"
     recipe.write_text("{data: {samples: 1000}}")
