@@ -50,6 +50,8 @@ def counts_of(request: Request) -> list[int] | None:
         raise RequestError("--nodes: say how many ranks a node has with --ranks-per-node")
     counts = [n * request.ranks_per_node for n in request.nodes] if request.nodes else request.ranks
     if not counts:
+        if request.baseline:
+            raise RequestError(f"--baseline {request.baseline}: give it with --ranks or --nodes, or later to --report")
         return None
     counts = sorted(set(counts))
     if request.baseline not in (None, *counts):

@@ -8,7 +8,7 @@ from conftest import command, write_recipe
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench import scaling, scaling_ranks, scaling_report, scaling_results
-from hpc_lbsgd.bench.launches import Place
+from hpc_lbsgd.bench.launches import Contender, Place, environment
 from hpc_lbsgd.bench.rates import StepTime, Timed
 from hpc_lbsgd.bench.scaling import Request
 from hpc_lbsgd.bench.scaling_results import Folder, summarise
@@ -152,11 +152,21 @@ def test_threads_of_a_rank_do_not_change_with_their_number(monkeypatch):
     assert scaling.threads_of(Request(place=Place(hosts="a:8,b:8")), [1, 16]) == 2
 
 
+def test_what_says_which_network_there_is_belongs_to_no_contender(monkeypatch):
+    """Without a site's exclusions MPI hangs on docker0. Scaling takes all of the caller's environment."""
+    monkeypatch.setenv("OMPI_MCA_btl_tcp_if_exclude", "lo,docker0")
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "7")
+    stock = environment(Contender("stock", {}, {}, 2))
+    assert stock["OMPI_MCA_btl_tcp_if_exclude"] == "lo,docker0" and "HOROVOD_CYCLE_TIME" not in stock
+    assert environment(Contender("2 ranks", None, {}, 2))["HOROVOD_CYCLE_TIME"] == "7"
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
         (["--nodes", "1,2"], "--ranks-per-node"),
         (["--ranks", "1,2", "--baseline", "4"], "--baseline 4: not one of the numbers of ranks, 1, 2"),
+        (["--baseline", "4"], "--baseline 4: give it with --ranks or --nodes, or later to --report"),
         (["--ranks", "1,x"], "expected whole numbers"),
         (["--ranks", "1,4", "--hosts", "a:1,b:2"], "has room for 3"),
         (["--ranks", "2", "--mode", "strong"], "--mode strong on one number of ranks"),
