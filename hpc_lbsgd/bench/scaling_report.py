@@ -72,23 +72,22 @@ def table_of(rows: list[dict]) -> list[str]:
 def plot(path: Path, result: dict) -> None:
     """Images/s beside what the baseline would give without loss, and efficiency with its spread."""
     figure, (rate, share) = figures.panels(2, (10, 4.2))
-    for mode in dict.fromkeys(r["mode"] for r in result["rows"]):
+    for mode, color in (("weak", "C0"), ("strong", "C1")):
         rows = [r for r in result["rows"] if r["mode"] == mode]
+        if not rows:
+            continue
+        style = {"marker": "o", "color": color}
         ranks = [r["ranks"] for r in rows]
-        rate.plot(ranks, [r["images_per_s"] for r in rows], marker="o", label=mode)
         base = next(r for r in rows if r["ranks"] == result["baseline_ranks"])
-        rate.plot(
-            ranks, [base["images_per_s"] / base["ranks"] * n for n in ranks], ":", color="grey", linewidth=1, zorder=0
-        )
+        rate.plot(ranks, [r["images_per_s"] for r in rows], label=mode, **style)
+        rate.plot(ranks, [base["images_per_s"] / base["ranks"] * n for n in ranks], ":", color=color, linewidth=1)
         middle = [r["efficiency"] for r in rows]
-        spread = [
-            [r["efficiency"] - r["efficiency_low"] for r in rows],
-            [r["efficiency_high"] - r["efficiency"] for r in rows],
-        ]
-        share.errorbar(ranks, middle, spread, marker="o", capsize=3, label=mode)
+        low, high = ([r[f"efficiency_{end}"] for r in rows] for end in ("low", "high"))
+        share.plot(ranks, middle, label=mode, **style)
+        share.fill_between(ranks, low, high, color=color, alpha=0.2, linewidth=0)
         if "end_to_end_efficiency" in rows[0]:
             ends = [r["end_to_end_efficiency"] for r in rows]
-            share.plot(ranks, ends, "--", marker=".", label=f"{mode}, end-to-end")
+            share.plot(ranks, ends, linestyle="--", label=f"{mode}, end-to-end", **style | {"marker": "."})
     ranks = sorted({r["ranks"] for r in result["rows"]})
     for axis in (rate, share):
         axis.set(xscale="log", xlabel="ranks")
