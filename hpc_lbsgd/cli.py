@@ -121,11 +121,7 @@ def add_runs(command) -> None:
 def add_jobs(command) -> None:
     p = command("launch", launch, help="compose and run the mpirun line of a job: launch --np 8 -- train RECIPE ...")
     p.add_argument("--np", type=positive, required=True, dest="ranks", help="ranks")
-    where = p.add_mutually_exclusive_group()
-    where.add_argument("--hosts", help="hosts with their slots: a:8,b:8")
-    where.add_argument("--hostfile", help="file of hosts, as mpirun takes it")
-    p.add_argument("--mpi", choices=["openmpi", "mpich", "intel"], help="flavour (default: what mpirun says it is)")
-    p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
+    with_hosts(p)
     p.add_argument("--dry-run", action="store_true", help="print the command and stop")
     p.add_argument("job", nargs=argparse.REMAINDER, help="-- train RECIPE ...")
 
@@ -138,7 +134,12 @@ def add_jobs(command) -> None:
     p.add_argument("--resume", action="store_true", help="go on with the run that is in --run")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--chain", action="store_true", help="a job a stage, each with the nodes that its batch wants")
+    what.add_argument(
+        "--sweep", type=nodes_sweep, metavar="nodes=A,B", help="the scaling benchmark, a job a number; then its report"
+    )
     what.add_argument("--data", action="store_true", help="list the recipe's data folders on a node, do not train")
+    p.add_argument("--rounds", type=positive, help="--sweep: as bench scaling has it")
+    p.add_argument("--steps", type=positive, help="--sweep: as bench scaling has it")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="print the script and stop")
     how.add_argument("--test-only", action="store_true", help="ask Slurm whether it would take the job, and stop")
@@ -147,7 +148,9 @@ def add_jobs(command) -> None:
 
 def add_bench(commands) -> None:
     p = commands.add_parser("bench", help="measure loader, step and allreduce here; predict what more nodes would do")
-    benches = p.add_subparsers(dest="bench_command", metavar="loader|rates|step|allreduce|simulate", required=True)
+    benches = p.add_subparsers(
+        dest="bench_command", metavar="loader|rates|step|scaling|allreduce|simulate", required=True
+    )
     p = benches.add_parser("loader", help="images a second of our loader and its peers, taking turns in one run")
     p.add_argument("sets", nargs="+", help="image-file sets, for us and the peers; packed sets, for us")
     p.add_argument("--image-size", type=positive, default=224, help="pixels (default: %(default)s)")
@@ -157,6 +160,7 @@ def add_bench(commands) -> None:
     p.add_argument("--images", type=positive, default=1000, help="images a measurement (default: %(default)s)")
     p.add_argument("--no-peers", action="store_true", help="only ours")
     p.add_argument("--plot", type=Path, help="PNG to write")
+    p.add_argument("--ffcv", action="store_true", help="FFCV too, if it is installed: JPEG and raw of its own format")
     with_json(p).set_defaults(function=bench_loader)
     p = benches.add_parser("rates", help="a recipe's step with synthetic batches, its loader alone, and both together")
     with_recipe(p)
@@ -230,6 +234,26 @@ def add_bench(commands) -> None:
     )
     with_json(p).set_defaults(function=bench_step)
 
+    p = benches.add_parser(
+        "scaling", help="weak and strong scaling of a recipe's step; its synthetic, loader and end-to-end rates"
+    )
+    p.add_argument("recipe", nargs="?", default="bench-resnet20", help="file or shipped name (default: %(default)s)")
+    with_set(p)
+    how_many = p.add_mutually_exclusive_group()
+    how_many.add_argument("--ranks", type=counts, metavar="A,B", help="default: those that mpirun or srun started")
+    how_many.add_argument("--nodes", type=counts, metavar="A,B", help="the same in nodes, with --ranks-per-node")
+    how_many.add_argument("--report", type=Path, metavar="DIR", help="measure nothing, report on what DIR has")
+    p.add_argument("--ranks-per-node", type=positive)
+    p.add_argument("--mode", action="append", choices=["weak", "strong"], dest="modes", help="default: both")
+    p.add_argument("--baseline", type=positive, metavar="RANKS", help="of the efficiency (default: the fewest ranks)")
+    p.add_argument("--rounds", type=positive, default=5, help="measurements of each, in turn (default: %(default)s)")
+    p.add_argument("--steps", type=positive, default=20, help="timed steps of a measurement (default: %(default)s)")
+    p.add_argument("--warm-ups", type=positive, default=5, help="steps before timing (default: %(default)s)")
+    p.add_argument("--timeout-s", type=positive_float, default=600.0, help="for one launch (default: %(default)s)")
+    p.add_argument("--out", type=Path, help="folder of the results (default: runs/scaling-RECIPE)")
+    with_hosts(p)
+    with_json(p).set_defaults(function=bench_scaling)
+
 
 def add_reproduce(command) -> None:
     from hpc_lbsgd.reproduce.experiments import EXPERIMENTS, SCALES
@@ -258,6 +282,13 @@ def counts(text: str) -> list[int]:
     if not all(word.isdigit() for word in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text}: expected whole numbers, such as 1,44")
     return [positive(word) for word in text.split(",")]
+
+
+def nodes_sweep(text: str) -> list[int]:
+    key, _, values = text.partition("=")
+    if key != "nodes":
+        raise argparse.ArgumentTypeError(f"{text}: expected nodes=A,B, such as nodes=1,2,4")
+    return sorted(set(counts(values)))
 
 
 def byte_count(text: str) -> int:
@@ -323,6 +354,14 @@ def with_launches(p):
     p.add_argument("--timeout-s", type=positive_float, default=600.0, help="for one launch (default: %(default)s)")
     p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw it too (PNG, SVG or PDF)")
+
+
+def with_hosts(p):
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--hosts", help="hosts with their slots: a:8,b:8")
+    where.add_argument("--hostfile", help="file of hosts, as mpirun takes it")
+    p.add_argument("--mpi", choices=["openmpi", "mpich", "intel"], help="flavour (default: what mpirun says it is)")
+    p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
 
 
 def with_recipe(p):
@@ -448,7 +487,7 @@ def bench_loader(args) -> int:
     from hpc_lbsgd.bench import loader
 
     result = loader.bench(
-        args.sets, args.image_size, args.batch, args.threads, args.rounds, args.images, not args.no_peers
+        args.sets, args.image_size, args.batch, args.threads, args.rounds, args.images, not args.no_peers, args.ffcv
     )
     if args.plot:
         loader.draw(result, args.plot)
@@ -532,6 +571,18 @@ def bench_step(args) -> int:
     return EXIT_DONE
 
 
+def bench_scaling(args) -> int:
+    from hpc_lbsgd.bench import scaling
+    from hpc_lbsgd.bench.launches import Place
+
+    if args.report:
+        return scaling.report(args.report, args.baseline, args.json)
+    keys = ("ranks", "nodes", "ranks_per_node", "modes", "baseline", "rounds", "steps", "warm_ups", "timeout_s")
+    asked = {key: getattr(args, key) for key in (*keys, "oversubscribe", "out")}
+    request = scaling.Request(place=Place(args.hosts, args.hostfile, args.mpi), **asked)
+    return scaling.scaling(args.recipe, args.settings, request, args.json)
+
+
 def launch(args) -> int:
     from hpc_lbsgd.cluster import launch as launches
     from hpc_lbsgd.parallel.launchers import Layout
@@ -549,9 +600,8 @@ def launch(args) -> int:
 def submit(args) -> int:
     from hpc_lbsgd.cluster import submit as submits
 
-    request = submits.Request(
-        args.nodes, args.time, args.run, args.resume, args.chain, args.data, args.dry_run, args.test_only
-    )
+    keys = ("nodes", "run", "resume", "chain", "sweep", "rounds", "steps", "data", "dry_run", "test_only")
+    request = submits.Request(time_limit=args.time, **{key: getattr(args, key) for key in keys})
     return submits.submit(args.recipe, args.settings, args.site, request, args.json)
 
 

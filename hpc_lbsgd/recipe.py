@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import socket
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -60,7 +62,7 @@ class Data(Section):
     classes: Annotated[int, Field(ge=2)] | None = None
     """number of classes; checked against the data when it is there"""
     loader: Literal["dali", "torchvision"] = "dali"
-    """who decodes and resizes"""
+    """who decodes (on GPUs: and resizes)"""
     channels: Literal[1, 3] = 3
     """1: grey, 3: RGB"""
     image_size: Count = 224
@@ -238,7 +240,8 @@ class Machine(Section):
     channels_last: bool = True
     """memory format of images and weights"""
     stage_dir: str | None = None
-    """node-local folder; each node copies a packed set there once and reads it from there"""
+    """node-local folder, such as $SLURM_TMPDIR; each node copies a packed set there once and reads it from there
+    (default: the site's, for sets that are packed)"""
     eval_batch: Count = 250
     """images in one evaluation pass"""
     stall_timeout_s: Positive = 600.0
@@ -418,6 +421,19 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# ---------------------------------------------------------------- folders of a machine
+
+STAGE_DIR = "HPC_LBSGD_STAGE_DIR"  # environment: a site's folder, where the recipe has no machine.stage_dir
+
+
+def expanded(path: str, key: str) -> str:
+    """`path` with this host's environment variables in place; refuses one that is not set."""
+    found = os.path.expandvars(path)
+    if "$" in found:
+        raise RequestError(f"{key} = {path}: a variable in it is not set on {socket.gethostname()}")
+    return found
 
 
 # ---------------------------------------------------------------- reading

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -26,7 +27,7 @@ FLUSH_S = 1.0
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """The whole file or the old one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # nodes may use the same numbers
     with open(temporary, "wb") as f:
         f.write(content.encode() if isinstance(content, str) else content)
         f.flush()

@@ -6,6 +6,7 @@ lab is the end of every process in it. Each node has its own host name, /dev/shm
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -259,3 +260,19 @@ def start(folder: Path) -> Lab:
 def submitted(text: str) -> list[int]:
     """Job numbers in what sbatch or `submit` printed."""
     return [int(n) for n in re.findall(r"Submitted batch job (\d+)", text)]
+
+
+def site(folder, name="site", **keys):
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps({"partition": "gpu", "time_limit": "00:10:00", "warn_s": 60, **keys}))
+    return path
+
+
+def submit(lab, recipe, run, *more, cwd=None):
+    """Submit for real; returns the jobs' numbers."""
+    result = lab.command("submit", recipe, "--run", run, *more, cwd=cwd or run.parent)
+    return submitted(result.stderr)
+
+
+def log_of(lab, number):
+    return Path(lab.job(number)["StdOut"]).read_text()

@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parents[1] / "slurm"
 
 def by_hand(name: str) -> str:
     """The template as people use it by hand: one node of the generic site, the Python that is active."""
-    return render(Job(name, "hpc-lbsgd", 1, [], ""), sites.read("generic"), "python")
+    return render(Job(name, "hpc-lbsgd", 1, [], "", one_task=name == "data"), sites.read("generic"), "python")
 
 
 if __name__ == "__main__":

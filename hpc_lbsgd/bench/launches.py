@@ -15,37 +15,56 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hpc_lbsgd.errors import RequestError, RunError
-from hpc_lbsgd.parallel.launchers import Layout, compose
+from hpc_lbsgd.parallel.launchers import Layout, compose, exported
 
 OURS = ("HOROVOD_", "OMPI_MCA_", "GLOO_")  # prefixes of settings that belong to a contender, not to the caller
+NETWORK = ("_if_exclude", "_if_include", "_IFNAME")  # endings of those that say which network there is
 
 
 class Contender(NamedTuple):
-    """What is compared: a name, the settings it is started with, and what its program is told."""
+    """What is compared: a name, the settings it is started with, and what its program is told.
+
+    settings None: nothing is set or taken out, the caller's environment is part of what is measured.
+    """
 
     name: str
-    settings: dict[str, str]
+    settings: dict[str, str] | None
     task: dict
     ranks: int
 
 
+class Place(NamedTuple):
+    """Where launches run. folder: for results, seen by the hosts (default: a temporary one, on this host)."""
+
+    hosts: str | None = None
+    hostfile: str | None = None
+    mpi: str | None = None  # flavour that mpirun must be
+    folder: Path | None = None
+
+
+HERE = Place()
+
+
 def environment(contender: Contender) -> dict[str, str]:
     """The caller's environment without settings of the engines, so that `as shipped` is as shipped."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(OURS)} | contender.settings
+    if contender.settings is None:
+        return dict(os.environ)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(OURS) or k.endswith(NETWORK)}
+    return kept | contender.settings
 
 
-def run(program: str, contender: Contender, timeout_s: float, oversubscribe: bool) -> dict:
+def run(program: str, contender: Contender, timeout_s: float, oversubscribe: bool, place: Place = HERE) -> dict:
     """One launch of `python -m PROGRAM TASK OUT`; returns what rank 0 wrote.
 
     Raises RunError that names the contender.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
+    with tempfile.TemporaryDirectory(dir=place.folder, prefix=".launch-") as folder:
+        out = Path(folder).absolute() / "result.json"
         words = [sys.executable, "-m", program, json.dumps(contender.task), str(out)]
-        line = compose(Layout(contender.ranks, oversubscribe=oversubscribe), {}, words)
-        process = subprocess.Popen(
-            line, env=environment(contender), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        layout = Layout(contender.ranks, place.hosts, place.hostfile, oversubscribe)
+        own = environment(contender)
+        line = compose(layout, exported(layout, own), words, place.mpi)
+        process = subprocess.Popen(line, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             said, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -53,7 +72,7 @@ def run(program: str, contender: Contender, timeout_s: float, oversubscribe: boo
             said, _ = process.communicate()
             raise RunError(f"{contender.name}: no result after {timeout_s:g} s; its last words: {tail(said)}") from None
         if process.returncode or not out.exists():
-            raise RunError(f"{contender.name}: mpirun ended with {process.returncode}: {tail(said)}")
+            raise RunError(f"{contender.name}: {Path(line[0]).name} ended with {process.returncode}: {tail(said)}")
         return json.loads(out.read_text())
 
 
@@ -83,7 +102,7 @@ class Progress:
 
 def in_turn(
     program: str, contenders: list[Contender], rounds: int, timeout_s: float, oversubscribe: bool,
-    progress: Progress | None = None,
+    progress: Progress | None = None, place: Place = HERE,
 ) -> Iterator[tuple[Contender, dict]]:  # fmt: skip
     """Every contender once a round; each round starts with another.
 
@@ -94,4 +113,4 @@ def in_turn(
         order = contenders[r % len(contenders) :] + contenders[: r % len(contenders)]
         for contender in order:
             progress.begin(f"round {r + 1} of {rounds}: {contender.name}")
-            yield contender, run(program, contender, timeout_s, oversubscribe)
+            yield contender, run(program, contender, timeout_s, oversubscribe, place)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from hpc_lbsgd.bench import ffcv
 from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import Manifest
@@ -152,8 +154,19 @@ def dali_files(manifest: Manifest, data: Data, batch: int) -> Contestant:
     return Contestant("DALI file reader", start)
 
 
-def contestants(sets: list[str], data: Data, batch: int, peers: bool) -> list[Contestant]:
-    """Ours on every set; the peers on those that are image files."""
+def ffcv_files(manifest: Manifest, data: Data, batch: int, kind: str, folder: Path) -> Contestant:
+    """FFCV on its own file, written here of the same images."""
+    path = folder / f"{len(os.listdir(folder))}.beton"
+    ffcv.write(manifest, kind, path)
+    return Contestant(
+        f"FFCV, {ffcv.CLASSES[kind]}", lambda threads: ffcv.read(path, data, min(batch, len(manifest)), threads)
+    )
+
+
+def contestants(
+    sets: list[str], data: Data, batch: int, peers: bool, ffcv_folder: Path | None = None
+) -> list[Contestant]:
+    """Ours on every set; the peers on those that are image files. `ffcv_folder`: where FFCV may keep its own files."""
     found = []
     for path in sets:
         m = Manifest(manifests.find(path))
@@ -165,6 +178,7 @@ def contestants(sets: list[str], data: Data, batch: int, peers: bool) -> list[Co
             found.append(dali_files(m, data, batch))
             found.append(torchvision("torchvision, Pillow", m, data, batch, native=False))
             found.append(torchvision("torchvision, decode_image", m, data, batch, native=True))
+            found += [ffcv_files(m, data, batch, kind, ffcv_folder) for kind in ffcv.CLASSES if ffcv_folder]
     return found
 
 
@@ -199,7 +213,14 @@ def measure(found: list[Contestant], threads: list[int], rounds: int, images: in
 
 
 def bench(
-    sets: list[str], image_size: int, batch: int, threads: list[int], rounds: int, images: int, peers: bool = True
+    sets: list[str],
+    image_size: int,
+    batch: int,
+    threads: list[int],
+    rounds: int,
+    images: int,
+    peers: bool = True,
+    with_ffcv: bool = False,
 ) -> dict:
     """All that `bench loader` reports. Ratios are medians of the rounds' own ratios."""
     first = Manifest(manifests.find(sets[0]))
@@ -211,7 +232,9 @@ def bench(
         channels=1 if grey else 3,
         **({"mean": [127.5], "std": [127.5]} if grey else {}),
     )
-    rates = measure(contestants(sets, data, batch, peers), threads, rounds, images)
+    with tempfile.TemporaryDirectory() as folder:
+        found = contestants(sets, data, batch, peers, Path(folder) if with_ffcv else None)
+        rates = measure(found, threads, rounds, images)
     rows = []
     for rate in rates:
         leader = next(r for r in rates if r.threads == rate.threads)

@@ -1,25 +1,28 @@
 """`bench rates`: what a recipe's step does with batches that are there already, what the loader does alone, and what
 both do together. Under mpirun or srun every process is a rank; a step is as slow as its slowest rank.
 
-The three take turns over the same steps of the schedule, so that what else the machine does meets all alike. The
-synthetic batches are the first steps' own pictures, again and again.
+The three take turns over the same steps, so that what else the machine does meets all alike.
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
+from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.loader import Batch
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.data.manifest import Manifest
+from hpc_lbsgd.data.user import PREFIX, UserSet
+from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import together
@@ -30,85 +33,155 @@ from hpc_lbsgd.train.replica import Replica
 from hpc_lbsgd.train.step import Passes, Stepper
 
 RATES = ("synthetic", "loader", "end-to-end")
-KEPT_STEPS = 2  # whose batches are the synthetic ones
+WARM_UPS = 5  # steps before the clock starts
+CLASSES = 1000  # where neither recipe nor data say
+
+
+class StepTime(NamedTuple):
+    """Seconds of one step on one rank."""
+
+    seconds: float
+    data_wait_s: float
+    exposed_comm_s: float
+
+
+class Timed(NamedTuple):
+    images_per_s: float  # of all ranks
+    steps: list[StepTime]  # of this rank; none of the loader alone
+
+
+def measured(recipe: Recipe) -> Recipe:
+    """`recipe` with nothing that makes one step unlike the next: full batches of one size, no measuring of the noise
+    scale, and a learning rate with which no picture makes the weights explode."""
+    content = recipe.model_dump(mode="json")
+    content["batch"]["last_batch"] = "drop"
+    content["optim"]["base_lr"] = 1e-4
+    content["schedule"] = {"kind": "constant", "scaling": "none", "warmup": "none"}
+    content["train"] |= {"epochs": 10**6, "max_steps": None, "noise_scale_steps": 0}
+    return recipes.validate(content)
+
+
+def training_set(recipe: Recipe) -> Manifest | UserSet | None:
+    """What the recipe trains on; None where it names nothing. Raises RequestError where it is not there."""
+    data = recipe.data
+    if data.dataset:
+        return loaders.open_set(recipe, f"{PREFIX}train")
+    if not data.train:
+        return None
+    try:
+        manifest = Manifest(manifests.find(data.train))
+    except RequestError as problem:
+        raise RequestError(f"data.train = {data.train}: {problem}") from None
+    loaders.check_sizes(data, manifest, True)
+    return manifest
 
 
 class Bench:
-    """One recipe on one rank of a job, ready to be timed."""
+    """One recipe (`measured`, its k settled) on one rank of a job, ready to be timed.
 
-    def __init__(self, recipe: Recipe, engine, device):
-        manifest = manifests.Manifest(manifests.find(recipe.data.train))
-        loaders.check_sizes(recipe.data, manifest, True)
-        self.recipe, self.engine = recipe, engine
-        self.schedule: Schedule = recipe.build_schedule(len(manifest))
+    Synthetic batches stay in memory: the first step's own, or noise where there is no data set.
+    """
+
+    def __init__(self, recipe: Recipe, engine, device: torch.device):
+        self.recipe, self.engine, self.device = recipe, engine, device
+        found = training_set(recipe)
+        samples = recipe.batch.workers * recipe.batch.samples_per_worker if found is None else len(found)
+        self.schedule: Schedule = recipe.build_schedule(samples)
         self.passes = Passes(recipe, engine.rank, engine.size)
-        self.replica = Replica(recipe, len(manifest.classes), engine, device)
-        self.replica.synchronise()
-        machine = recipe.machine
-        threads = machine.loader_threads or min(8, worlds.cores_per_rank(engine.local_size))
-        largest = recipe.batch.samples_per_worker * machine.workers_per_pass
-        self.loader = loaders.create(
-            recipe.data,
-            manifest,
-            recipe.seed,
-            True,
-            largest,
-            threads,
-            machine.prefetch,
-            self.replica.channels_last,
-            device,
-        )
+        classes = recipe.data.classes or (found and len(found.classes)) or CLASSES
+        self.replica = Replica(recipe, classes, engine, device)
+        self.loader = None if found is None else self._loader(found)
+        self.kept = self._noise(classes) if found is None else self._own()
 
-    def real(self, first: int, last: int) -> Iterator[Batch]:
-        return self.loader.batches(self.passes.requests(self.schedule, self.recipe.seed, first, last))
+    def _loader(self, found: Manifest | UserSet):
+        data, machine, seed = self.recipe.data, self.recipe.machine, self.recipe.seed
+        threads = machine.loader_threads or min(8, worlds.cores_per_rank(self.engine.local_size))
+        largest = self.recipe.batch.samples_per_worker * machine.workers_per_pass
+        shared = (threads, machine.prefetch, self.replica.channels_last, self.device)
+        return loaders.create(data, found, seed, True, largest, *shared)
 
-    def keep(self) -> None:
-        """Take the synthetic batches from the first steps."""
-        self.kept = [Batch(b[0].clone(), b[1].clone()) for b in self.real(0, KEPT_STEPS)]
+    def _own(self) -> dict[int, Batch]:
+        """A batch of each size that the first step has."""
+        kept: dict[int, Batch] = {}
+        for images, labels, _ in self.real(1):
+            if len(labels) not in kept:
+                kept[len(labels)] = Batch(images.clone(), labels.clone())
+        return kept
 
-    def train(self, batches: Iterator[Batch], first: int, last: int) -> None:
-        stepper = Stepper(self.replica, self.recipe, batches)
-        for number in range(first, last):
-            stepper.run(self.schedule.at(number), self.schedule.at(max(0, number - 1)).lr)
+    def _noise(self, classes: int) -> dict[int, Batch]:
+        data, generator = self.recipe.data, torch.Generator().manual_seed(self.engine.rank)
+        layout = torch.channels_last if self.replica.channels_last else torch.contiguous_format
+        kept = {}
+        for size in {sum(work.counts) for work in self.passes.at(self.schedule.at(0))}:
+            images = torch.randn(size, data.channels, data.image_size, data.image_size, generator=generator)
+            labels = torch.randint(0, classes, (size,), generator=generator)
+            kept[size] = Batch(images.to(self.device, memory_format=layout), labels.to(self.device))
+        return kept
 
-    def time(self, what: str, first: int, last: int) -> float:
-        """Images a second of all ranks over these steps."""
-        images = sum(self.schedule.at(n).count for n in range(first, last))
-        self.engine.barrier()
-        before = time.perf_counter()
-        if what == "synthetic":
-            self.train(itertools.cycle(self.kept), first, last)
-        elif what == "loader":
-            for _ in self.real(first, last):
-                pass
+    def real(self, steps: int) -> Iterator[Batch]:
+        return self.loader.batches(self.passes.requests(self.schedule, self.recipe.seed, 0, steps))
+
+    def synthetic(self, steps: int) -> Iterator[Batch]:
+        for number in range(steps):
+            for work in self.passes.at(self.schedule.at(number)):
+                yield self.kept[sum(work.counts)]
+
+    def time(self, what: str, steps: int, warm_ups: int = WARM_UPS) -> Timed:
+        """`steps` steps after `warm_ups`: one of RATES. Collective.
+
+        The loader goes on to the end of the window and beyond, so that it is as far ahead there as at the start.
+        """
+        asked = warm_ups + steps + (0 if what == "synthetic" else self.recipe.machine.prefetch + 1)
+        batches = self.synthetic(asked) if what == "synthetic" else self.real(asked)
+        if what == "loader":
+
+            def advance(number: int) -> None:
+                for _ in self.passes.at(self.schedule.at(number)):
+                    next(batches)
         else:
-            batches = self.real(first, last)
-            self.train(batches, first, last)
-            next(batches, None)  # drains the loader
+            stepper = Stepper(self.replica, self.recipe, batches)
+
+            def advance(number: int) -> StepTime:
+                before = time.perf_counter()
+                outcome = stepper.run(self.schedule.at(number))
+                if not outcome.finite:
+                    raise RunError(f"step {number}: loss or gradient is not finite; nothing can be measured")
+                return StepTime(time.perf_counter() - before, outcome.data_wait_s, outcome.exposed_comm_s)
+
+        for number in range(warm_ups):
+            advance(number)
+        self._meet()
+        before = time.perf_counter()
+        times = [advance(number) for number in range(warm_ups, warm_ups + steps)]
+        self._meet()
+        seconds = time.perf_counter() - before
+        for _ in batches:  # to be drained before the loader is asked again
+            pass
+        return Timed(steps * self.schedule.at(0).count / seconds, [] if what == "loader" else times)
+
+    def _meet(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.engine.barrier()
-        return images / (time.perf_counter() - before)
 
 
 def rates(recipe: Recipe, rounds: int, steps: int) -> dict | None:
     """Medians and spread of the three rates over `rounds` of `steps` steps; on rank 0, None elsewhere. Collective."""
     world = worlds.from_environment()
+    if training_set(recipe) is None:
+        raise RequestError("data.train is not set: name a folder of class folders, or a manifest")
     device = choose_device(world)
     configure_torch(recipe, world, device)
     engine = engines.create(recipe.machine, recipe.determinism, device)
-    recipe = recipe.with_workers(engine.size)
+    recipe = measured(recipe.with_workers(engine.size))
     try:
         bench = together(engine, lambda: Bench(recipe, engine, device))
-        steps = min(steps, bench.schedule.steps_in_epoch(0) - 1)  # full steps only
-        if steps < 1:
-            raise RequestError("an epoch of this recipe has no full step; use a smaller batch.workers")
-        bench.keep()
-        for what in RATES:
-            bench.time(what, 0, steps)  # warm-up
+        bench.replica.synchronise()
         values: dict[str, list[float]] = {what: [] for what in RATES}
         with tqdm(total=rounds * len(RATES), unit="run", disable=None if engine.rank == 0 else True) as bar:
             for number in range(rounds):
                 for what in RATES if number % 2 == 0 else RATES[::-1]:
-                    values[what].append(bench.time(what, 0, steps))
+                    values[what].append(bench.time(what, steps).images_per_s)
                     bar.update(1)
         if engine.rank:
             return None
@@ -121,7 +194,7 @@ def rates(recipe: Recipe, rounds: int, steps: int) -> dict | None:
 def summary(recipe: Recipe, engine, device, steps: int, values: dict[str, list[float]]) -> dict:
     pairs = zip(values["end-to-end"], values["synthetic"], strict=True)
     return {
-        "data": str(Path(recipe.data.train)),
+        "data": recipe.data.dataset or str(Path(recipe.data.train)),
         "engine": engine.name,
         "ranks": engine.size,
         "device": str(device),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import subprocess
@@ -12,18 +11,11 @@ from pathlib import Path
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, RequestError
-from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, find_mpirun
+from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, exported, find_mpirun
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.train.prepare import choose_run
 
 END_GRACE_S = 30.0  # for a launcher to notice that its ranks have ended
-
-
-def exported() -> dict[str, str]:
-    """What ranks on other hosts must find in their environment; their engine sets its own part itself."""
-    names = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
-    prefixes = ("HOROVOD_", "NCCL_", "OMP_NUM_THREADS", "UCX_", "FI_", "HPC_LBSGD_")
-    return {k: v for k, v in os.environ.items() if k in names or k.startswith(prefixes)}
 
 
 def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> int:
@@ -38,10 +30,9 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
     for setting in job.settings:
         program += ["--set", setting]
     program += [flag for flag, wanted in (("--resume", job.resume), ("--json", job.json)) if wanted]
-    elsewhere = layout.hosts or layout.hostfile or int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) > 1
     mpirun = find_mpirun()
     launcher = choose(mpirun, flavour)
-    line = [*launcher.line(mpirun, layout, exported() if elsewhere else {}), *program]
+    line = [*launcher.line(mpirun, layout, exported(layout)), *program]
     if dry_run:
         print(shlex.join(line))
         return EXIT_DONE

@@ -14,9 +14,8 @@ import tempfile
 import threading
 import time
 
-from hpc_lbsgd.cluster.launch import exported
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, find_mpirun, slots_of
+from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, exported, find_mpirun, slots_of
 
 RANKS_PER_NODE = 2
 TIMEOUT_S = 120
@@ -49,7 +48,7 @@ def measure(hosts: str | None = None) -> dict:
     except RequestError as problem:
         return {"problem": str(problem)}
     program = [sys.executable, "-m", "hpc_lbsgd.cluster.mpi_check"]
-    return run([*launcher.line(mpirun, layout, exported() if slots else {}), *program], layout.ranks)
+    return run([*launcher.line(mpirun, layout, exported(layout)), *program], layout.ranks)
 
 
 def run(line: list[str], ranks: int) -> dict:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.recipe import Count, Section, explain
+from hpc_lbsgd.recipe import STAGE_DIR, Count, Section, expanded, explain
 
 # Values that become #SBATCH lines: one word, nothing that Slurm or a shell would read as more
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:@+-]*$")]
@@ -75,8 +75,14 @@ class Site(Section):
     reaches the nodes by ssh"""
     exclude_interfaces: list[Interface] = []
     """network interfaces that MPI and NCCL must not use, such as docker0"""
+    scratch: Words | None = None
+    """folder on a file system that all nodes see, in which relative run folders lie; its variables (/scratch/$USER) are
+    those of the shell that submits"""
     runs: Words = "runs"
     """folder of the run folders; all nodes must see it"""
+    stage_dir: Words | None = None
+    """node-local folder for copies of packed sets, where the recipe has no machine.stage_dir; its variables
+    ($SLURM_TMPDIR) are those of each node"""
     python: Words | None = None
     """of the environment, on the nodes; default: the one that submits, in a container python"""
     max_restarts: Annotated[int, Field(ge=0)] = 3
@@ -108,6 +114,16 @@ class Site(Section):
     @property
     def wire_up(self) -> str:
         return self.srun_mpi or ("pmix" if self.mpi == "openmpi" else "pmi2")
+
+    def folder_of_run(self, run: str) -> str:
+        """A run folder, under scratch where it is relative. Raises RequestError for a variable that is not set."""
+        if self.scratch is None:
+            return run
+        return str(Path(expanded(self.scratch, "scratch")) / run)
+
+    def storage(self) -> dict[str, str]:
+        """Environment variables that say where nodes keep copies of data; not expanded before they are there."""
+        return {STAGE_DIR: self.stage_dir} if self.stage_dir else {}
 
     def fabric(self) -> dict[str, str]:
         """Environment variables that keep MPI and NCCL off the excluded interfaces."""

@@ -16,6 +16,8 @@ from importlib import resources
 from pathlib import Path
 
 from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.bench import scaling
+from hpc_lbsgd.bench.scaling_results import Folder
 from hpc_lbsgd.cluster import sites
 from hpc_lbsgd.cluster.sites import Site
 from hpc_lbsgd.data.who import samples_and_classes
@@ -26,6 +28,7 @@ from hpc_lbsgd.theory.schedule import Schedule
 
 BEGIN, END = "# ---- the site's part", "# ---- end of the site's part"
 SBATCH_TIMEOUT_S = 60
+STOP_SAFELY = ("train", "reproduce")  # templates that a signal before the time limit asks to stop at a safe point
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Request:
     run: str | None = None
     resume: bool = False
     chain: bool = False
+    sweep: list[int] | None = None  # numbers of nodes
+    rounds: int | None = None  # of a sweep's measurements, and their steps; None: the benchmark's own
+    steps: int | None = None
     data: bool = False
     dry_run: bool = False
     test_only: bool = False
@@ -46,16 +52,24 @@ class Request:
 class Job:
     """One job: a template, and what stands on its sbatch line."""
 
-    template: str  # train | data | reproduce
+    template: str  # a file of slurm/, without its suffix
     name: str
     nodes: int
     words: list[str]  # the script's arguments
     log: str
     stage: str = ""  # of a chain: "2 of 3"
+    label: str = ""  # of one job among several: its script is job-LABEL.sbatch
+    starts: str = ""  # afterok: when the job before it is done; afterany: when all before it are over, well or not
+    one_task: bool = False  # a process with a node's cores and no GPU, in place of the site's ranks
 
     @property
     def script_name(self) -> str:
-        return f"job-{self.stage.split()[0]}.sbatch" if self.stage else "job.sbatch"
+        return f"job-{self.label}.sbatch" if self.label else "job.sbatch"
+
+    def condition(self, numbers: list[str]) -> str | None:
+        """sbatch's --dependency, from the numbers of the jobs submitted before it."""
+        before = {"afterok": numbers[-1:], "afterany": numbers}.get(self.starts)
+        return ":".join([self.starts, *before]) if before else None
 
 
 # ---------------------------------------------------------------- text
@@ -76,19 +90,18 @@ def render(job: Job, site: Site, python: str, time_limit: str | None = None) -> 
 
 def directives(job: Job, site: Site, time_limit: str | None) -> Iterator[str]:
     """#SBATCH lines. Slurm reads them, no shell; what comes from people is one plain word each."""
-    training = job.template != "data"
     values = {
         "job-name": job.name,
         "partition": site.partition,
         "account": site.account,
         "qos": site.qos,
         "nodes": job.nodes,
-        "ntasks-per-node": site.ranks if training else 1,
+        "ntasks-per-node": 1 if job.one_task else site.ranks,
         # not --gpus-per-task: every rank must see all GPUs of its node, for NCCL
-        "gpus-per-node": site.gpus_per_node if training and site.gpus_per_node else None,
-        "cpus-per-task": site.cores_per_rank * (1 if training else site.ranks),
+        "gpus-per-node": site.gpus_per_node if site.gpus_per_node and not job.one_task else None,
+        "cpus-per-task": site.cores_per_rank * (site.ranks if job.one_task else 1),
         "time": time_limit or site.time_limit,
-        "signal": f"B:USR2@{site.warn_s}" if training else None,
+        "signal": f"B:USR2@{site.warn_s}" if job.template in STOP_SAFELY else None,
         "open-mode": "append",
         "output": "%x-%j.log",
     }
@@ -107,7 +120,7 @@ def loading(site: Site) -> Iterator[str]:
         for module in site.modules:
             yield f"module load {shlex.quote(module)}"
         yield "set -u"
-    for key, value in {**site.fabric(), **site.environment}.items():
+    for key, value in {**site.fabric(), **site.storage(), **site.environment}.items():
         yield f"export {key}={shlex.quote(value)}"
 
 
@@ -148,16 +161,16 @@ def plain_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", text)[:60].strip("_.-") or "hpc-lbsgd"
 
 
-def log_path(run: str) -> str:
+def log_path(run: str, label: str = "job") -> str:
     """As sbatch takes it: % starts a pattern, and a backslash switches patterns off."""
-    return "%x-%j.log" if "\\" in run else f"{run.replace('%', '%%')}/job-%j.log"
+    return "%x-%j.log" if "\\" in run else f"{run.replace('%', '%%')}/{label}-%j.log"
 
 
-def sbatch_line(job: Job, script: str, after: str | None = None, test_only: bool = False) -> list[str]:
+def sbatch_line(job: Job, script: str, condition: str | None = None, test_only: bool = False) -> list[str]:
     options = [f"--output={job.log}"]
-    if after:
+    if condition:
         # a job whose condition can no longer be met must not wait for ever
-        options += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+        options += [f"--dependency={condition}", "--kill-on-invalid-dep=yes"]
     if test_only:
         options += ["--test-only"]
     return ["sbatch", *options, script, *job.words]
@@ -187,8 +200,9 @@ def training_jobs(name: str, recipe: Recipe, words: list[str], site: Site, run: 
         end = [] if i == len(pieces) - 1 else ["--set", f"train.max_steps={last_step}"]
         # k is settled here: per_rank means the ranks of the first stage
         fixed = ["--set", f"batch.workers={settled.batch.workers}"] if recipe.batch.workers == "per_rank" else []
-        stage = f"{i + 1} of {len(pieces)}"
-        jobs.append(Job("train", f"{plain_name(name)}.{i + 1}", nodes, [*words, *fixed, *end], log, stage))
+        stage, starts = f"{i + 1} of {len(pieces)}", "afterok" if i else ""
+        words_here = [*words, *fixed, *end]
+        jobs.append(Job("train", f"{plain_name(name)}.{i + 1}", nodes, words_here, log, stage, str(i + 1), starts))
     return jobs
 
 
@@ -207,13 +221,32 @@ def batches_of(schedule: Schedule) -> list[tuple[int, int]]:
     return pieces
 
 
+def sweep_jobs(name: str, words: list[str], site: Site, run: str, request: Request, asked: dict) -> list[Job]:
+    """The scaling benchmark as a job a number of nodes, and a report on what they leave, whichever of them fail.
+
+    words: of `bench scaling`, without --out. asked: see `scaling.question`; its k is the same for all sizes.
+    """
+    workers = asked["recipe"]["batch"]["workers"]
+    words = [*words, "--set", f"batch.workers={workers}", "--out", run]
+    for key in ("rounds", "steps"):
+        value = getattr(request, key)
+        words += [f"--{key}", str(value)] if value else []
+    jobs = []
+    for nodes in request.sweep:
+        label = f"{nodes}-nodes"
+        jobs.append(Job("scaling", plain_name(f"{name}.{label}"), nodes, words, log_path(run, label), label=label))
+    report = {"label": "report", "starts": "afterany", "one_task": True}
+    name = plain_name(f"{name}.report")
+    return [*jobs, Job("scaling", name, 1, ["--report", run], log_path(run, "report"), **report)]
+
+
 def data_jobs(name: str, recipe: Recipe) -> list[Job]:
     """One job a folder that the recipe's data needs listed."""
     folders = [path for path in (recipe.data.train, recipe.data.eval) if path and Path(path).is_dir()]
     if not folders:
         raise RequestError(f"--data: data.train = {recipe.data.train} is no folder; there is nothing to prepare")
     job_name = plain_name(f"{name}.data")
-    return [Job("data", job_name, 1, ["index", folder], "%x-%j.log") for folder in folders]
+    return [Job("data", job_name, 1, ["index", folder], "%x-%j.log", one_task=True) for folder in folders]
 
 
 # ---------------------------------------------------------------- the command
@@ -222,16 +255,27 @@ def data_jobs(name: str, recipe: Recipe) -> list[Job]:
 def submit(name: str, settings: list[str], site_name: str, request: Request, as_json: bool) -> int:
     """Submit a recipe; prints the jobs' numbers. Raises RequestError before anything is submitted."""
     site, recipe = sites.read(site_name), recipes.read(name, settings)
+    if (request.rounds or request.steps) and not request.sweep:
+        raise RequestError("--rounds and --steps go with --sweep")
     if request.time_limit:
         sites.check_duration("--time", request.time_limit)
     stem = Path(name).stem
+    words = [name, *(word for setting in settings for word in ("--set", setting))]
+    kind = "scaling-" if request.sweep else ""
+    run = request.run or str(Path(site.runs) / f"{kind}{plain_name(stem)}-{datetime.now():%Y%m%d-%H%M%S}")
+    run = site.folder_of_run(run)
+    asked = None
     if request.data:
         run, jobs = None, data_jobs(stem, recipe)
+    elif request.sweep:
+        if request.resume:
+            raise RequestError("--sweep with --resume: a sweep adds to the folder that --run names by itself")
+        asked = scaling.question(stem, recipe, [nodes * site.ranks for nodes in request.sweep], None)
+        Folder(run).check(asked)
+        jobs = sweep_jobs(stem, words, site, run, request, asked)
     else:
-        run = request.run or str(Path(site.runs) / f"{plain_name(stem)}-{datetime.now():%Y%m%d-%H%M%S}")
         if RunFolder(run).exists() and not request.resume:
             raise RequestError(f"--run {run}: a run is there already; continue it with --resume, or name another")
-        words = [name, *(word for setting in settings for word in ("--set", setting))]
         jobs = training_jobs(stem, recipe, words, site, run, request)
     texts = [render(job, site, sys.executable, request.time_limit) for job in jobs]
     if request.dry_run:
@@ -241,7 +285,9 @@ def submit(name: str, settings: list[str], site_name: str, request: Request, as_
         for job, text in zip(jobs, texts, strict=True):
             test(job, text)
         return EXIT_DONE
-    numbers = queue(jobs, texts, Path(run or "."), request.chain)
+    if asked:
+        Folder(run).claim(asked)  # so that the report knows what is missing
+    numbers = queue(jobs, texts, Path(run or "."))
     if as_json:
         found = [{"job": n, "nodes": job.nodes, "stage": job.stage} for n, job in zip(numbers, jobs, strict=True)]
         print(json.dumps({"run": run, "jobs": found}))
@@ -257,7 +303,7 @@ def show(jobs: list[Job], texts: list[str], run: str | None, as_json: bool) -> N
         print(json.dumps({"run": run, "jobs": found}))
         return
     for i, (job, text) in enumerate(zip(jobs, texts, strict=True)):
-        line = sbatch_line(job, job.script_name, f"JOB_OF_STAGE_{i}" if job.stage and i else None)
+        line = sbatch_line(job, job.script_name, job.condition([f"JOB_{other.label}" for other in jobs[:i]]))
         shebang, rest = text.split("\n", 1)
         comment = shlex.join(line).replace("\n", "\n# ")
         print(f"{shebang}\n# {comment}\n{rest}")
@@ -271,8 +317,8 @@ def test(job: Job, text: str) -> None:
         print(call(sbatch_line(job, script.name, test_only=True), job), file=sys.stderr)
 
 
-def queue(jobs: list[Job], texts: list[str], folder: Path, chain: bool) -> list[str]:
-    """Hand all jobs to sbatch, the scripts kept in the run folder; returns their numbers. All of a chain, or none."""
+def queue(jobs: list[Job], texts: list[str], folder: Path) -> list[str]:
+    """Hand all jobs to sbatch, the scripts kept in the run folder; returns their numbers. All, or none."""
     numbers: list[str] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -286,9 +332,9 @@ def queue(jobs: list[Job], texts: list[str], folder: Path, chain: bool) -> list[
             script = Path(path)
         script.write_text(text)
         try:
-            said = call(sbatch_line(job, str(script), numbers[-1] if chain and numbers else None), job)
+            said = call(sbatch_line(job, str(script), job.condition(numbers)), job)
         except RunError:
-            if numbers and chain:
+            if numbers:
                 subprocess.run(["scancel", *numbers], timeout=SBATCH_TIMEOUT_S, check=False)
             raise
         finally:

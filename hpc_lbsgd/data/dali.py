@@ -1,19 +1,21 @@
 """DALI as the loader: it is told which bytes to decode and which window to keep; it decides nothing.
 
-On a GPU JPEGs are decoded by nvJPEG (`mixed`) and resized there; without one everything runs on the CPU. Raw pixels
-skip the decoder.
+On a GPU JPEGs are decoded by nvJPEG (`mixed`), resized and normalised there. Without one DALI only decodes, and torch
+does the rest (finish.py). Raw pixels skip the decoder.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import chain, repeat
+from itertools import chain, cycle, repeat, takewhile
+from typing import Any
 
 import numpy as np
 import torch
 
 from hpc_lbsgd.data.ahead import ahead
+from hpc_lbsgd.data.finish import Finish
 from hpc_lbsgd.data.loader import Batch, Fetched, Source
 from hpc_lbsgd.data.manifest import decode
 from hpc_lbsgd.data.storage import READERS, Request, SampleError
@@ -29,10 +31,17 @@ class DaliLoader:
         self, source: Source, max_batch: int, threads: int, prefetch: int, channels_last: bool, device: torch.device
     ):
         self.source, self.prefetch, self.channels_last, self.device = source, prefetch, channels_last, device
-        self.max_batch, self.threads = max_batch, threads
-        self._feed: Iterator = iter(())
+        self.max_batch, self.threads, self.on_gpu = max_batch, threads, device.type == "cuda"
+        self._feed: Iterator[Fetched] = iter(())
         self._fed: deque[Fetched] = deque()  # in the pipeline, oldest first
-        self._pipeline = self._build(max_batch, threads, self._next)
+        if not self.on_gpu:
+            self._finish = Finish(source.data, source.resizes, channels_last, threads)
+            # used in turn, one more than can be under way: fresh memory for each batch costs a fifth of its time
+            self._buffers = cycle([self._finish.empty(max_batch) for _ in range(prefetch + 2)])
+        if self.on_gpu or not source.raw:
+            self._pipeline = self._build(max_batch, threads, self._next)
+
+    # ------------------------------------------------------------ the pipeline
 
     def _build(self, max_batch: int, threads: int, source):
         try:
@@ -42,54 +51,58 @@ class DaliLoader:
                 f"data.loader = dali, but DALI does not load ({problem}); install "
                 "nvidia-dali-cuda130, or set data.loader=torchvision"
             ) from None
-        data, on_gpu = self.source.data, self.device.type == "cuda"
         pipeline = Pipeline(
             batch_size=max_batch,
             num_threads=threads,
             prefetch_queue_depth=self.prefetch,
-            device_id=self.device.index or 0 if on_gpu else None,
+            device_id=self.device.index or 0 if self.on_gpu else None,
         )
+        window = {"axis_names": "WH", "normalized_anchor": False, "normalized_shape": False}
+        decode = {
+            "adjust_orientation": False,
+            "output_type": types.GRAY if self.source.data.channels == 1 else types.RGB,
+        }
         with pipeline:
-            encoded, flip, *place = fn.external_source(
-                source=source, batch=True, num_outputs=4 if self.source.crops else 2
-            )
-            if self.source.raw:
-                encoded = fn.reshape(encoded, layout="HWC")
-            decode = {
-                "device": "mixed" if on_gpu else "cpu",
-                "adjust_orientation": False,
-                "output_type": types.GRAY if data.channels == 1 else types.RGB,
-            }
-            if on_gpu:
-                decode["hw_decoder_load"] = HW_DECODER_LOAD
-            window = {"axis_names": "WH", "normalized_anchor": False, "normalized_shape": False}
-            if self.source.resizes:
-                if self.source.raw:
-                    images = fn.slice(encoded, *place, **window)  # on the CPU: only the window travels
-                    images = images.gpu() if on_gpu else images
-                else:  # only the window is decoded, where the format allows it
-                    images = fn.decoders.image_slice(encoded, *place, **window, **decode)
-                images = fn.resize(
-                    images,
-                    size=[data.image_size] * 2,
-                    interp_type=types.INTERP_LINEAR,
-                    antialias=True,
-                    dtype=types.FLOAT,
-                )
+            if self.on_gpu:
+                decode |= {"device": "mixed", "hw_decoder_load": HW_DECODER_LOAD}
+                inputs = fn.external_source(source=source, batch=True, num_outputs=4 if self.source.crops else 2)
+                images = self._all_on_gpu(fn, types, inputs, window, decode)
+            elif self.source.resizes:  # only the window is decoded, where the format allows it
+                inputs = fn.external_source(source=source, batch=True, num_outputs=3)
+                images = fn.decoders.image_slice(*inputs, **window, **decode)
             else:
-                if self.source.raw:
-                    images = encoded.gpu() if on_gpu else encoded
-                else:
-                    images = fn.decoders.image(encoded, **decode)
-                if self.source.crops:
-                    images = fn.slice(images, *place, **window, out_of_bounds_policy="pad")
-            layout = "HWC" if self.channels_last else "CHW"
-            images = fn.crop_mirror_normalize(
-                images, mirror=flip, mean=data.mean, std=data.std, output_layout=layout, dtype=types.FLOAT
-            )
+                inputs = fn.external_source(source=source, batch=True, num_outputs=1)
+                images = fn.decoders.image(*inputs, **decode)
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
+
+    def _all_on_gpu(self, fn, types, inputs, window: dict, decode: dict):
+        """The graph from bytes to normalised pixels."""
+        data, (encoded, flip, *place) = self.source.data, inputs
+        if self.source.raw:
+            images = fn.reshape(encoded, layout="HWC")
+            if self.source.resizes:
+                images = fn.slice(images, *place, **window)  # on the CPU: only the window travels
+            images = images.gpu()
+        elif self.source.resizes:
+            images = fn.decoders.image_slice(encoded, *place, **window, **decode)
+        else:
+            images = fn.decoders.image(encoded, **decode)
+        if self.source.resizes:
+            images = fn.resize(
+                images,
+                size=[data.image_size] * 2,
+                interp_type=types.INTERP_LINEAR,
+                antialias=True,
+                dtype=types.FLOAT,
+            )
+        elif self.source.crops:
+            images = fn.slice(images, *place, **window, out_of_bounds_policy="pad")
+        layout = "HWC" if self.channels_last else "CHW"
+        return fn.crop_mirror_normalize(
+            images, mirror=flip, mean=data.mean, std=data.std, output_layout=layout, dtype=types.FLOAT
+        )
 
     def _next(self):
         """What DALI asks for, ahead of time: bytes, windows and flips of the next request."""
@@ -99,16 +112,13 @@ class DaliLoader:
 
     def _inputs(self, fetched: Fetched):
         w = self.source.windows(fetched.given)
-        flip = w.flip.astype(np.int32)[:, None]
-        if not self.source.crops:
-            return fetched.contents, flip
-        return fetched.contents, flip, *(np.stack(pair, axis=1).astype(np.int32) for pair in ((w.x, w.y), (w.w, w.h)))
+        flip = [w.flip.astype(np.int32)[:, None]] if self.on_gpu else []
+        asked_for = self.source.crops if self.on_gpu else self.source.resizes
+        corner_and_size = ((w.x, w.y), (w.w, w.h)) if asked_for else ()
+        return fetched.contents, *flip, *(np.stack(pair, axis=1).astype(np.int32) for pair in corner_and_size)
 
-    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
-        data = self.source.data
-        self._feed = ahead(self.source.fetch, requests, self.prefetch, READERS)
+    def _outputs(self) -> Iterator[tuple[Fetched, Any]]:
+        """What the pipeline makes of the feed, in order; good until the next is asked for."""
         while True:
             try:
                 (output,) = self._pipeline.run()
@@ -123,20 +133,55 @@ class DaliLoader:
                 self._feed = chain(map(self.source.fetch, again), self._feed)
                 self._pipeline = self._build(self.max_batch, self.threads, self._next)
                 continue
-            fetched = self._fed.popleft()
-            request = fetched.given
-            shape = (len(request.samples), data.channels, data.image_size, data.image_size)
-            images = torch.empty(
-                shape,
-                device=self.device,
-                memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
-            )
-            # DALI reuses its buffers: copy. Seen as NHWC, a channels-last tensor is contiguous.
-            target = images.permute(0, 2, 3, 1) if self.channels_last else images
-            stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-            feed_ndarray(output.as_tensor(), target, cuda_stream=stream)
-            labels = torch.from_numpy(self.source.labels(request))
+            yield self._fed.popleft(), output
+
+    # ------------------------------------------------------------ batches
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        self._feed = ahead(self.source.fetch, requests, self.prefetch, READERS)
+        made = map(self._copied, self._outputs()) if self.on_gpu else self._finished()
+        for fetched, images in made:
+            labels = torch.from_numpy(self.source.labels(fetched.given))
             yield Batch(images, labels.to(self.device, non_blocking=True), fetched.replaced)
+
+    def _finished(self) -> Iterator[tuple[Fetched, torch.Tensor]]:
+        """On a CPU: decoded windows, resized and normalised ahead of time in one more thread."""
+        decoded = self._windows()
+
+        def make(_) -> tuple[Fetched, torch.Tensor] | None:
+            fetched, windows = next(decoded, (None, None))
+            if fetched is None:
+                return None
+            room = next(self._buffers)[: len(windows)]
+            return fetched, self._finish.into(room, windows, self.source.windows(fetched.given).flip)
+
+        return takewhile(lambda made: made is not None, ahead(make, repeat(None), self.prefetch, 1))
+
+    def _windows(self) -> Iterator[tuple[Fetched, list[np.ndarray]]]:
+        """The windows of each request, decoded; good until the next are asked for."""
+        if self.source.raw:
+            for fetched in self._feed:
+                yield fetched, self.source.cut(fetched.given, fetched.contents)
+            return
+        for fetched, output in self._outputs():
+            images = np.asarray(output.as_tensor()) if output.is_dense_tensor() else map(np.asarray, output)
+            yield fetched, list(images) if self.source.resizes else self.source.cut(fetched.given, list(images))
+
+    def _copied(self, made: tuple[Fetched, Any]) -> tuple[Fetched, torch.Tensor]:
+        """On a GPU: the pipeline's output as a tensor of its own, for DALI reuses its buffers."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        fetched, output = made
+        data = self.source.data
+        images = torch.empty(
+            (len(fetched.contents), data.channels, data.image_size, data.image_size),
+            device=self.device,
+            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
+        )
+        # seen as NHWC, a channels-last tensor is contiguous
+        target = images.permute(0, 2, 3, 1) if self.channels_last else images
+        feed_ndarray(output.as_tensor(), target, cuda_stream=torch.cuda.current_stream(self.device))
+        return fetched, images
 
     def _find_bad(self, problem: RuntimeError) -> None:
         """DALI does not say which image it failed at: pass the candidates through a pipeline one by one."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hpc_lbsgd.data import augment
+from hpc_lbsgd.data.finish import cut
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.storage import Request, SampleError, open_storage
@@ -37,7 +38,10 @@ class Fetched(NamedTuple):
 
 class Loader(Protocol):
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """One batch a request, in order, made ahead of time. To be drained before it is called again."""
+        """One batch a request, in order, made ahead of time. To be drained before it is called again.
+
+        Images may lie in memory that is used again: they are good until the next batch is asked for.
+        """
 
 
 class Source:
@@ -96,6 +100,14 @@ class Source:
     def windows(self, request: Request) -> augment.Windows:
         width, height = (c[request.samples].astype(np.int64) for c in (self.manifest.widths, self.manifest.heights))
         return augment.windows(self.data, self.seed, request.epoch, request.samples, width, height, self.train)
+
+    def cut(self, request: Request, images: list[np.ndarray]) -> list[np.ndarray]:
+        """The windows of decoded images, each uint8 (h, w, C)."""
+        if not self.crops:
+            return images
+        w = self.windows(request)
+        places = zip(images, w.x.tolist(), w.y.tolist(), w.w.tolist(), w.h.tolist(), strict=True)
+        return [cut(*place) for place in places]
 
     def labels(self, request: Request) -> np.ndarray:
         return self.manifest.labels[request.samples].astype(np.int64)

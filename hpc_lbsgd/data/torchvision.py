@@ -1,4 +1,4 @@
-"""PIL and torchvision as the loader: the fallback, and the reference that DALI is compared with."""
+"""Pillow as the decoder: the fallback, and the reference that DALI is compared with."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional as F
 
 from hpc_lbsgd.data.ahead import ahead
+from hpc_lbsgd.data.finish import Finish
 from hpc_lbsgd.data.loader import Batch, Fetched, Source
 from hpc_lbsgd.data.storage import READERS, Request, SampleError
 
@@ -22,9 +22,7 @@ class TorchvisionLoader:
         self, source: Source, max_batch: int, threads: int, prefetch: int, channels_last: bool, device: torch.device
     ):
         self.source, self.threads, self.ahead, self.device = source, threads, max(prefetch, threads), device
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        shape = (1, source.data.channels, 1, 1)
-        self.mean, self.std = (torch.tensor(v).view(shape) for v in (source.data.mean, source.data.std))
+        self.finish = Finish(source.data, source.resizes, channels_last, threads)
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         fetched = ahead(self.source.fetch, requests, self.ahead, READERS)
@@ -45,28 +43,22 @@ class TorchvisionLoader:
             except SampleError as problem:
                 self.source.refuse(problem)
                 fetched = self.source.fetch(fetched.asked)
-        data, request = self.source.data, fetched.given
-        w = self.source.windows(request)
-        images = torch.empty(len(pixels), data.channels, data.image_size, data.image_size)
-        for i, image in enumerate(pixels):
-            image = F.crop(image, int(w.y[i]), int(w.x[i]), int(w.h[i]), int(w.w[i]))  # black outside the image
-            if self.source.resizes:
-                image = F.resize(image, [data.image_size] * 2, antialias=True)
-            images[i] = F.horizontal_flip(image) if w.flip[i] else image
-        images = images.sub_(self.mean).div_(self.std).contiguous(memory_format=self.memory_format)
-        return Batch(images, torch.from_numpy(self.source.labels(request)), fetched.replaced)
+        given = fetched.given
+        windows, flip = self.source.cut(given, pixels), self.source.windows(given).flip
+        images = self.finish.into(self.finish.empty(len(windows)), windows, flip)
+        return Batch(images, torch.from_numpy(self.source.labels(given)), fetched.replaced)
 
-    def _decode(self, content: np.ndarray, sample: int) -> torch.Tensor:
-        """(C, H, W) float32 on the scale of 0 to 255, so that resizing does not round."""
+    def _decode(self, content: np.ndarray, sample: int) -> np.ndarray:
+        """uint8 (H, W, C)."""
         if self.source.raw:
-            return torch.from_numpy(content.astype(np.float32)).permute(2, 0, 1)
+            return content
         try:
             with Image.open(io.BytesIO(content)) as image:
-                pixels = np.array(image.convert("L" if self.source.data.channels == 1 else "RGB"), np.float32)
+                pixels = np.asarray(image.convert("L" if self.source.data.channels == 1 else "RGB"))
         except Exception as problem:  # PIL raises many kinds
             raise SampleError(
                 sample,
                 f"{self.source.manifest.file(sample)}: cannot be decoded ({problem}); it changed since it was "
                 "indexed. Mend it, or have it left out (hpc-lbsgd data verify), and index again",
             ) from None
-        return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+        return pixels.reshape(*pixels.shape[:2], -1)

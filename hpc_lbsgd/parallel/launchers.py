@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -95,6 +98,15 @@ class IntelMPI(Launcher):
         return words
 
 
+class Srun(Launcher):
+    """Slurm itself, inside a job: the job has said where ranks run, and srun hands on the environment."""
+
+    name = "srun"
+
+    def line(self, srun, layout, environment):
+        return [*shlex.split(srun), f"--ntasks={layout.ranks}"]
+
+
 LAUNCHERS: list[type[Launcher]] = [OpenMPI, OpenMPI5, Hydra, IntelMPI]
 FLAVOURS = sorted({launcher.name for launcher in LAUNCHERS})
 
@@ -145,7 +157,19 @@ def choose(mpirun: str, flavour: str | None = None) -> Launcher:
     return found
 
 
+def exported(layout: Layout, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What ranks on other hosts must find in their environment; their engine sets its own part itself."""
+    elsewhere = layout.hosts or layout.hostfile or int(environment.get("SLURM_JOB_NUM_NODES", 1)) > 1
+    names = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
+    prefixes = ("HOROVOD_", "NCCL_", "OMP_NUM_THREADS", "UCX_", "FI_", "HPC_LBSGD_")
+    return {k: v for k, v in environment.items() if elsewhere and (k in names or k.startswith(prefixes))}
+
+
 def compose(layout: Layout, environment: dict[str, str], program: list[str], flavour: str | None = None) -> list[str]:
-    """The whole command line that starts `program` on all ranks with this environment's mpirun."""
+    """The whole command line that starts `program` on all ranks: with this environment's mpirun, or where a job's
+    script has said so with srun (HPC_LBSGD_SRUN: its words)."""
+    srun = os.environ.get("HPC_LBSGD_SRUN")
+    if srun and not (layout.hosts or layout.hostfile):
+        return [*Srun().line(srun, layout, environment), *program]
     mpirun = find_mpirun()
     return [*choose(mpirun, flavour).line(mpirun, layout, environment), *program]

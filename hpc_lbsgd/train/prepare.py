@@ -184,6 +184,13 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
     return train, found.get("eval"), recipe.model_copy(update={"data": settled})
 
 
+def stage_folder(recipe: Recipe) -> str | None:
+    """This node's folder for copies of packed sets: the recipe's, else the site's, which binds no other set."""
+    own = recipe.machine.stage_dir
+    path = own or os.environ.get(recipes.STAGE_DIR)
+    return recipes.expanded(path, "machine.stage_dir" if own else recipes.STAGE_DIR) if path else None
+
+
 def open_user_data(recipe: Recipe) -> tuple[UserSet, UserSet, Recipe]:
     train, evaluation = (UserSet(recipe.data.dataset, part) for part in ("train", "eval"))
     for key, there in (("samples", len(train)), ("classes", len(train.classes) or None)):

@@ -25,7 +25,7 @@ from hpc_lbsgd.train import checkpoint
 from hpc_lbsgd.train.display import Display, TensorBoard
 from hpc_lbsgd.train.evaluate import evaluate
 from hpc_lbsgd.train.losses import loss_function
-from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, software_facts
+from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, software_facts, stage_folder
 from hpc_lbsgd.train.replica import Replica
 from hpc_lbsgd.train.step import Outcome, Passes, Stepper
 from hpc_lbsgd.train.watchdog import Watchdog
@@ -46,8 +46,9 @@ class Trainer:
         self.train_set, self.eval_set = together(
             engine, lambda: [loaders.open_set(recipe, path) if path else None for path in sets]
         )
-        if recipe.machine.stage_dir:
-            self._stage(recipe.machine.stage_dir)
+        folder = together(engine, lambda: stage_folder(recipe))
+        if folder:
+            self._stage(folder)
         fresh = checkpoint.State(0, recipe.fingerprint(), data_fingerprint(self.train_set, self.eval_set))
         self.state = checkpoint.State(**found.state) if found.state else fresh
         self._schedule_from_decisions()
@@ -61,7 +62,7 @@ class Trainer:
         """Read packed sets from node-local copies: the first rank of each node makes them, the others wait."""
         first = worlds.from_environment().local_rank == 0
         sets = [self.train_set, self.eval_set]
-        staged = [i for i, s in enumerate(sets) if s is not None and s.shards]
+        staged = [i for i, s in enumerate(sets) if isinstance(s, Manifest) and s.shards]
         if first:
             for i in staged:
                 stages.stage(sets[i], folder, show=self.lead)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import changed, command, records, write_images, write_recipe
-from lab import submitted
+from lab import log_of, site, submit, submitted
 
 from hpc_lbsgd.parallel.world import World, from_environment
 
@@ -83,22 +83,6 @@ def undisturbed(recipe, folder, name):
 
 def weights(run):
     return records(run, "end")[-1]["weights_sha256"]
-
-
-def site(folder, name="site", **keys):
-    path = folder / f"{name}.yaml"
-    path.write_text(json.dumps({"partition": "gpu", "time_limit": "00:10:00", "warn_s": 60, **keys}))
-    return path
-
-
-def submit(lab, recipe, run, *more, cwd=None):
-    """Submit for real; returns the jobs' numbers."""
-    result = lab.command("submit", recipe, "--run", run, *more, cwd=cwd or run.parent)
-    return submitted(result.stderr)
-
-
-def log_of(lab, number):
-    return Path(lab.job(number)["StdOut"]).read_text()
 
 
 # ---------------------------------------------------------------- starting

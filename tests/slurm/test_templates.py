@@ -60,7 +60,25 @@ def test_golden_of_a_rich_site(tmp_path):
 
 
 def test_golden_data():
-    golden("data.sbatch", render(Job("data", "resnet.data", 1, [], ""), sites.read("lab"), "/opt/env/bin/python"))
+    job = Job("data", "resnet.data", 1, [], "", one_task=True)
+    golden("data.sbatch", render(job, sites.read("lab"), "/opt/env/bin/python"))
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_golden_scaling(nodes):
+    job = Job("scaling", f"resnet.{nodes}-nodes", nodes, [], "", label=f"{nodes}-nodes")
+    golden(f"scaling-{nodes:02d}.sbatch", render(job, sites.read("lab"), "/opt/env/bin/python"))
+
+
+def test_golden_scaling_and_allreduce_of_a_rich_site(tmp_path):
+    for name in ("scaling", "allreduce"):
+        job = Job(name, "resnet", 4, [], "")
+        golden(f"{name}-rich.sbatch", render(job, site(RICH, tmp_path), "/opt/my env/python", "2-00:00:00"))
+
+
+def test_golden_report():
+    job = Job("scaling", "resnet.report", 1, [], "", label="report", starts="afterany", one_task=True)
+    golden("scaling-report.sbatch", render(job, sites.read("lab"), "/opt/env/bin/python"))
 
 
 def test_the_shipped_templates_are_the_generic_site():
@@ -156,6 +174,20 @@ def test_containers(runtime, words, tmp_path):
     assert words in text.splitlines() and "python=python" in text.splitlines()
 
 
+def test_scratch_is_expanded_where_one_submits_and_the_stage_folder_on_each_node(tmp_path):
+    (tmp_path / "site.yaml").write_text("{scratch: $MY_SCRATCH/x, stage_dir: $NODE_DISK/stage}")
+    words = ["submit", "goyal-resnet50", "--dry-run", "--site", tmp_path / "site.yaml"]
+    env = {"MY_SCRATCH": "/scratch/me", "NODE_DISK": "/not here"}
+    shown = command(*words, "--run", "mine", "--json", env=env)
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["run"] == "/scratch/me/x/mine"
+    assert "export HPC_LBSGD_STAGE_DIR='$NODE_DISK/stage'" in json.loads(shown.stdout)["jobs"][0]["script"]
+    assert "--run /scratch/me/x/runs/goyal-resnet50-" in command(*words, env=env).stdout
+    assert json.loads(command(*words, "--run", "/abs", "--json", env=env).stdout)["run"] == "/abs"
+    refused = command(*words)
+    assert refused.returncode == 2 and "scratch = $MY_SCRATCH/x: a variable in it is not set on" in refused.stderr
+
+
 def test_dry_run_with_hostile_names_is_a_script_that_runs_nothing(tmp_path):
     recipe = tmp_path / f"{HOSTILE.replace('/', '_')}.yaml"
     recipe.write_text("{data: {samples: 1000}}")
@@ -222,6 +254,40 @@ def test_a_chain_settles_k_at_its_first_stage():
     jobs = chain(read("goyal-resnet50", settings), 2)
     assert [j.nodes for j in jobs] == [2, 4, 8]
     assert all("batch.workers=16" in j.words for j in jobs)
+
+
+def test_a_sweep_is_a_job_a_size_and_a_report_that_no_failure_stops(tmp_path):
+    """All sizes share one k, so that strong scaling compares equal batches."""
+    words = ["submit", "goyal-resnet50", "--sweep", "nodes=4,1,2", "--run", tmp_path / "s", "--set", "seed=1"]
+    done = command(*words, "--dry-run", "--json", "--site", "lab")
+    assert done.returncode == 0, done.stderr
+    jobs = json.loads(done.stdout)["jobs"]
+    assert [(j["nodes"], j["label"]) for j in jobs] == [(1, "1-nodes"), (2, "2-nodes"), (4, "4-nodes"), (1, "report")]
+    for job in jobs[:3]:
+        assert job["words"] == ["goyal-resnet50", "--set", "seed=1", "--set", "batch.workers=32",
+                                "--out", str(tmp_path / "s")]  # fmt: skip
+        assert "--signal" not in job["script"] and not job["starts"]
+    report = Job(**{k: v for k, v in jobs[3].items() if k != "script"})
+    assert report.words == ["--report", str(tmp_path / "s")]
+    assert report.condition(["7", "8", "9"]) == "afterany:7:8:9"
+    assert "gpus-per-node" not in jobs[3]["script"] and "#SBATCH --ntasks-per-node=1\n" in jobs[3]["script"]
+    shown = command(*words, "--dry-run").stdout
+    assert "--dependency=afterany:JOB_1-nodes:JOB_2-nodes:JOB_4-nodes" in shown
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--sweep", "ranks=1,2"], "expected nodes=A,B"),
+        (["--sweep", "nodes=1,2", "--set", "batch.workers=4"], "batch.workers = 4 on 16 ranks"),
+        (["--sweep", "nodes=1", "--chain"], "not allowed with"),
+        (["--rounds", "3"], "--rounds and --steps go with --sweep"),
+    ],
+)
+def test_wrong_sweeps_are_refused(more, said):
+    result = command("submit", "goyal-resnet50", "--dry-run", *more)
+    assert result.returncode == 2 and said in result.stderr, result.stderr
 
 
 def test_a_chain_of_an_adaptive_batch_is_refused():

@@ -8,7 +8,18 @@ import pytest
 
 from hpc_lbsgd.cluster import launch
 from hpc_lbsgd.errors import EXIT_DONE, RequestError
-from hpc_lbsgd.parallel.launchers import Hydra, IntelMPI, Layout, OpenMPI, OpenMPI5, check_hosts, choose, recognise
+from hpc_lbsgd.parallel.launchers import (
+    Hydra,
+    IntelMPI,
+    Layout,
+    OpenMPI,
+    OpenMPI5,
+    check_hosts,
+    choose,
+    compose,
+    exported,
+    recognise,
+)
 from hpc_lbsgd.records import RunFolder
 
 SPREAD = Layout(16, hosts="a:8,b:8")
@@ -49,6 +60,20 @@ def test_line(launcher, layout, environment, line):
 )
 def test_recognised_by_what_it_prints(version, launcher):
     assert type(recognise(version)) is launcher
+
+
+def test_srun_starts_the_ranks_where_a_jobs_script_says_so(monkeypatch):
+    monkeypatch.setenv("HPC_LBSGD_SRUN", "srun --mpi=pmix --cpus-per-task=2")
+    line = compose(Layout(4), {"A": "b"}, ["python", "x"])
+    assert line == ["srun", "--mpi=pmix", "--cpus-per-task=2", "--ntasks=4", "python", "x"]
+
+
+def test_environment_is_passed_by_name_to_other_hosts_only():
+    mine = {"PATH": "/x", "HOROVOD_X": "1", "HOME": "/root"}
+    passed = {"PATH": "/x", "HOROVOD_X": "1"}
+    assert exported(Layout(2), mine) == {}
+    assert exported(SPREAD, mine) == exported(LISTED, mine) == passed
+    assert exported(Layout(2), mine | {"SLURM_JOB_NUM_NODES": "2"}) == passed
 
 
 def test_an_unknown_or_another_launcher_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """DALI and torchvision make the same pictures from the same request."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -43,17 +45,14 @@ def requests_of(samples: list[list[int]], epoch: int = 2) -> list[Request]:
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("channels", [3, 1])
 def test_same_crops_from_photos(photos, train, channels):
-    """Both resize with a triangle filter; decoders may differ by a rounding and at the edge of a cut-out window.
-
-    Measured: 0.003 to 0.06 grey levels of 255 on average. A window off by one pixel gives 1 and more.
-    """
+    """Only the decoders differ. Measured: equal in colour; in grey one level of 255 apart in 3 pixels of 1,000."""
     data = Data(channels=channels, mean=[110.0] * channels, std=[1.0] * channels, image_size=96, eval_resize=112)
     batches = requests_of([[0, 5, 3, 9, 11, 2, 7, 1], [20, 21], [23]])
     dali, torchvision = (make(data, photos, kind, train, batches) for kind in ("dali", "torchvision"))
     for (a, la), (b, lb), request in zip(dali, torchvision, batches, strict=True):
         assert a.shape == (len(request.samples), channels, 96, 96)
         assert torch.equal(la, lb)
-        assert (a - b).abs().mean((1, 2, 3)).max() < 0.2
+        assert (a - b).abs().max() <= 1 and (a - b).abs().mean() < 0.01
         assert a.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -75,6 +74,18 @@ def test_a_sample_does_not_depend_on_its_batch(photos):
         assert torch.equal(together, torch.stack(alone))
         ((other_epoch, _),) = make(data, photos, kind, True, requests_of([[4, 8, 15, 16]], epoch=3))
         assert not torch.equal(together, other_epoch)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_batch_is_left_alone_until_the_next_is_asked_for(photos, train):
+    """Batches are made ahead of time, in memory that is used again."""
+    for kind in ("dali", "torchvision"):
+        data = Data(image_size=64, loader=kind)
+        made = loader.create(data, photos, 3, train, 8, 2, 2, True, CPU)
+        for images, _, _ in made.batches(requests_of([[i, i + 1] for i in range(12)])):
+            before = images.clone()
+            time.sleep(0.05)  # the next ones are being made
+            assert torch.equal(images, before)
 
 
 def test_drained_loader_starts_again(photos):

@@ -8,10 +8,12 @@ import sys
 import time
 
 import pytest
-from conftest import write_images
+from conftest import changed, command, write_images, write_recipe
 
 from hpc_lbsgd.data import manifest, pack, stage, verify
 from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.recipe import validate
+from hpc_lbsgd.train.prepare import stage_folder
 
 COPY = (
     "import sys; from hpc_lbsgd.data import manifest, stage; stage.stage(manifest.Manifest(sys.argv[1]), sys.argv[2])"
@@ -100,3 +102,25 @@ def test_no_room_and_single_files_are_refused(packed, tmp_path, monkeypatch):
     loose = manifest.index(write_images(tmp_path / "d", 4, 16), processes=1)
     with pytest.raises(RequestError, match="machine.stage_dir.*single image files"):
         stage.stage(loose, tmp_path)
+
+
+def test_a_sites_folder_holds_for_packed_sets_and_binds_no_other(small_recipe, small_data, tmp_path):
+    """Its variables are those of the node where the run is; the recipe's own folder goes first."""
+    pack.pack(small_data / "train", tmp_path / "packed", pack.Encoding(), 0.05, 1)
+    recipe = changed(small_recipe, data__train=str(tmp_path / "packed"), train__max_steps=1)  # eval: single files
+    site = {"HPC_LBSGD_STAGE_DIR": "$NODE_DISK/stage"}
+    words = ["train", write_recipe(tmp_path / "r.yaml", recipe), "--run"]
+    done = command(*words, tmp_path / "run", env=site | {"NODE_DISK": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "stage").glob("*/shard-*.tar"))
+    refused = command(*words, tmp_path / "other", env=site)
+    assert refused.returncode == 2 and "HPC_LBSGD_STAGE_DIR = $NODE_DISK/stage: a variable" in refused.stderr
+
+
+def test_the_recipes_stage_folder_goes_before_the_sites(monkeypatch):
+    monkeypatch.setenv("HPC_LBSGD_STAGE_DIR", "/site")
+    monkeypatch.setenv("DISK", "/disk")
+    assert stage_folder(validate({})) == "/site"
+    assert stage_folder(validate({"machine": {"stage_dir": "$DISK/mine"}})) == "/disk/mine"
+    monkeypatch.delenv("HPC_LBSGD_STAGE_DIR")
+    assert stage_folder(validate({})) is None
