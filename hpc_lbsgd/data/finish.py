@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+TURN = 8  # images that a thread takes at a time: few, so that none is waited for long
+
 # F.interpolate(mode="bilinear", antialias=True), which alone can be told where and in which layout to write
 _resize = torch.ops.aten._upsample_bilinear2d_aa.out
 
@@ -20,7 +22,7 @@ class Finish:
     """Batches of `data.image_size` (S) pixels from windows, in `threads` threads; an image is one thread's work."""
 
     def __init__(self, data, resizes: bool, channels_last: bool, threads: int):
-        self.resizes, self.threads = resizes, threads
+        self.resizes = resizes
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         size, channels = data.image_size, data.channels
         self.shape = (channels, size, size)
@@ -40,7 +42,8 @@ class Finish:
         """Fill `images` (B, C, S, S) from windows (h, w, C) of bytes, mirrored where `flip` (B,) says so; h = w = S
         where nothing is resized. Returns `images`."""
         if self.resizes:
-            parts = [range(first, len(windows), self.threads) for first in range(min(self.threads, len(windows)))]
+            count = len(windows)
+            parts = [range(first, min(first + TURN, count)) for first in range(0, count, TURN)]
             list(self._pool.map(lambda part: self._some(images, windows, flip, part), parts))
             return images
         pixels = np.stack(windows)  # small images: a call for each would cost more than the work
