@@ -81,16 +81,16 @@ class Shards:
         """All bytes of the tar member, uint8 (bytes,)."""
         m = self.manifest
         size = int(m.sizes[sample])
+        content = np.empty(size, np.uint8)
         try:
-            content = os.pread(self._descriptor(int(m.shard_of[sample])), size, int(m.offsets[sample]))
+            found = os.preadv(self._descriptor(int(m.shard_of[sample])), [content], int(m.offsets[sample]))
         except OSError as problem:
             raise SampleError(sample, f"cannot read {m.file(sample)}: {problem}. Is the shard still there?") from None
-        if len(content) != size:
+        if found != size:
             raise SampleError(
-                sample,
-                f"{m.file(sample)}: {len(content)} bytes of {size}: the shard is shorter than when it was packed",
+                sample, f"{m.file(sample)}: {found} bytes of {size}: the shard is shorter than when it was packed"
             )
-        return np.frombuffer(content, np.uint8)
+        return content
 
     def _descriptor(self, shard: int) -> int:
         found = self._descriptors.get(shard)

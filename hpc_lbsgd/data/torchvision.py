@@ -54,7 +54,7 @@ class TorchvisionLoader:
             return content
         try:
             with Image.open(io.BytesIO(content)) as image:
-                pixels = np.asarray(image.convert("L" if self.source.data.channels == 1 else "RGB"))
+                pixels = np.array(image.convert("L" if self.source.data.channels == 1 else "RGB"))
         except Exception as problem:  # PIL raises many kinds
             raise SampleError(
                 sample,
