@@ -36,7 +36,7 @@ class DaliLoader:
         self._fed: deque[Fetched] = deque()  # in the pipeline, oldest first
         if not self.on_gpu:
             self._finish = Finish(source.data, source.resizes, channels_last, threads)
-            # used in turn, one more than can be under way: fresh memory for each batch costs a fifth of its time
+            # used in turn, one more than can be under way: fresh memory costs a page fault every 4 KB of each batch
             self._buffers = cycle([self._finish.empty(max_batch) for _ in range(prefetch + 2)])
         if self.on_gpu or not source.raw:
             self._pipeline = self._build(max_batch, threads, self._next)
