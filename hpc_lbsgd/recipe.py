@@ -291,15 +291,15 @@ class Recipe(Section):
                 )
             if self.wire != "fp32":
                 raise ValueError("wire = fp16: determinism any-ranks sends int64; allowed: fp32")
-        if self.determinism != "off" and self.machine.reduction == "fusion":
+        if self.determinism == "same-ranks" and self.machine.reduction == "fusion":
             raise ValueError(
-                f"machine.reduction = fusion: run-time fusion changes the summation order from run to run; "
-                f"determinism {self.determinism} allows: buckets"
+                "machine.reduction = fusion: run-time fusion changes the summation order from run to run; "
+                "determinism same-ranks allows: buckets"
             )
-        if self.determinism != "off" and self.machine.allreduce:
+        if self.determinism == "same-ranks" and self.machine.allreduce:
             raise ValueError(
                 f"machine.allreduce = {self.machine.allreduce}: its summation order follows the placement of ranks on "
-                f"nodes; determinism {self.determinism} allows: none"
+                "nodes; determinism same-ranks allows: none"
             )
         if self.machine.engine == "ddp":
             for key, value, allowed in (

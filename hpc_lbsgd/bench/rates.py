@@ -28,7 +28,7 @@ from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import together
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.theory.schedule import Schedule
-from hpc_lbsgd.train.job import choose_device, configure_torch
+from hpc_lbsgd.train.job import prepare_process
 from hpc_lbsgd.train.replica import Replica
 from hpc_lbsgd.train.step import Passes, Stepper
 
@@ -167,11 +167,9 @@ class Bench:
 
 def rates(recipe: Recipe, rounds: int, steps: int) -> dict | None:
     """Medians and spread of the three rates over `rounds` of `steps` steps; on rank 0, None elsewhere. Collective."""
-    world = worlds.from_environment()
     if training_set(recipe) is None:
         raise RequestError("data.train is not set: name a folder of class folders, or a manifest")
-    device = choose_device(world)
-    configure_torch(recipe, world, device)
+    device = prepare_process(recipe)
     engine = engines.create(recipe.machine, recipe.determinism, device)
     recipe = measured(recipe.with_workers(engine.size))
     try:

@@ -18,19 +18,16 @@ from tqdm import tqdm
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.rates import RATES, Bench, Timed, measured
 from hpc_lbsgd.parallel import engine as engines
-from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import together
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import write_atomically
-from hpc_lbsgd.train.job import choose_device, configure_torch
+from hpc_lbsgd.train.job import prepare_process
 
 
 def measure(task: dict) -> dict | None:
     """What rank 0 knows when all rounds are over; None on the others. Collective."""
     recipe = recipes.validate(task["recipe"])
-    world = worlds.from_environment()
-    device = choose_device(world)
-    configure_torch(recipe, world, device)
+    device = prepare_process(recipe)
     engine = engines.create(recipe.machine, recipe.determinism, device)
     whats = RATES if recipe.data.train or recipe.data.dataset else RATES[:1]
     total = len(task["modes"]) * task["rounds"] * len(whats)

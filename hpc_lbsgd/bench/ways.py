@@ -67,7 +67,9 @@ class Ours:
 
     def __init__(self, task: dict, device: torch.device):
         from hpc_lbsgd.parallel import engine
+        from hpc_lbsgd.parallel.memory import keep_freed_memory
 
+        keep_freed_memory()  # as `train` does; the peers are as their own users start them
         self.task, self.device = task, device
         first = recipe_of(task, 1, task["batches"][0])
         self.engine = engine.create(first.machine, first.determinism, device)

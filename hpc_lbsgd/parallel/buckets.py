@@ -151,8 +151,7 @@ class Buckets:
         for bucket in self.buckets:
             bucket.gradients.zero_()
         if self.bits is not None:
-            for total in self.totals:
-                total.zero_()
+            self._first_pass = True
             # so that not even `workers` values of the largest size allowed could wrap
             self._largest = 2.0**62 / workers
             self.out_of_range = torch.zeros((), dtype=torch.bool, device=self.device)
@@ -207,6 +206,7 @@ class Buckets:
         for bucket in self.buckets:
             if not bucket.full:
                 self._fill(bucket)
+        self._first_pass = False
         return square
 
     def _refuse_unused(self) -> None:
@@ -243,14 +243,22 @@ class Buckets:
     def join_idle(self) -> None:
         """In place of passes, on a rank without workers: its zeros."""
         for bucket in self.buckets:
+            if self.bits is not None:
+                self.totals[bucket.index].zero_()
             self._launch(bucket)
 
     def _to_fixed_point(self, bucket: Bucket) -> None:
-        """Add a worker's values to the int64 totals and clear them. NaN and values that could wrap are flagged."""
-        scaled = bucket.gradients.mul_(2.0**self.bits).round_()
-        self.out_of_range |= ~(scaled.abs().amax() <= self._largest)
-        self.totals[bucket.index] += scaled.to(torch.int64)
-        bucket.gradients.zero_()
+        """Add a worker's values to the int64 totals and clear them for the next. NaN and values that could wrap are
+        flagged."""
+        scaled, total = bucket.gradients.mul_(2.0**self.bits).round_(), self.totals[bucket.index]
+        low, high = scaled.aminmax()
+        self.out_of_range |= ~((low >= -self._largest) & (high <= self._largest))
+        if self._first_pass:
+            total.copy_(scaled)
+        else:
+            total += scaled.to(torch.int64)
+        if not self._last_pass:
+            bucket.gradients.zero_()
 
     def _launch(self, bucket: Bucket) -> None:
         tensor = bucket.gradients
@@ -273,10 +281,10 @@ class Buckets:
             if bucket.handle is not None:
                 self.engine.wait(bucket.handle)
                 bucket.handle = None
-            if self.bits is not None:
-                # int64 -> float64 -> times 2**-bits -> float: one rounding path on every rank
-                bucket.gradients.copy_(self.totals[bucket.index].to(torch.float64).mul_(2.0**-self.bits))
-            elif bucket.layout.compress:
+            if self.bits is not None:  # always finite; one rounding, to the nearest float
+                bucket.gradients.copy_(self.totals[bucket.index]).mul_(2.0**-self.bits)
+                continue
+            if bucket.layout.compress:
                 bucket.gradients.copy_(self.wires[bucket.index]).mul_(1 / self.wire_scale)
             finite &= torch.isfinite(bucket.gradients.sum())
         return finite

@@ -26,8 +26,9 @@ def environment(machine, determinism: str, on_gpu: bool) -> dict[str, str]:
         settings["OMPI_MCA_mpi_yield_when_idle"] = str(int(machine.yield_when_idle))
     if machine.allreduce:
         settings[f"HOROVOD_{machine.allreduce.upper()}_ALLREDUCE"] = "1"
-    if determinism != "off":
+    if determinism == "same-ranks":
         # one summation order, whatever the placement of ranks on nodes: no hierarchical algorithms, no tuning
+        # (any-ranks sums integers: their order does not matter)
         settings |= {
             "HOROVOD_AUTOTUNE": "0",
             "HOROVOD_HIERARCHICAL_ALLREDUCE": "0",

@@ -14,6 +14,7 @@ from hpc_lbsgd.errors import EXIT_FAILED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import agree
+from hpc_lbsgd.parallel.memory import keep_freed_memory
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.train.prepare import prepare
@@ -26,9 +27,7 @@ def train(name: str, recipe: Recipe, run: str | None = None, resume: bool = Fals
     name: of the recipe, for the run folder (default: runs/NAME-TIME). as_json: rank 0 prints how the run ended as
     one JSON object. Collective: every rank calls it.
     """
-    world = worlds.from_environment()
-    device = choose_device(world)
-    configure_torch(recipe, world, device)
+    device = prepare_process(recipe)
     engine = engines.create(recipe.machine, recipe.determinism, device)
     folder = None
     where = f"rank {engine.rank} on {socket.gethostname()}"
@@ -67,6 +66,15 @@ def fail(engine, folder: RunFolder | None, where: str, message: str, trace: str 
         engine.abort(EXIT_FAILED)
 
 
+def prepare_process(recipe: Recipe) -> torch.device:
+    """What a rank settles before MPI starts: its memory, its threads, its device."""
+    keep_freed_memory()
+    world = worlds.from_environment()
+    device = choose_device(world)
+    configure_torch(recipe, world, device)
+    return device
+
+
 def choose_device(world: worlds.World) -> torch.device:
     """The GPU of this rank's place on its node, or the CPU where there is none."""
     if not torch.cuda.is_available():
@@ -91,4 +99,6 @@ def configure_torch(recipe: Recipe, world: worlds.World, device: torch.device) -
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # filling what `empty` returns with NaN finds kernels that read it; it makes nothing deterministic
+        torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not exact

@@ -21,7 +21,8 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.floa
 
 class RunningStatistics:
     """BatchNorm's running means and variances as views into one flat buffer, laid out like the statistics that
-    ride in the first bucket, so that a step's moving average is one operation."""
+    ride in the first bucket, so that adding a pass's statistics and a step's moving average are one operation each.
+    """
 
     def __init__(self, layers: list[GhostBatchNorm], dtype: torch.dtype, device: torch.device):
         self.layers = layers
@@ -33,16 +34,30 @@ class RunningStatistics:
         self.size = offset
         self.flat = torch.zeros(offset, dtype=dtype, device=device)
         self.momentum = torch.zeros_like(self.flat)
+        self.measured: list[torch.Tensor] = []  # of the pass under way: a flat buffer a BatchNorm group
         for layer, start in zip(layers, self.offsets, strict=True):
             view = self.flat[start : start + 2 * layer.num_features].view(2, -1)
             view[0], view[1] = layer.running_mean, layer.running_var
             layer.running_mean, layer.running_var = view[0], view[1]
             self.momentum[start : start + 2 * layer.num_features] = layer.momentum
 
-    def collect_in(self, statistics: torch.Tensor) -> None:
-        """Let the layers add their statistics to this flat buffer."""
-        for layer, start in zip(self.layers, self.offsets, strict=True):
-            layer.statistics = statistics[start : start + 2 * layer.num_features].view(2, -1)
+    def begin_pass(self, groups: int) -> None:
+        """Make room for what the layers measure in a pass of so many BatchNorm groups."""
+        while len(self.measured) < groups:
+            measured = torch.zeros_like(self.flat)
+            self.measured.append(measured)
+            for layer, start in zip(self.layers, self.offsets, strict=True):
+                mean_var = measured[start : start + 2 * layer.num_features].view(2, -1)
+                # .data: versions of their own. A compiled layer saves its buffers for backward, and writing those of
+                # the next layer would count as a change of them.
+                layer.measured.append((mean_var[0].data, mean_var[1].data))
+        for measured in self.measured[:groups]:
+            measured.zero_()  # else a NaN would stay: batch_norm adds to 0 times what is there
+
+    def end_forward(self, statistics: torch.Tensor, groups: int, share: float) -> None:
+        """Add each group's statistics, times `share`, to this flat buffer."""
+        for measured in self.measured[:groups]:
+            statistics.add_(measured, alpha=share)
 
     def update(self, means: torch.Tensor) -> None:
         """running <- (1 - momentum) * running + momentum * mean over all groups of the step."""
@@ -84,7 +99,6 @@ class Replica:
             bits=recipe.fixed_point_bits if recipe.determinism == "any-ranks" else None,
             wire_scale=2.0**recipe.wire_scale_bits if compress else None,
         )
-        self.running.collect_in(self.buckets.statistics)
         self.optimizer = optim.create(self.buckets, recipe.optim)
         decay = recipe.train.ema_decay
         self.average = optim.WeightAverage(self.buckets, decay) if decay else None
@@ -92,6 +106,17 @@ class Replica:
             models.compile_stages(self.model)
         self.bucket_mb = machine.bucket_mb
         self.training_model = self.model  # what a pass calls
+
+    def begin_pass(self, step: int, workers: list[int], counts: list[int], groups_in_step: int) -> None:
+        """Before a forward: its workers and how many samples each has, and BatchNorm's groups in the whole step."""
+        self.context.begin(step, workers, counts, groups_in_step)
+        self.running.begin_pass(len(self.context.groups))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The model's outputs; what its BatchNorm layers measured goes to the first bucket."""
+        outputs = self.training_model(images)
+        self.running.end_forward(self.buckets.statistics, len(self.context.groups), self.context.group_share)
+        return outputs
 
     def passing(self, sums: bool) -> AbstractContextManager:
         """Around a forward-backward. sums: it is the one in which the engine's model sums gradients over ranks."""

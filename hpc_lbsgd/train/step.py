@@ -120,7 +120,8 @@ class Stepper:
         previous_lr: of the step before, for optimizers that absorb the learning rate.
         """
         replica, buckets, control = self.replica, self.replica.buckets, self.control
-        replica.model.train()
+        if not replica.model.training:  # it visits every module
+            replica.model.train()
         work, measured = self.passes.at(point), self.passes.measures(point)
         groups = groups_in_step(point, self.bn_group)
         loss_sum, squares = torch.zeros(2, dtype=torch.float64, device=replica.device)
@@ -133,7 +134,7 @@ class Stepper:
             replaced += stand_ins
             data_wait_s += time.perf_counter() - before
             self.mark("compute", point.step)
-            replica.context.begin(point.step, workers, counts, groups)
+            replica.begin_pass(point.step, workers, counts, groups)
             last = i == len(work) - 1
             buckets.arm(last_pass=last, measured=measured)
             with replica.passing(sums=last and buckets.summed_elsewhere):
@@ -185,7 +186,7 @@ class Stepper:
         """This pass's share of the loss: divided by the true global count here, summed over ranks later
         (Goyal et al. 2017, Remark 3)."""
         with torch.autocast(self.replica.device.type, torch.bfloat16, enabled=self.autocast):
-            outputs = self.replica.training_model(images if self.autocast else images.to(self.dtype))
+            outputs = self.replica.forward(images if self.autocast else images.to(self.dtype))
         outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
         loss = self.loss(outputs, labels) / point.count
         if self.loss_decay:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import CLASSES, changed, mpirun, records, write_recipe
+from conftest import CLASSES, changed, records, train_many
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.train import models
@@ -42,24 +42,14 @@ def jobs_for(ranks):
 def runs(small_recipe, tmp_path_factory):
     """{ranks: {variant: run folder}}, each of 20 steps."""
     root = tmp_path_factory.mktemp("ranks")
-    found = {ranks: {} for ranks in (1, 2, 3, 4, 5)}
 
     def run_all(ranks, variants):
-        listed = []
-        for name, changes in variants.items():
-            recipe = changed(small_recipe, train__max_steps=STEPS, **changes)
-            run = root / f"{name}-on-{ranks}"
-            listed.append([str(write_recipe(root / f"{name}-{ranks}.yaml", recipe)), str(run)])
-            found[ranks][name] = run
-        jobs = root / f"jobs-{ranks}.json"
-        jobs.write_text(json.dumps(listed))
-        result = mpirun(ranks, "tests/mpi/many.py", jobs, timeout=400)
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert f"codes {[0] * len(listed)}" in result.stdout
+        recipes = {name: changed(small_recipe, train__max_steps=STEPS, **v) for name, v in variants.items()}
+        return train_many(ranks, recipes, root)
 
-    for ranks in found:
-        run_all(ranks, jobs_for(ranks))
-    run_all(3, {"k16-fusion": FLOAT64 | {"machine__reduction": "fusion"}})  # Horovod reads its threshold once
+    found = {ranks: run_all(ranks, jobs_for(ranks)) for ranks in (1, 2, 3, 4, 5)}
+    fusion = {"machine__reduction": "fusion"}  # Horovod reads its threshold once
+    found[3] |= run_all(3, {"k16-fusion": FLOAT64 | fusion, "exact-k16-fusion": EXACT | fusion})
     return found
 
 
@@ -101,6 +91,12 @@ def test_any_ranks_gives_one_hash(runs, variant):
     assert len({tuple(losses(runs[ranks][variant])) for ranks in (1, 2, 3, 4, 5)}) == 1
     evals = [tuple((r["loss"], r["accuracy"]) for r in records(runs[ranks][variant], "eval")) for ranks in (1, 3, 5)]
     assert len(set(evals)) == 1
+
+
+def test_any_ranks_gives_that_hash_through_run_time_fusion(runs):
+    """Integers: what Horovod sums together, and in which order, does not matter."""
+    fused, plain = (records(runs[3][name], "end")[0]["weights_sha256"] for name in ("exact-k16-fusion", "exact-k16"))
+    assert fused == plain
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -1,12 +1,11 @@
 """The same recipes through DistributedDataParallel: the same weights, and what it cannot do refused by name."""
 
-import json
 import os
 from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import SAMPLES, changed, command, mpirun, records, train_on, write_recipe
+from conftest import SAMPLES, changed, command, records, train_many, train_on, write_recipe
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
@@ -42,16 +41,8 @@ def runs(small_recipe, tmp_path_factory):
     for ranks in (1, 2, 3):
         # three workers in a tail of two leave the third rank idle, which DDP refuses
         names = [name for name in VARIANTS if ranks < 3 or name not in ("k3", "grows")]
-        listed = []
-        for name in names:
-            recipe = changed(small_recipe, **FLOAT64, **VARIANTS[name], **(DDP if ranks > 1 else {}))
-            run = root / f"{name}-on-{ranks}"
-            listed.append([str(write_recipe(root / f"{name}-{ranks}.yaml", recipe)), str(run)])
-        jobs = root / f"jobs-{ranks}.json"
-        jobs.write_text(json.dumps(listed))
-        result = mpirun(ranks, "tests/mpi/many.py", jobs, timeout=300)
-        assert result.returncode == 0, result.stdout + result.stderr
-        found[ranks] = {name: root / f"{name}-on-{ranks}" for name in names}
+        base = FLOAT64 | (DDP if ranks > 1 else {})
+        found[ranks] = train_many(ranks, {n: changed(small_recipe, **base, **VARIANTS[n]) for n in names}, root)
     return found
 
 

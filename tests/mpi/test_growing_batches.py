@@ -1,9 +1,7 @@
 """Batches that grow, and the noise scale that makes them grow: the same on any number of ranks, and across a resume."""
 
-import json
-
 import pytest
-from conftest import changed, mpirun, records, train_on, write_recipe
+from conftest import changed, records, train_many, train_on, write_recipe
 
 from hpc_lbsgd.theory.noise import transferred_lr
 
@@ -27,19 +25,9 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def runs(small_recipe, tmp_path_factory):
     """{ranks: {variant: run folder}}, each to its end."""
+    recipes = {name: changed(small_recipe, **changes) for name, changes in VARIANTS.items()}
     root = tmp_path_factory.mktemp("growing")
-    found = {}
-    for ranks in RANKS:
-        listed = []
-        for name, changes in VARIANTS.items():
-            recipe = write_recipe(root / f"{name}.yaml", changed(small_recipe, **changes))
-            listed.append([str(recipe), str(root / f"{name}-on-{ranks}")])
-        jobs = root / f"jobs-{ranks}.json"
-        jobs.write_text(json.dumps(listed))
-        result = mpirun(ranks, "tests/mpi/many.py", jobs, timeout=400)
-        assert result.returncode == 0, result.stdout + result.stderr
-        found[ranks] = {name: root / f"{name}-on-{ranks}" for name in VARIANTS}
-    return found
+    return {ranks: train_many(ranks, recipes, root) for ranks in RANKS}
 
 
 def noise_of(run):

@@ -3,12 +3,11 @@
 DistributedDataParallel's part is in test_ddp.py.
 """
 
-import json
 import os
 
 import pytest
 import torch
-from conftest import changed, mpirun, records, train_on, write_recipe
+from conftest import changed, records, train_many, train_on, write_recipe
 
 STEPS = 6
 BASE = {"precision": "float64", "train__max_steps": STEPS, "optim__weight_decay": 0.01}
@@ -28,16 +27,14 @@ def runs(small_recipe, tmp_path_factory):
     os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     found = {}
     for ranks, ways in ((1, {"buckets": {}}), (2, WAYS)):
-        listed = []
-        for way, changes in ways.items():
-            for model in MODELS:
-                recipe = changed(small_recipe, **BASE | changes, model={"name": f"unused:{model}"})
-                run = found[ranks, way, model] = root / f"{model}-{way}-on-{ranks}"
-                listed.append([str(write_recipe(root / f"{run.name}.yaml", recipe)), str(run)])
-        jobs = root / f"jobs-{ranks}.json"
-        jobs.write_text(json.dumps(listed))
-        result = mpirun(ranks, "tests/mpi/many.py", jobs, timeout=300)
-        assert result.returncode == 0, result.stdout + result.stderr
+        recipes = {
+            f"{model}-{way}": changed(small_recipe, **BASE | changes, model={"name": f"unused:{model}"})
+            for way, changes in ways.items()
+            for model in MODELS
+        }
+        for name, run in train_many(ranks, recipes, root).items():
+            model, way = name.split("-", 1)
+            found[ranks, way, model] = run
     return found
 
 

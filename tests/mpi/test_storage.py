@@ -1,10 +1,9 @@
 """Where the pictures lie does not matter: folder, tar, raw, staged, on any number of ranks, bad images or not."""
 
-import json
 import shutil
 
 import pytest
-from conftest import changed, mpirun, records, write_recipe
+from conftest import changed, records, train_many
 
 from hpc_lbsgd.data import manifest, pack
 
@@ -30,15 +29,8 @@ def runs(small_recipe, small_data, tmp_path_factory):
     places["skip"] = {"data__train": str(root / "spoiled"), "data__on_bad_image": "skip", "data__loader": "dali"}
     found = {}
     for ranks in RANKS:
-        listed = []
-        for name, changes in places.items():
-            recipe = write_recipe(root / f"{name}.yaml", changed(small_recipe, **EXACT | changes))
-            found[name, ranks] = root / f"{name}-on-{ranks}"
-            listed.append([str(recipe), str(found[name, ranks])])
-        jobs = root / f"jobs-{ranks}.json"
-        jobs.write_text(json.dumps(listed))
-        result = mpirun(ranks, "tests/mpi/many.py", jobs, timeout=300)
-        assert result.returncode == 0, result.stdout + result.stderr
+        recipes = {name: changed(small_recipe, **EXACT | changes) for name, changes in places.items()}
+        found |= {(name, ranks): run for name, run in train_many(ranks, recipes, root).items()}
     return found
 
 

@@ -39,13 +39,14 @@ def test_ghost_batchnorm_is_batchnorm_on_each_group(counts, group):
     plain = nn.BatchNorm2d(6).double()
     nn.init.uniform_(plain.weight)
     context = context_of(counts, group)
-    sizes = context.groups()
+    sizes = context.groups
     context.group_share = 1 / len(sizes)
     ghost = GhostBatchNorm.of(plain, context)
     running = RunningStatistics([ghost], torch.float64, CPU)
     collected = torch.zeros(running.size, dtype=torch.float64)
-    running.collect_in(collected)
+    running.begin_pass(len(sizes))
     y = ghost(x)
+    running.end_forward(collected, len(sizes), context.group_share)
     expected, means, variances = [], [], []
     for part in x.split(sizes):
         expected.append(nn.functional.batch_norm(part, None, None, plain.weight, plain.bias, True, eps=plain.eps))
@@ -59,6 +60,35 @@ def test_ghost_batchnorm_is_batchnorm_on_each_group(counts, group):
     running.update(collected)
     torch.testing.assert_close(ghost.running_mean, 0.1 * torch.stack(means).mean(0), rtol=0, atol=1e-12)
     torch.testing.assert_close(ghost.running_var, 0.9 + 0.1 * torch.stack(variances).mean(0), rtol=0, atol=1e-12)
+
+
+class Recomputes(nn.Module):
+    """Forgets its activations and computes them again in backward, or not."""
+
+    def __init__(self, recompute):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU())
+        self.norm = nn.BatchNorm2d(4, track_running_stats=False)
+        self.last, self.recompute = nn.Linear(400, 5), recompute
+
+    def forward(self, x):
+        x = checkpoint(self.features, x, use_reentrant=False) if self.recompute else self.features(x)
+        return self.last(self.norm(x).flatten(1))
+
+
+def test_statistics_that_backward_computes_again_count_once(engine, monkeypatch):
+    found = []
+    for recompute in (False, True):
+        monkeypatch.setitem(models.MODELS, "odd", lambda section, channels, classes, r=recompute: Recomputes(r))
+        base = small_recipe(precision="float64")
+        recipe = base.model_copy(update={"model": base.model.model_copy(update={"name": "odd"})})
+        replica = Replica(recipe, 5, engine, CPU)
+        assert step.Stepper(replica, recipe, batches(recipe, point_of())).run(point_of()).finite
+        found.append(weights(replica))
+    plain, recomputed = found
+    assert plain["features.1.running_var"].sub(0.9).abs().min() > 1e-3  # it moved
+    for name, value in plain.items():
+        assert torch.equal(recomputed[name], value), name
 
 
 def test_one_sample_without_space_normalises_to_zero():
