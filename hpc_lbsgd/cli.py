@@ -221,7 +221,11 @@ def add_bench(commands) -> None:
     p.add_argument("--image-size", type=positive, default=32, help="pixels (default: %(default)s)")
     p.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     p.add_argument("--warm-ups", type=positive, default=5, help="steps before timing (default: %(default)s)")
-    p.add_argument("--steps", type=positive, default=20, help="timed steps of a launch (default: %(default)s)")
+    p.add_argument(
+        "--steps", type=positive, default=20,
+        help="timed steps of the largest batch; smaller ones get as many images, up to 16 times the steps "
+        "(default: %(default)s)",
+    )  # fmt: skip
     p.add_argument("--threads", type=positive, help="of a CPU rank, the same for all (default: cores / ranks)")
     p.add_argument(
         "--tune", type=lambda text: text.split(","), nargs="?", const=["all"], metavar="A,B",

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -65,15 +67,30 @@ def run(program: str, contender: Contender, timeout_s: float, oversubscribe: boo
         own = environment(contender)
         line = compose(layout, exported(layout, own), words, place.mpi)
         process = subprocess.Popen(line, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        try:
-            said, _ = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # mpirun ends its ranks
-            said, _ = process.communicate()
-            raise RunError(f"{contender.name}: no result after {timeout_s:g} s; its last words: {tail(said)}") from None
+        with ending(process):
+            try:
+                said, _ = process.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                said, _ = process.communicate()
+                said = f"no result after {timeout_s:g} s; its last words: {tail(said)}"
+                raise RunError(f"{contender.name}: {said}") from None
         if process.returncode or not out.exists():
             raise RunError(f"{contender.name}: {Path(line[0]).name} ended with {process.returncode}: {tail(said)}")
         return json.loads(out.read_text())
+
+
+@contextmanager
+def ending(process: subprocess.Popen) -> Iterator[None]:
+    """What ends this process, Ctrl-C or SIGTERM, ends mpirun first, and mpirun its ranks."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate()
+        signal.signal(signal.SIGTERM, before)
 
 
 def tail(text: str, lines: int = 5) -> str:

@@ -22,21 +22,29 @@ from hpc_lbsgd.bench.ways import PARTS, WAYS, Clock, recipe_of
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.train.job import choose_device, configure_torch
 
+MOST_TIMES = 16  # as many steps as the largest batch
+
+
+def steps_of(batch: int, task: dict) -> int:
+    """The task's steps at its largest batch; smaller ones are shorter and get as many images."""
+    return task["steps"] * min(MOST_TIMES, max(task["batches"]) // batch)
+
 
 def time_batch(way, batch: int, task: dict, device: torch.device) -> dict:
     """Seconds of a step on the slowest rank, and the medians of its parts on this one."""
+    steps = steps_of(batch, task)
     way.prepare(batch)
     for _ in range(task["warm_ups"]):
         way.step()
     way.barrier()
     clock = Clock(device)
     clock.start()
-    for _ in range(task["steps"]):
+    for _ in range(steps):
         way.step()
     clock.wait()
-    step_s = way.slowest((time.perf_counter() - clock.last) / task["steps"])
+    step_s = way.slowest((time.perf_counter() - clock.last) / steps)
     found = []
-    for _ in range(max(3, task["steps"] // 4)):
+    for _ in range(max(3, steps // 4)):
         clock = Clock(device)
         way.step_in_parts(clock)
         found.append(clock.parts)

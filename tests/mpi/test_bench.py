@@ -1,6 +1,14 @@
 """Benchmarks on real ranks: every way runs, and says what it did. Seconds are not looked at."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
 
 from conftest import command, mpirun
 
@@ -46,6 +54,39 @@ def test_bench_step_tune(tmp_path):
     assert row["environment"]["OMPI_MCA_mpi_yield_when_idle"] == "0"
     assert "ETA" in done.stderr
     assert recipes.read("fashion-mnist", [f"machine={out}"]) == recipes.read("fashion-mnist")
+
+
+def marked(mark: str) -> list[str]:
+    """Command lines of the processes whose environment has this mark."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is a zombie
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found
+
+
+def wait_for(what, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.2)
+    return what()
+
+
+def test_a_benchmark_that_is_ended_ends_its_ranks():
+    mark = f"HPC_LBSGD_TEST_MARK={uuid.uuid4()}"
+    words = ["bench", "step", "--oversubscribe", "--engines", "hpc_lbsgd", "--steps", "100000", "--model", "resnet8"]
+    environment = dict([*os.environ.items(), mark.split("=")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpc_lbsgd.cli", *words], env=environment, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert wait_for(lambda: sum("step_ranks" in line for line in marked(mark)) >= 3, 60)  # mpirun and 2 ranks
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert wait_for(lambda: not marked(mark), 30), marked(mark)
+    finally:
+        process.kill()
 
 
 def test_bench_allreduce(tmp_path):
