@@ -211,10 +211,10 @@ def plot(path: Path, result: dict) -> None:
         x = [r["bytes"] for r in mine]
         style = {"linestyle": ":"} if name.startswith("reference") else {}
         axes[0].plot(x, [1e6 * r["seconds"] for r in mine], marker=".", label=name, **style)
-        axes[1].plot(x, [1e-9 * r["busbw_bytes_per_s"] for r in mine], marker=".", **style)
+        axes[1].plot(x, [1e-9 * r["busbw_bytes_per_s"] for r in mine], marker=".", label=name, **style)
     axes[0].set(xscale="log", yscale="log", xlabel="bytes", ylabel=f"microseconds, {result['ranks']} ranks")
     axes[1].set(xscale="log", xlabel="bytes", ylabel="bus bandwidth, GB/s")
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
     figures.save(figure, path)
 
 
