@@ -109,6 +109,10 @@ class Progress:
     def __init__(self, launches: int):
         self.launches, self.begun, self.since = launches, 0, time.monotonic()
 
+    def expect(self, left: int) -> None:
+        """So many launches are still to begin."""
+        self.launches = self.begun + left
+
     def begin(self, text: str) -> None:
         if self.begun:
             left = (time.monotonic() - self.since) / self.begun * (self.launches - self.begun)

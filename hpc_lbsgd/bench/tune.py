@@ -203,13 +203,14 @@ def said(setting: Setting) -> str:
 
 
 class Launches:
-    """Measures settings on real ranks, in turn."""
+    """Measures settings on real ranks, in turn. left: how many launches follow those of a group."""
 
-    def __init__(self, ranks: int, task: dict, timeout_s: float, oversubscribe: bool, progress: Progress):
-        self.ranks, self.task, self.progress = ranks, task, progress
-        self.limits = (timeout_s, oversubscribe)
+    def __init__(self, ranks: int, task: dict, timeout_s: float, oversubscribe: bool, left: Callable[[str], int]):
+        self.ranks, self.task, self.left = ranks, task, left
+        self.limits, self.progress = (timeout_s, oversubscribe), Progress(0)
 
     def __call__(self, group: str, settings: list[Setting], rounds: int) -> list[list[Launched]]:
+        self.progress.expect(len(settings) * rounds + self.left(group))
         return self.compare(group, [(said(s), {"machine": s}) for s in settings], rounds)
 
     def compare(self, group: str, changes: list[tuple[str, dict]], rounds: int) -> list[list[Launched]]:
@@ -329,11 +330,20 @@ def tune(
     groups = choose(names, on_gpu, int(os.environ.get("SLURM_JOB_NUM_NODES", 1)))
     launches.check_file("--out", out)
     effect = effect_of(task, on_gpu)  # refuses a wrong model before anything starts
-    progress = Progress(most_launches(groups, rounds) + 2 * rounds * fp16)
-    measure = Launches(ranks, task, timeout_s, oversubscribe, progress)
+
+    def left(group: str) -> int:
+        """At most: what is offered twice or loses early is not launched."""
+        wire = 2 * rounds * fp16
+        if group not in groups:  # the confirmation
+            return wire
+        names = list(groups)
+        return most_launches({g: groups[g] for g in names[names.index(group) + 1 :]}, rounds) + wire
+
+    measure = Launches(ranks, task, timeout_s, oversubscribe, left)
     found = search(groups, rounds, measure, effect)
     if fp16:
         best = {"machine": found.best}
+        measure.progress.expect(2 * rounds)
         fp32, half = measure.compare("wire", [("fp32", best), ("fp16", best | {"mode": "fp16"})], rounds)
         found.trials.append(Trial(WIRE, found.best, judge(fp32, half), half))
     result = summarise(found, task, ranks, rounds)
