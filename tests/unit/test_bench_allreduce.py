@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import command
 
-from hpc_lbsgd import cli
+from hpc_lbsgd import arguments
 from hpc_lbsgd.bench import allreduce, choices, launches
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.theory import collectives
@@ -113,6 +113,6 @@ def test_wrong_requests(changes, said):
 
 
 def test_the_command_line_reads_sizes():
-    assert cli.byte_counts("1KB,4MB,1GB,12") == [1024, 4 * 2**20, 2**30, 12]
+    assert arguments.byte_counts("1KB,4MB,1GB,12") == [1024, 4 * 2**20, 2**30, 12]
     done = command("bench", "allreduce", "--bytes", "many")
     assert done.returncode == 2 and "--bytes" in done.stderr
