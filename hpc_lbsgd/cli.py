@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 from hpc_lbsgd.arguments import (
@@ -24,12 +25,23 @@ from hpc_lbsgd.bench import commands as bench
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import world
 
+LATER_S = 10.0
+
+
+def leave_to_rank_0() -> bool:
+    """Every rank finds the same fault in a request; rank 0 says so. The others wait until it has: mpirun ends all ranks
+    as soon as one ends with a code, and would end a rank 0 that is late before its message."""
+    if world.from_environment().rank == 0:
+        return False
+    time.sleep(LATER_S)
+    return True
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong once, not once a rank."""
 
     def error(self, message: str):
-        if world.from_environment().rank == 0:
+        if not leave_to_rank_0():
             super().error(message)
         sys.exit(EXIT_REQUEST)
 
@@ -329,8 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.function(args)
     except RequestError as problem:
-        # every rank finds the same fault in a recipe; one says so
-        if world.from_environment().rank == 0:
+        if not leave_to_rank_0():
             print(f"hpc-lbsgd: {problem}", file=sys.stderr)
         return EXIT_REQUEST
     except RunError as problem:
