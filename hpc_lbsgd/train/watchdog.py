@@ -17,7 +17,9 @@ from collections.abc import Callable
 
 from hpc_lbsgd.records import RunFolder
 
-EXEMPT = ("start", "compile", "evaluation", "checkpoint", "end")  # phases that may take long
+# phases that may take long: as long as every rank beats
+LONG = ("start", "compile", "evaluation", "checkpoint")
+EXEMPT = "end"  # ranks leave, and need not beat
 
 
 class Watchdog:
@@ -69,15 +71,29 @@ class Watchdog:
         except OSError as problem:  # a full disk must not end a run that could go on
             print(f"rank {self.rank}: heartbeat not written: {problem}", file=sys.stderr)
 
+    def _beat_for(self, seconds: float) -> None:
+        """Wait, and go on beating: other ranks are looking too, and would name this one."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._beat()
+            time.sleep(min(self.interval_s / 2, left))
+
     def _run(self) -> None:
         while not self._end.wait(self.interval_s):
             self._beat()
-            if self._state[0] not in EXEMPT and time.monotonic() - self._progress > self.timeout_s:
-                message, speaks = self.diagnosis()
-                if not speaks:
-                    time.sleep(2 * self.interval_s)  # let the one that speaks be heard
-                self.on_stall(message, speaks)
-                return
+            since, phase = self._progress, self._state[0]
+            if phase == EXEMPT or time.monotonic() - since <= self.timeout_s:
+                continue
+            silent, beats = self._look()
+            if phase in LONG and not silent:
+                if self._progress == since:
+                    self._progress = time.monotonic()  # look again when as much time has gone
+                continue
+            speaks = self.rank == min(set(range(self.size)) - set(silent))
+            if not speaks:
+                self._beat_for(2 * self.interval_s)  # let the one that speaks be heard
+            self.on_stall(self._diagnosis(silent, beats), speaks)
+            return
 
     def _read(self) -> dict[int, dict]:
         beats = {}
@@ -88,33 +104,34 @@ class Watchdog:
                 continue
         return beats
 
-    def diagnosis(self) -> tuple[str, bool]:
-        """(message, this rank is the first that is alive). The message names who holds the job up: ranks that no
-        longer beat, else those that do not wait for others."""
+    def _look(self) -> tuple[list[int], dict[int, dict]]:
+        """(ranks that no longer beat, the last beats of all)."""
         first = self._read()
-        time.sleep(1.5 * self.interval_s)
-        self._beat()
+        self._beat_for(2 * self.interval_s)
         second = self._read()
         silent = [
             r
             for r in range(self.size)
             if r not in second or (r != self.rank and second[r]["beat"] == first.get(r, {}).get("beat"))
         ]
+        return silent, second
+
+    def _diagnosis(self, silent: list[int], beats: dict[int, dict]) -> str:
+        """Who holds the job up: ranks that no longer beat, else those that do not wait for others."""
         if silent:
             stalest, why = silent, "no heartbeat: stopped, swapped out, or its node is gone"
         else:
-            oldest = min(b["step"] for b in second.values())
-            behind = [r for r, b in second.items() if b["step"] == oldest]
-            stalest = [r for r in behind if second[r]["phase"] != "sum"] or behind
-            why = f"alive, in phase {second[stalest[0]]['phase']!r} of step {oldest}"
+            oldest = min(b["step"] for b in beats.values())
+            behind = [r for r, b in beats.items() if b["step"] == oldest]
+            stalest = [r for r in behind if beats[r]["phase"] != "sum"] or behind
+            why = f"alive, in phase {beats[stalest[0]]['phase']!r} of step {oldest}"
         named = ", ".join(
-            f"rank {r} on {second[r]['host'] if r in second else 'unknown host'}"
-            f"{' (pid ' + str(second[r]['pid']) + ')' if r in second else ''}"
+            f"rank {r} on {beats[r]['host'] if r in beats else 'unknown host'}"
+            f"{' (pid ' + str(beats[r]['pid']) + ')' if r in beats else ''}"
             for r in stalest[:8]
         )
         more = f" and {len(stalest) - 8} more" if len(stalest) > 8 else ""
-        message = (
+        return (
             f"no step for {self.timeout_s:g} s (machine.stall_timeout_s). Stalest: {named}{more}: {why}. "
             "The job ends here; start it again with --resume"
         )
-        return message, self.rank == min(set(range(self.size)) - set(silent))

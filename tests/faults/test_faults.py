@@ -43,8 +43,10 @@ class Job:
         try:
             output = self.process.communicate(timeout=within)[0]
         except subprocess.TimeoutExpired:
+            there = [p for p in pids if alive(p)]
             os.killpg(self.process.pid, signal.SIGKILL)
-            pytest.fail(f"the job was still there after {within} s")
+            output = self.process.communicate()[0]
+            pytest.fail(f"the job was still there after {within} s, of its ranks {there or 'none'}: {output}")
         took = time.monotonic() - start
         assert not [p for p in pids if alive(p)]
         return self.process.returncode, output, took

@@ -1,0 +1,38 @@
+"""A rank that stops is named in every phase; a phase that takes long is none of the watchdog's business."""
+
+import queue
+
+import pytest
+
+from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.train.watchdog import LONG, Watchdog
+
+TIMEOUT_S = 0.4
+
+
+@pytest.mark.parametrize("phase", [*LONG, "sum"])
+def test_a_silent_rank_is_named(tmp_path, phase):
+    heard = queue.Queue()
+    folder = RunFolder(tmp_path)
+    gone = Watchdog(folder, 1, 2, 1000.0, lambda *_: None)
+    gone.stop()
+    there = Watchdog(folder, 0, 2, TIMEOUT_S, lambda *said: heard.put(said))
+    there.enter(phase, 3)
+    message, speaks = heard.get(timeout=30)
+    there.stop()
+    assert speaks and "Stalest: rank 1 on" in message and "no heartbeat" in message
+
+
+def test_long_phases_may_take_long_where_all_beat(tmp_path):
+    heard = queue.Queue()
+    ranks = [Watchdog(RunFolder(tmp_path), r, 2, TIMEOUT_S, lambda *said: heard.put(said)) for r in (0, 1)]
+    for phase in (*LONG, "end"):
+        for rank in ranks:
+            rank.enter(phase, 3)
+        with pytest.raises(queue.Empty):
+            heard.get(timeout=5 * TIMEOUT_S)
+    ranks[1].enter("data", 2)  # and this one holds up the other
+    message, _ = heard.get(timeout=30)
+    for rank in ranks:
+        rank.stop()
+    assert "Stalest: rank 1 on" in message and "alive, in phase 'data' of step 2" in message
