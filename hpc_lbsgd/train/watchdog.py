@@ -74,9 +74,9 @@ class Watchdog:
     def _beat_for(self, seconds: float) -> None:
         """Wait, and go on beating: other ranks are looking too, and would name this one."""
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+        while (left := end - time.monotonic()) > 0 and not self._end.is_set():
             self._beat()
-            time.sleep(min(self.interval_s / 2, left))
+            self._end.wait(min(self.interval_s / 2, left))
 
     def _run(self) -> None:
         while not self._end.wait(self.interval_s):
@@ -84,10 +84,9 @@ class Watchdog:
             since, phase = self._progress, self._state[0]
             if phase == EXEMPT or time.monotonic() - since <= self.timeout_s:
                 continue
-            silent, beats = self._look()
-            if phase in LONG and not silent:
-                if self._progress == since:
-                    self._progress = time.monotonic()  # look again when as much time has gone
+            # a healthy job may be long in such a phase, and a network file system may show beats a minute late
+            silent, beats = self._look(max(self.timeout_s if phase in LONG else 0.0, 2 * self.interval_s))
+            if self._end.is_set() or self._progress != since or (phase in LONG and not silent):
                 continue
             speaks = self.rank == min(set(range(self.size)) - set(silent))
             if not speaks:
@@ -104,10 +103,10 @@ class Watchdog:
                 continue
         return beats
 
-    def _look(self) -> tuple[list[int], dict[int, dict]]:
-        """(ranks that no longer beat, the last beats of all)."""
+    def _look(self, seconds: float) -> tuple[list[int], dict[int, dict]]:
+        """(ranks that did not beat for so long, the last beats of all)."""
         first = self._read()
-        self._beat_for(2 * self.interval_s)
+        self._beat_for(seconds)
         second = self._read()
         silent = [
             r

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import changed, command, train_on, write_images, write_recipe
@@ -42,6 +44,20 @@ def test_one_message_from_many_ranks(small_recipe, tmp_path):
     refused(train_on(3, recipe, tmp_path / "run", "--set", "optim.momentum=1"), "optim.momentum = 1")
     refused(train_on(3, recipe, tmp_path / "run", "--set", "data.train=/nowhere"), "data.train = /nowhere")
     assert train_on(2, recipe, tmp_path / "run", "--no-such-flag").stderr.count("unrecognized arguments") == 1
+
+
+def test_other_ranks_leave_after_rank_0_has_spoken():
+    """mpirun ends all ranks with the first that ends: one that finds the fault before rank 0 does has to wait."""
+
+    def rank(number):
+        place = {"OMPI_COMM_WORLD_RANK": str(number), "OMPI_COMM_WORLD_SIZE": "2"}
+        words = [sys.executable, "-m", "hpc_lbsgd.cli", "train", "fashion-mnist", "--set", "seed=-1"]
+        return subprocess.Popen(words, env=os.environ | place, stderr=subprocess.PIPE, text=True)
+
+    early, first = rank(1), rank(0)
+    assert "seed = -1" in first.communicate(timeout=60)[1]
+    assert early.poll() is None
+    assert early.communicate(timeout=60)[1] == "" and early.returncode == first.returncode == 2
 
 
 def test_data_that_changed(small_recipe, small_data, tmp_path):
