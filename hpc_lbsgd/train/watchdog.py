@@ -108,11 +108,9 @@ class Watchdog:
         first = self._read()
         self._beat_for(seconds)
         second = self._read()
-        silent = [
-            r
-            for r in range(self.size)
-            if r not in second or (r != self.rank and second[r]["beat"] == first.get(r, {}).get("beat"))
-        ]
+        # a rank that never wrote has no beat in either; a file that cannot be read just once says nothing
+        others = (r for r in range(self.size) if r != self.rank)
+        silent = [r for r in others if second.get(r, {}).get("beat") == first.get(r, {}).get("beat")]
         return silent, second
 
     def _diagnosis(self, silent: list[int], beats: dict[int, dict]) -> str:
