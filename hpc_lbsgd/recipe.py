@@ -193,6 +193,8 @@ class Train(Section):
     loss: Annotated[str, Field(pattern=r"^(cross-entropy|[\w.]+:\w+)$")] = "cross-entropy"
     """or package.module:function, which takes (outputs, labels) and returns a loss a sample, shape (B,)"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    preflight: bool = True
+    """before the first step, check model, data and ranks against what the run promises; not part of the fingerprint"""
     on_bad_step: Literal["stop", "skip"] = "stop"
     """a step that is not finite, or beyond fixed point's range: end the run, or go on without it"""
     bad_steps_limit: Count = 10
@@ -356,7 +358,7 @@ class Recipe(Section):
             exclude={
                 "machine": True,
                 "checkpoint": True,
-                "train": {"max_steps"},
+                "train": {"max_steps", "preflight"},
                 "data": {"train", "eval", "samples", "classes"},
             },
         )

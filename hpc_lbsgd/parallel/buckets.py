@@ -298,6 +298,15 @@ class Buckets:
 
     # ---------------------------------------------------------------- beside the step
 
+    def local_sums(self) -> list[torch.Tensor]:
+        """What this rank's passes of a step that has not left added up to: int64 totals, or gradients."""
+        return [self.totals[b.index] if self.bits is not None else b.gradients for b in self.buckets]
+
+    def clear(self) -> None:
+        """Leave no gradients behind."""
+        for bucket in self.buckets:
+            bucket.gradients.zero_()
+
     @property
     def statistics(self) -> torch.Tensor:
         """The head of the first bucket, where BatchNorm's statistics ride."""

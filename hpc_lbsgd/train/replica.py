@@ -23,19 +23,24 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.floa
 class Replica:
     """The model as `recipe` says, its parameters laid into buckets, on this rank's device.
 
-    calls: how often BatchNorm layers are called in a forward, where more than once (`probe.calls`).
+    calls: how often BatchNorm layers are called in a forward, where more than once (`preflight.before`).
     channels_last: the memory format of the weights, and the one that images should have.
     """
 
     def __init__(
-        self, recipe, classes: int, engine: Engine, device: torch.device, calls: Mapping[str, int] | None = None
+        self,
+        recipe,
+        classes: int,
+        engine: Engine,
+        device: torch.device,
+        calls: Mapping[str, int] | None = None,
     ):
         self.engine, self.device, self.autocast = engine, device, recipe.precision == "bf16"
         dtype, machine = DTYPES[recipe.precision], recipe.machine
         self.dtype = dtype
         model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
-        self.channels_last = machine.channels_last and (device.type != "cpu" or channels_last_is_safe(model))
-        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        memory_format = memory_format_of(recipe, model, device)
+        self.channels_last = memory_format == torch.channels_last
         self.model: nn.Module = model.to(device, memory_format=memory_format)
         self.context = PassContext(recipe.seed, recipe.batch.group)
         self.running = RunningStatistics(make_virtual(self.model, self.context), calls or {}, dtype, device)
@@ -79,14 +84,9 @@ class Replica:
         return outputs
 
     def outputs(self, images: torch.Tensor) -> torch.Tensor:
-        """The model's outputs, float64 or float32. What is counted (tokens) stays as it is; what is measured is taken
-        in the precision of the weights."""
+        """The model's outputs."""
         model = self.training_model if self.model.training else self.model
-        if images.is_floating_point() or images.dtype == torch.uint8:
-            images = images.to(self.dtype)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            outputs = model(images)
-        return outputs if outputs.dtype == torch.float64 else outputs.float()
+        return outputs(model, images, self.dtype, self.device, self.autocast)
 
     def end_pass(self) -> None:
         """After backward."""
@@ -151,6 +151,23 @@ class Replica:
 
     def gradient_bytes(self) -> int:
         return sum(b.layout.size * b.gradients.element_size() for b in self.buckets.buckets)
+
+
+def outputs(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, device: torch.device, autocast: bool):
+    """What `model` makes of a batch, in float64 or float32. What is counted (tokens) stays as it is; what is measured
+    is taken in the precision of the weights."""
+    if images.is_floating_point() or images.dtype == torch.uint8:
+        images = images.to(dtype)
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        found = model(images)
+    half = isinstance(found, torch.Tensor) and found.dtype in (torch.bfloat16, torch.float16)
+    return found.float() if half else found
+
+
+def memory_format_of(recipe, model: nn.Module, device: torch.device) -> torch.memory_format:
+    """Of weights and images."""
+    last = recipe.machine.channels_last and (device.type != "cpu" or channels_last_is_safe(model))
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def channels_last_is_safe(model: nn.Module) -> bool:

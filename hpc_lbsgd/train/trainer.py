@@ -14,7 +14,7 @@ import torch
 from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import stage as stages
 from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
-from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunError
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError, RunError
 from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import agree, together
@@ -26,8 +26,8 @@ from hpc_lbsgd.train import checkpoint
 from hpc_lbsgd.train.display import Display, TensorBoard
 from hpc_lbsgd.train.evaluate import evaluate
 from hpc_lbsgd.train.losses import loss_function
+from hpc_lbsgd.train.parts import build
 from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, software_facts, stage_folder
-from hpc_lbsgd.train.replica import Replica
 from hpc_lbsgd.train.step import Outcome, Passes, Stepper
 from hpc_lbsgd.train.watchdog import Watchdog
 
@@ -89,19 +89,31 @@ class Trainer:
         self.watchdog = Watchdog(
             self.folder, self.engine.rank, self.engine.size, machine.stall_timeout_s, self._on_stall
         )
-        classes = self.recipe.data.classes
-        self.replica = together(self.engine, lambda: Replica(self.recipe, classes, self.engine, self.device))
+        self._build()
         if self.found.checkpoint:
             agree(self.engine, lambda: checkpoint.load(Path(self.found.checkpoint), self.replica))
         self.replica.optimizer.skipped = len(self.state.skipped)
         self.replica.synchronise()
-        together(self.engine, self._make_loaders)
         self._open_records()
         started = time.monotonic()
         stopped = self._train()
         if self.first_step == self.state.step and self.eval_set and self.first_step:
             self._evaluate(self.schedule.at(self.first_step - 1).epoch + 1)  # nothing was left to do
         return self._end(stopped, time.monotonic() - started)
+
+    def _build(self) -> None:
+        begun = agree(self.engine, self.folder.read_preflight)
+        sets = (self.train_set, self.eval_set)
+        try:
+            parts = build(self.recipe, self.schedule, *sets, self.engine, self.device, begun)
+            parts.refuse()
+        except RequestError:
+            self.watchdog.stop()
+            raise
+        self.replica, self.train_loader, self.eval_loader = parts.replica, parts.train_loader, parts.eval_loader
+        self.preflight = parts
+        if self.lead and parts.facts and not begun:
+            self.folder.write_preflight(parts.facts)
 
     def _train(self) -> bool:
         """All steps that are left; True if the run was stopped on the way.
@@ -252,17 +264,6 @@ class Trainer:
 
     # ---------------------------------------------------------------- records
 
-    def _make_loaders(self) -> None:
-        recipe, machine = self.recipe, self.recipe.machine
-        threads = machine.loader_threads or min(8, worlds.cores_per_rank(self.engine.local_size))
-        shared = (threads, machine.prefetch, self.replica.channels_last, self.device)
-        largest = recipe.batch.samples_per_worker * machine.workers_per_pass
-        self.train_loader = loaders.create(recipe.data, self.train_set, recipe.seed, True, largest, *shared)
-        if self.eval_set:
-            self.eval_loader = loaders.create(
-                recipe.data, self.eval_set, recipe.seed, False, machine.eval_batch, *shared
-            )
-
     def _open_records(self) -> None:
         ranks = self.engine.gather(environment_facts(self.device))
         self.hosts = [r["host"] for r in ranks]
@@ -273,6 +274,9 @@ class Trainer:
         print(render(self.name, plan, recipe), file=sys.stderr)
         resumed = f", resumed at step {first}" if self.found.attempt else ""
         print(f"  run folder     {self.folder.path}{resumed}", file=sys.stderr, flush=True)
+        if self.preflight.checks:
+            checks, seconds = self.preflight.checks, self.preflight.preflight_s
+            print(f"  preflight      {len(checks)} checks in {seconds:.1f} s: all hold", file=sys.stderr, flush=True)
         for note in self.found.notes:
             print(f"  passed over    {note}", file=sys.stderr)
         self.folder.add_environment({"time": now(), "attempt": self.found.attempt, **software_facts(), "ranks": ranks})
@@ -298,6 +302,7 @@ class Trainer:
             device=ranks[0]["device"],
             recipe_fingerprint=recipe.fingerprint(),
             data_fingerprint=self.state.data_fingerprint,
+            preflight_s=round(self.preflight.preflight_s, 3),
         )
         if self.found.attempt:
             facts = {"attempt": self.found.attempt, "step": first, "checkpoint": self.found.checkpoint}
