@@ -250,6 +250,9 @@ class Machine(Section):
     (default: the site's, for sets that are packed)"""
     eval_batch: Count = 250
     """images in one evaluation pass"""
+    cross_check_steps: Annotated[int, Field(ge=0)] = 100
+    """any-ranks: every so many steps ranks compare digests of their weights, and one worker is computed by a second
+    rank, on another node; 0: never"""
     stall_timeout_s: Positive = 600.0
     """no step for so long: the stalest ranks are named and the job ends"""
 

@@ -7,7 +7,7 @@ or out of a fusion buffer, no negotiation by tensor, and the optimizer runs over
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.parallel.engine import Engine
 
 ALIGN_BYTES = 64  # of every view: vector loads and MPI's copies want it
+
+
+Digest = Callable[[int, torch.Tensor], None]  # of a bucket's number and values
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ class Buckets:
                 for b in self.buckets
             ]
         self._places = sorted((name, place) for b in self.buckets for name, place in b.places.items())
-        self._last_pass = self._measured = False
+        self._last_pass = self._measured = self._apart = False
+        self._digest: Digest | None = None
         self._held: list[torch.Tensor] | None = None  # sums of passes while each is measured by itself
         for bucket in self.buckets:
             for view in bucket.layout.views:
@@ -160,13 +164,18 @@ class Buckets:
             # gradients of this rank's workers that are not zero, and those of them that fixed point made zero
             self.flushed = torch.zeros(2, dtype=torch.float64, device=self.device) if count_flushed else None
 
-    def arm(self, last_pass: bool, measured: bool = False) -> None:
+    def arm(
+        self, last_pass: bool, measured: bool = False, digest: Digest | None = None, apart: bool = False
+    ) -> None:
         """Before each forward-backward; after the last one of the step, buckets leave as they fill.
+
+        digest: is called with each bucket's int64 values of this pass (any-ranks). apart: the pass adds nothing to the
+        step; it is computed for its digests.
 
         measured: `end_pass` is to return this pass's squared norm. Buckets then stay until it has been taken, and the
         sum of the passes before lies in a second buffer.
         """
-        self._last_pass, self._measured = last_pass, measured
+        self._last_pass, self._measured, self._digest, self._apart = last_pass, measured, digest, apart
         for bucket in self.buckets:
             bucket.missing, bucket.full = set(bucket.names), False
 
@@ -210,7 +219,8 @@ class Buckets:
         for bucket in self.buckets:
             if not bucket.full:
                 self._fill(bucket)
-        self._first_pass = False
+        if not self._apart:
+            self._first_pass = False
         return square
 
     def _refuse_unused(self) -> None:
@@ -260,6 +270,11 @@ class Buckets:
             self.flushed += torch.stack([before, before - torch.count_nonzero(gradients)])
         low, high = scaled.aminmax()
         self.out_of_range |= ~((low >= -self._largest) & (high <= self._largest))
+        if self._digest is not None:
+            self._digest(bucket.index, scaled.to(torch.int64))
+        if self._apart:
+            bucket.gradients.zero_()
+            return
         if self._first_pass:
             total.copy_(scaled)
         else:

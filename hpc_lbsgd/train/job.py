@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import sys
-import tempfile
 import traceback
 
 import torch
@@ -21,7 +20,7 @@ from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.train.parts import build
 from hpc_lbsgd.train.preflight import Check
-from hpc_lbsgd.train.prepare import open_data, prepare
+from hpc_lbsgd.train.prepare import RUNS, open_data, prepare
 from hpc_lbsgd.train.trainer import Trainer
 
 
@@ -70,9 +69,10 @@ def preflight(recipe: Recipe, as_json: bool = False) -> int:
     engine = engines.create(recipe.machine, recipe.determinism, device)
 
     def request() -> tuple[dict, str, str | None]:
-        with tempfile.TemporaryDirectory() as folder:
-            train, evaluation, settled = open_data(recipe.with_workers(engine.size), RunFolder(folder))
-            return settled.model_dump(mode="json"), str(train.path), evaluation and str(evaluation.path)
+        # the folder is for manifests of data that cannot be written beside
+        train, evaluation, settled = open_data(recipe.with_workers(engine.size), RunFolder(RUNS / "preflight"))
+        content = settled.model_dump(mode="json")
+        return content, str(train.path), str(evaluation.path) if evaluation is not None else None
 
     seconds = 0.0
     try:

@@ -14,8 +14,8 @@ from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import agree, together
-from hpc_lbsgd.theory.schedule import Schedule
-from hpc_lbsgd.train import models, preflight
+from hpc_lbsgd.theory.schedule import Point, Schedule
+from hpc_lbsgd.train import crosscheck, models, preflight
 from hpc_lbsgd.train.preflight import Check
 from hpc_lbsgd.train.replica import DTYPES, Replica, memory_format_of
 
@@ -85,3 +85,12 @@ def first_batches(recipe, schedule: Schedule, loader: Loader) -> dict[int, Batch
     made = loader.batches(Request(0, found) for found in samples.values())
     # a loader's memory is used again
     return {j: (images.clone(), labels.clone(), n) for j, (images, labels, n) in zip(samples, made, strict=True)}
+
+
+def recompute(recipe, schedule: Schedule, train_set, replica: Replica, point: Point, worker: int) -> int:
+    """A digest of what a worker adds to a step, decoded and computed once more, apart from the step's own loader."""
+    memory_format = torch.channels_last if replica.channels_last else torch.contiguous_format
+    loader, _ = make_loaders(recipe, train_set, None, memory_format, replica.engine, replica.device)
+    samples = worker_samples(Permutation(schedule.samples, recipe.seed, point.epoch), point, worker)
+    (batch,) = loader.batches([Request(point.epoch, samples)])
+    return int(crosscheck.digest(preflight.Bench(replica, recipe, point).share({worker: batch})))

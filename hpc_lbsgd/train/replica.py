@@ -124,8 +124,7 @@ class Replica:
                 self.engine.broadcast(flat, f"optimizer.{kind}.{i}")
         for i, flat in enumerate(self.average.flats if self.average else ()):
             self.engine.broadcast(flat, f"average.{i}")
-        flats = [self.running.flat, self.running.batches, *(bucket.weights for bucket in self.buckets.buckets)]
-        done = {flat.untyped_storage().data_ptr() for flat in flats}
+        done = {flat.untyped_storage().data_ptr() for flat in (*self.flats(), self.running.batches)}
         for name, tensor in self.model.state_dict().items():
             if tensor.untyped_storage().data_ptr() not in done:  # counters, frozen parameters, the user's buffers
                 self.engine.broadcast(tensor, f"state.{name}")
@@ -143,6 +142,10 @@ class Replica:
                 everywhere=True,
             )
         return digest
+
+    def flats(self) -> list[torch.Tensor]:
+        """Weights and running statistics as they lie in memory."""
+        return [self.running.flat, *(bucket.weights for bucket in self.buckets.buckets)]
 
     def averaged(self) -> dict[str, torch.Tensor]:
         """The averages of weights and BatchNorm statistics by name, as views (`train.ema_decay` only)."""

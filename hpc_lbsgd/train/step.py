@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from hpc_lbsgd.data.order import Permutation, passes_of_rank, worker_samples
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.theory import noise
 from hpc_lbsgd.theory.schedule import Point, Schedule
+from hpc_lbsgd.train import crosscheck
 from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.replica import Replica
 from hpc_lbsgd.train.workers import groups_in_step
@@ -33,18 +34,29 @@ class Pass(NamedTuple):
 
     workers: list[int]
     counts: list[int]
+    again: bool = False  # another rank's worker, computed for comparison alone
 
 
 class Passes:
     """How a recipe's steps fall into passes, on one rank of `size`. Pure."""
 
-    def __init__(self, recipe, rank: int, size: int):
+    def __init__(self, recipe, rank: int, size: int, partners: Sequence[int] | None = None):
+        """partners: who computes a rank's worker again (`crosscheck.checkers`); None: nobody does."""
         self.rank, self.size = rank, size
         self.workers_per_pass = recipe.machine.workers_per_pass
+        self.partners = partners or ()
+        self.check_every = recipe.machine.cross_check_steps if recipe.determinism == "any-ranks" and partners else 0
+
+    def pair_at(self, point: Point) -> crosscheck.Pair | None:
+        """The worker that two ranks compute at this step, if one is."""
+        return crosscheck.pair_at(point, self.check_every, self.partners)
 
     def at(self, point: Point) -> list[Pass]:
         """This rank's passes at one step. Workers past the tail of an epoch are left out."""
-        result = []
+        result, pair = [], self.pair_at(point)
+        if pair and pair.checker == self.rank:
+            start, stop = point.worker_range(pair.worker)
+            result.append(Pass([pair.worker], [stop - start], again=True))
         together = 1 if point.measured else self.workers_per_pass
         for workers in passes_of_rank(point.workers, self.rank, self.size, together):
             counted = [(j, stop - start) for j in workers for start, stop in [point.worker_range(j)] if stop > start]
@@ -78,6 +90,7 @@ class Outcome:
     measurement: noise.Measurement | None
     replaced: int  # samples that could not be had (data.on_bad_image = skip)
     flushed: float | None  # share of gradients that fixed point made zero, where it was counted
+    mismatch: crosscheck.Mismatch | None  # ranks that computed different bits; the step was not taken
     data_wait_s: float  # on this rank
     exposed_comm_s: float  # from the end of this rank's backward until all sums are there
 
@@ -92,9 +105,11 @@ class Stepper:
         recipe,
         batches: Iterator[Batch],
         mark: Callable[[str, int], None] = lambda phase, step: None,
+        partners: Sequence[int] | None = None,
     ):
         self.replica, self.batches, self.engine, self.mark = replica, batches, replica.engine, mark
-        self.passes = Passes(recipe, self.engine.rank, self.engine.size)
+        self.passes = Passes(recipe, self.engine.rank, self.engine.size, partners)
+        self.slots = crosscheck.Slots(self.engine.size)
         self.bn_group, self.samples_per_worker = recipe.batch.group, recipe.batch.samples_per_worker
         self.loss = loss_function(recipe.train)
         self.loss_decay = recipe.optim.weight_decay if recipe.optim.decay_in == "loss" else 0.0
@@ -108,12 +123,15 @@ class Stepper:
         if not replica.model.training:  # it visits every module
             replica.model.train()
         work, measured, k = self.passes.at(point), point.measured, point.workers
-        groups = groups_in_step(point, self.bn_group)
-        control = torch.zeros(WORKERS + 2 * k, dtype=torch.float64, device=replica.device)
-        losses, squares = control[WORKERS : WORKERS + k], control[WORKERS + k :]
+        groups, pair = groups_in_step(point, self.bn_group), self.passes.pair_at(point)
+        end = WORKERS + 2 * k
+        control = torch.zeros(end + (self.slots.length if pair else 0), dtype=torch.float64, device=replica.device)
+        losses, squares = control[WORKERS : WORKERS + k], control[WORKERS + k : end]
+        if pair:
+            self.slots.write(control[end:], self.engine.rank, crosscheck.digest(replica.flats()))
         data_wait_s, replaced = 0.0, 0
         buckets.begin(k, count_flushed=point.step % COUNT_FLUSHED_EVERY == 0)
-        for i, (workers, counts) in enumerate(work):
+        for i, (workers, counts, again) in enumerate(work):
             before = time.perf_counter()
             self.mark("data", point.step)
             images, labels, stand_ins = next(self.batches)
@@ -121,11 +139,15 @@ class Stepper:
             data_wait_s += time.perf_counter() - before
             self.mark("compute", point.step)
             replica.begin_pass(point.step, workers, counts)
-            last = i == len(work) - 1
-            buckets.arm(last_pass=last, measured=measured)
+            last = i == len(work) - 1 and not again
+            digests: dict[int, torch.Tensor] = {}
+            compared = pair is not None and workers[0] == pair.worker
+            keep = (lambda b, values, into=digests: into.update({b: crosscheck.digest([values])})) if compared else None
+            buckets.arm(last, measured and not again, keep, apart=again)
             with replica.passing(sums=last and buckets.summed_elsewhere):
                 loss = self.loss(replica.forward(images, groups), labels)
-                losses[workers[0]] = loss.detach()
+                if not again:
+                    losses[workers[0]] = loss.detach()
                 loss = self._share(loss, len(labels), point)
                 # DistributedDataParallel divides its sum by the number of ranks
                 (loss * self.engine.size if buckets.summed_elsewhere else loss).backward()
@@ -133,7 +155,10 @@ class Stepper:
             replica.end_pass()
             if square is not None:
                 squares[workers[0]] = square
-        if not work:
+            if compared:
+                mixed = crosscheck.mixed(digests[b] for b in sorted(digests))
+                self.slots.write_worker(control[end:], again, mixed)
+        if all(w.again for w in work):
             buckets.join_idle()
         self.mark("sum", point.step)
         before = time.perf_counter()
@@ -142,7 +167,7 @@ class Stepper:
             bad |= buckets.out_of_range
             if buckets.flushed is not None:
                 control[NONZERO : FLUSHED + 1] = buckets.flushed
-        control[COUNT] = sum(sum(w.counts) for w in work)
+        control[COUNT] = sum(sum(w.counts) for w in work if not w.again)
         control[BAD_RANKS] = bad
         control[BAD_RANK_SUM] = bad * self.engine.rank
         control[STOP], control[CHECKPOINT], control[REPLACED] = float(stop), float(checkpoint), replaced
@@ -152,7 +177,8 @@ class Stepper:
         big_square = buckets.square() if measured else control[COUNT]
         sums = torch.cat([control, torch.stack([big_square, finite.double()])]).tolist()
         exposed_comm_s = time.perf_counter() - before
-        ok = bool(sums[-1]) and sums[BAD_RANKS] == 0
+        mismatch = self.slots.read(sums[end:-2], pair) if pair else None
+        ok = bool(sums[-1]) and sums[BAD_RANKS] == 0 and mismatch is None
         if ok:
             replica.update(point, previous_lr)
         count, of_workers = round(sums[COUNT]), sums[WORKERS : WORKERS + k]
@@ -164,9 +190,10 @@ class Stepper:
             bad_rank=round(sums[BAD_RANK_SUM]),
             stop=sums[STOP] > 0,
             checkpoint=sums[CHECKPOINT] > 0,
-            measurement=self._measurement(point, sums[WORKERS + k : -2], sums[-2]) if measured and ok else None,
+            measurement=self._measurement(point, sums[WORKERS + k : end], sums[-2]) if measured and ok else None,
             replaced=round(sums[REPLACED]),
             flushed=sums[FLUSHED] / sums[NONZERO] if sums[NONZERO] else None,
+            mismatch=mismatch,
             data_wait_s=data_wait_s,
             exposed_comm_s=exposed_comm_s,
         )

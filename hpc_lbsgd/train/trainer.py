@@ -22,11 +22,11 @@ from hpc_lbsgd.recipe import Decision, Recipe
 from hpc_lbsgd.records import Metrics, RunFolder, now, read_metrics
 from hpc_lbsgd.theory import noise
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train import checkpoint
+from hpc_lbsgd.train import checkpoint, crosscheck
 from hpc_lbsgd.train.display import Display, TensorBoard
 from hpc_lbsgd.train.evaluate import evaluate
 from hpc_lbsgd.train.losses import loss_function
-from hpc_lbsgd.train.parts import build
+from hpc_lbsgd.train.parts import build, recompute
 from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, software_facts, stage_folder
 from hpc_lbsgd.train.step import Outcome, Passes, Stepper
 from hpc_lbsgd.train.watchdog import Watchdog
@@ -122,13 +122,14 @@ class Trainer:
 
         An adaptive batch is decided at epoch ends, so its loader is asked for an epoch at a time.
         """
-        passes = Passes(self.recipe, self.engine.rank, self.engine.size)
+        partners = crosscheck.checkers(self.hosts)
+        passes = Passes(self.recipe, self.engine.rank, self.engine.size, partners)
         while self.state.step < self.schedule.steps:
             start, end = self.state.step, self.schedule.steps
             if self.adaptive:
                 end = min(end, self.schedule.first_step(self.schedule.at(start).epoch + 1))
             batches = self.train_loader.batches(passes.requests(self.schedule, self.recipe.seed, start, end))
-            stepper = Stepper(self.replica, self.recipe, batches, self._mark)
+            stepper = Stepper(self.replica, self.recipe, batches, self._mark, partners)
             for number in range(start, end):
                 if self._step(stepper, number):
                     return True
@@ -143,6 +144,8 @@ class Trainer:
         due = self.lead and minutes is not None and time.monotonic() - self.last_checkpoint > 60 * minutes
         self._look_for_stop_file()
         outcome = stepper.run(point, self._previous_lr(number), self.stop_asked, due)
+        if outcome.mismatch:
+            self._name_wrong_rank(point, outcome.mismatch)
         if not outcome.finite:
             self._refuse(point, outcome)
         # All that decides the next step is settled before a checkpoint of this one is written.
@@ -268,7 +271,7 @@ class Trainer:
 
     def _open_records(self) -> None:
         ranks = self.engine.gather(environment_facts(self.device))
-        self.hosts = [r["host"] for r in ranks]
+        self.hosts, self.devices = [r["host"] for r in ranks], [r["device"] for r in ranks]
         if not self.lead:
             return
         recipe, first = self.recipe, self.first_step
@@ -398,6 +401,27 @@ class Trainer:
         raise RunError(
             f"step {point.step} (epoch {point.epoch + 1}): {where}{more}. The step was not taken; {good}. "
             + self._advice(point, outcome),
+            everywhere=True,
+        )
+
+    def _name_wrong_rank(self, point: Point, mismatch: crosscheck.Mismatch) -> None:
+        """Two ranks computed different bits: both, and a third, decode and compute the worker again; the run ends."""
+        rank, pair = self.engine.rank, mismatch.pair
+        busy = {pair.owner, pair.checker}
+        third = next((r for r in range(self.engine.size) if r not in busy), None)
+        mine = None
+        if not mismatch.parted and rank in busy | {third}:
+            mine = recompute(self.recipe, self.schedule, self.train_set, self.replica, point, pair.worker)
+        found = self.engine.gather(mine)
+        again = {r: digest for r, digest in enumerate(found) if digest is not None}
+        who = crosscheck.culprit(mismatch, again, lambda r: f"rank {r} on {self.hosts[r]} ({self.devices[r]})")
+        self._write("event", event="cross-check", step=point.step, worker=pair.worker, what=who)
+        if self.lead:
+            self.metrics.sync()
+        self.watchdog.stop()
+        raise RunError(
+            f"step {point.step}, cross-check: {who}. The step was not taken. Start again with --resume without that "
+            "node; what was written since the cross-check before may be wrong too",
             everywhere=True,
         )
 
