@@ -50,7 +50,7 @@ def state(model):
 
 
 def learning_rate(recipe, step, steps_per_epoch, kn):
-    """Linear scaling; gradual or constant warm-up; then divided by `factor` at each milestone (Goyal et al. 2017, section 2)."""
+    """Linear scaling; warm-up; then divided by `factor` at each milestone (Goyal et al. 2017, section 2)."""
     schedule, peak = recipe["schedule"], recipe["optim"]["base_lr"] * kn / recipe["optim"]["base_batch"]
     warmup, start = schedule["warmup_epochs"] * steps_per_epoch, schedule["warmup_start_lr"]
     if step < warmup:

@@ -1,7 +1,7 @@
 """Our `train` against a plain PyTorch loop: weights, BatchNorm statistics and averages agree to 1e-9 in float64.
 
-For every model on data that fill their epochs and on data with a tail of 1 and of kn - 1 samples, and for every way to
-train likewise; on 1 rank and on 3, of which some have two workers and some, in a tail, none.
+On one rank every model and every way to train, on data with a tail of 1 and of kn - 1 samples. On three ranks, which
+have two workers, two and one, each once: models with a tail that leaves two ranks idle, ways with one that ends short.
 """
 
 import os
@@ -66,6 +66,8 @@ ALIKE = {
     "alike-no-nesterov": changed(ONE_WEIGHT_A_SAMPLE, optim__nesterov=False),
     "alike-v-form": changed(ONE_WEIGHT_A_SAMPLE, optim__form="v", optim__nesterov=False),
 }
+ONCE = ["no-tail", *(f"{m}-tail_of_one" for m in MODELS), *(f"{s}-one_short" for s in SETTINGS)]
+ON_RANKS = [(1, case) for case in CASES] + [(3, case) for case in ONCE]
 MEANS = {"Recomputed": "Plain"}  # what the plain loop trains in their place
 
 
@@ -78,19 +80,23 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["1-rank", "3-ranks"])
-def runs(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    return cache(lambda ranks: train_all(ranks, tmp_path_factory))
+
+
+def train_all(ranks, folders):
     """{case: run folder, or what was said where training failed}. One launch for all, if none fails: a rank that dies
     ends its launch, and the cases after it get another."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    found, left = {}, CASES | ALIKE
+    found, left = {}, {case: CASES[case] for on, case in ON_RANKS if on == ranks} | ALIKE
     while left:
-        root = tmp_path_factory.mktemp("oracle")
+        root = folders.mktemp("oracle")
         try:
-            found |= train_many(request.param, left, root)
+            found |= train_many(ranks, left, root)
         except AssertionError as problem:
-            folders = {case: root / f"{case}-on-{request.param}" for case in left}
-            done = {case: run for case, run in folders.items() if (run / "checkpoints/LATEST").exists()}
+            runs = {case: root / f"{case}-on-{ranks}" for case in left}
+            done = {case: run for case, run in runs.items() if (run / "checkpoints/LATEST").exists()}
             found |= done | {next(case for case in left if case not in done): str(problem)}
         left = {case: recipe for case, recipe in left.items() if case not in found}
     return found
@@ -116,25 +122,26 @@ def check(found, state):
     assert all(difference <= 1e-9 for difference in off.values()), off
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_weights_and_statistics(runs, case):
-    check(saved(runs[case], "weights.pt"), expected(case)[0])
+@pytest.mark.parametrize("ranks, case", ON_RANKS)
+def test_weights_and_statistics(runs, ranks, case):
+    check(saved(runs(ranks)[case], "weights.pt"), expected(case)[0])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_their_moving_average(runs, case):
-    check(saved(runs[case], "weights_ema.pt"), expected(case)[1])
+@pytest.mark.parametrize("ranks, case", ON_RANKS)
+def test_their_moving_average(runs, ranks, case):
+    check(saved(runs(ranks)[case], "weights_ema.pt"), expected(case)[1])
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("case", ALIKE)
-def test_every_sample_moves_the_weights_alike(runs, case):
+def test_every_sample_moves_the_weights_alike(runs, ranks, case):
     """N = 3 * 16 + 1, and weight i has a gradient of 1, from sample i alone. What a sample has moved by the end, and
     what momentum would still move without further gradients, is lr / (kn * (1 - m)) an epoch: for the lone one in the
     tail, too."""
     optim = ALIKE[case]["optim"]
     lr, m = optim["base_lr"], optim["momentum"]
-    moved = -saved(runs[case], "weights.pt")["weights.weight"]
-    buffer = saved(runs[case], "optimizer.pt")["momentum"]["weights.weight"]
+    moved = -saved(runs(ranks)[case], "weights.pt")["weights.weight"]
+    buffer = saved(runs(ranks)[case], "optimizer.pt")["momentum"]["weights.weight"]
     remaining = buffer * m / (1 - m) * (lr if optim["form"] == "u" else 1) * (m if optim["nesterov"] else 1)
     torch.testing.assert_close(
         moved + remaining, torch.full_like(moved, EPOCHS * lr / (16 * (1 - m))), rtol=0, atol=1e-12
