@@ -66,11 +66,13 @@ def look(model: nn.Module, call: Call) -> Seen:
         outputs = call.outputs(model, call.images)
         draws = not torch.equal(before, torch.get_rng_state())
         changed = [n for n, value in everything(model) if not torch.equal(state[n], value) and not of_norm(n, norms)]
+        # before backward: where it computes a layer again (checkpointing), torch counts the statistics twice
+        statistics = {f"buffer {n}": b.clone() for n, b in model.named_buffers() if of_norm(n, norms)}
+        for hook in hooks:
+            hook.remove()
         loss = call.loss(outputs, call.labels)
         loss.backward()
-    for hook in hooks:
-        hook.remove()
-    return Seen(values(model, outputs, loss, norms), calls, changed, draws)
+    return Seen(values(model, outputs, loss) | statistics, calls, changed, draws)
 
 
 def everything(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -88,10 +90,9 @@ def of_norm(name: str, norms: dict[nn.Module, str]) -> bool:
     return last in STATISTICS and owner in norms.values()
 
 
-def values(model: nn.Module, outputs, loss: torch.Tensor, norms: dict) -> dict[str, torch.Tensor]:
+def values(model: nn.Module, outputs, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     found = {f"output {i}": t.detach() for i, t in enumerate(tensors(outputs))} | {"loss": loss.detach()}
-    found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return found | {f"buffer {n}": b.clone() for n, b in model.named_buffers() if of_norm(n, norms)}
+    return found | {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def tensors(outputs) -> Iterator[torch.Tensor]:
@@ -156,7 +157,8 @@ class VirtualModel:
             loss.backward()
             self.context.end()
         self.running.update(sums)
-        return values(model, outputs, loss, self.norms)
+        buffers = {f"buffer {n}": b.clone() for n, b in model.named_buffers() if of_norm(n, self.norms)}
+        return values(model, outputs, loss) | buffers
 
 
 def difference(own: dict, virtual: dict, perturbed: dict) -> str | None:

@@ -127,7 +127,9 @@ class Replica:
         done = {flat.untyped_storage().data_ptr() for flat in (*self.flats(), self.running.batches)}
         for name, tensor in self.model.state_dict().items():
             if tensor.untyped_storage().data_ptr() not in done:  # counters, frozen parameters, the user's buffers
-                self.engine.broadcast(tensor, f"state.{name}")
+                whole = tensor.contiguous()  # a frozen convolution lies channels last, and engines want it in order
+                self.engine.broadcast(whole, f"state.{name}")
+                tensor.copy_(whole)
         self.check_equal("start")
 
     def check_equal(self, when: str) -> str:
@@ -148,9 +150,13 @@ class Replica:
         return [self.running.flat, *(bucket.weights for bucket in self.buckets.buckets)]
 
     def averaged(self) -> dict[str, torch.Tensor]:
-        """The averages of weights and BatchNorm statistics by name, as views (`train.ema_decay` only)."""
+        """The averages of weights and BatchNorm statistics, as views, by all names of the state dict that they have
+        (`train.ema_decay` only)."""
         *weights, running = self.average.flats
-        return self.buckets.named(weights) | self.running.named(running)
+        places = {**self.buckets.named(weights), **self.running.named(running)}
+        state = self.model.state_dict()
+        by_place = {state[name].data_ptr(): view for name, view in places.items()}  # tied parameters have several
+        return {name: by_place[t.data_ptr()] for name, t in state.items() if t.numel() and t.data_ptr() in by_place}
 
     def gradient_bytes(self) -> int:
         return sum(b.layout.size * b.gradients.element_size() for b in self.buckets.buckets)
