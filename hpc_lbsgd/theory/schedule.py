@@ -174,6 +174,32 @@ class Schedule:
         return stage.lr * (1 - progress) ** stage.power
 
 
+class Segments(Schedule):
+    """A schedule that another goes on from at `step`: `later` in all but what was before.
+
+    Raises ValueError where the two do not meet: a step's place in its epoch, and its batch, must follow from the step
+    before it.
+    """
+
+    def __init__(self, before: Schedule, step: int, later: Schedule):
+        vars(self).update(vars(later))
+        self.before, self.seam, self.later = before, step, later
+        for number in (step - 1, step):
+            if 0 <= number < min(before.full_steps, later.full_steps):
+                old, new = before.at(number), later.at(number)
+                if (old.epoch, old.first, old.count, old.workers) != (new.epoch, new.first, new.count, new.workers):
+                    raise ValueError(
+                        f"it would move steps that were taken (step {number} is in epoch {old.epoch + 1} at a batch of "
+                        f"{old.global_batch}, not in epoch {new.epoch + 1} at {new.global_batch}); change only what is "
+                        "ahead"
+                    )
+        if step > later.full_steps:
+            raise ValueError(f"the run has taken {step} steps, and would have {later.full_steps}")
+
+    def at(self, step: int) -> Point:
+        return (self.before if step < self.seam else self.later).at(step)
+
+
 # ---------------------------------------------------------------- stages, by paper
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.amend import schedule_of
 from hpc_lbsgd.data import archive, stage
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.loader import check_sizes
@@ -19,7 +20,7 @@ from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.user import UserSet
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import world as worlds
-from hpc_lbsgd.recipe import Recipe
+from hpc_lbsgd.recipe import Decision, Recipe
 from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
 from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train import checkpoint
@@ -38,6 +39,7 @@ class Prepared(NamedTuple):
     state: dict | None
     attempt: int  # 0 at the first start of this run folder
     notes: list[str]
+    amended: bool  # this start brought an amendment
 
 
 def choose_run(name: str, run: str | None, resume: bool) -> RunFolder:
@@ -52,8 +54,11 @@ def choose_run(name: str, run: str | None, resume: bool) -> RunFolder:
     return RunFolder(RUNS / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
 
 
-def prepare(name: str, recipe: Recipe, run: str | None, resume: bool, ranks: int) -> Prepared:
-    """Check the request, settle the recipe, and set up the run folder. Rank 0 only.
+def prepare(
+    name: str, recipe: Recipe, run: str | None, resume: bool, ranks: int, amend: dict | None = None
+) -> Prepared:
+    """Check the request, settle the recipe, and set up the run folder. Rank 0 only. amend: keys that change from here
+    on, at a resume.
 
     Raises RequestError; nothing is written before everything has been checked.
     """
@@ -80,6 +85,12 @@ def prepare(name: str, recipe: Recipe, run: str | None, resume: bool, ranks: int
                 f"data.train = {recipe.data.train}: not the data that {folder.path} was trained on; "
                 "resume with the same data, or start a new run"
             )
+    if amend:
+        if state is None:
+            raise RequestError("--amend: there is no checkpoint to go on from; change the recipe, or use --set")
+        state.amendments = [*(a for a in state.amendments if a[0] < state.step), [state.step, merged(state, amend)]]
+    if state:
+        schedule_of(recipe, len(train), [Decision(*d) for d in state.decisions], state.amendments)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         attempt = sum(1 for r in read_metrics(folder.metrics) if r["kind"] == "start")
@@ -99,7 +110,14 @@ def prepare(name: str, recipe: Recipe, run: str | None, resume: bool, ranks: int
         vars(state) if state else None,
         attempt,
         notes,
+        bool(amend),
     )
+
+
+def merged(state: checkpoint.State, changes: dict) -> dict:
+    """With what was amended at this step before: one step has one amendment."""
+    before = [found for step, found in state.amendments if step == state.step]
+    return {k: v for found in [*before, changes] for k, v in found.items()}
 
 
 def refuse_idle_ranks(recipe: Recipe, schedule: Schedule, ranks: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from hpc_lbsgd.amend import recipe_now, schedule_of
 from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import stage as stages
 from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
@@ -42,7 +43,8 @@ class Trainer:
 
     def __init__(self, name: str, found: Prepared, engine, device: torch.device):
         self.name, self.found, self.engine, self.device = name, found, engine, device
-        self.recipe = recipe = Recipe.model_validate(found.recipe)
+        self.written = Recipe.model_validate(found.recipe)  # as the run folder has it
+        self.recipe = recipe = recipe_now(self.written, (found.state or {}).get("amendments", ()))
         if recipe.machine.threads and device.type == "cpu":
             torch.set_num_threads(recipe.machine.threads)  # as the run's first start settled it
         self.folder = RunFolder(found.run)
@@ -54,7 +56,7 @@ class Trainer:
         folder = together(engine, lambda: stage_folder(recipe))
         if folder:
             self._stage(folder)
-        fresh = checkpoint.State(0, recipe.fingerprint(), data_fingerprint(self.train_set, self.eval_set))
+        fresh = checkpoint.State(0, self.written.fingerprint(), data_fingerprint(self.train_set, self.eval_set))
         self.state = checkpoint.State(**found.state) if found.state else fresh
         self._schedule_from_decisions()
         self.adaptive = recipe.schedule.kind == "adaptive-batch"
@@ -80,7 +82,7 @@ class Trainer:
 
     def _schedule_from_decisions(self) -> None:
         decisions = [Decision(*d) for d in self.state.decisions]
-        self.schedule = self.recipe.build_schedule(len(self.train_set), decisions)
+        self.schedule = schedule_of(self.written, len(self.train_set), decisions, self.state.amendments)
 
     # ---------------------------------------------------------------- the run
 
@@ -279,6 +281,9 @@ class Trainer:
         print(render(self.name, plan, recipe), file=sys.stderr)
         resumed = f", resumed at step {first}" if self.found.attempt else ""
         print(f"  run folder     {self.folder.path}{resumed}", file=sys.stderr, flush=True)
+        for step, changes in self.state.amendments:
+            named = ", ".join(f"{k} = {v}" for k, v in changes.items())
+            print(f"  amended        at step {step}: {named}", file=sys.stderr)
         if self.preflight.checks:
             checks, seconds = self.preflight.checks, self.preflight.preflight_s
             print(f"  preflight      {len(checks)} checks in {seconds:.1f} s: all hold", file=sys.stderr, flush=True)
@@ -312,6 +317,9 @@ class Trainer:
         if self.found.attempt:
             facts = {"attempt": self.found.attempt, "step": first, "checkpoint": self.found.checkpoint}
             self._write("event", event="resume", **facts)
+        for step, changes in self.state.amendments:
+            if step == first and self.found.amended:
+                self._write("event", event="amendment", step=step, changes=changes)
 
     def _record(self, point: Point, outcome: Outcome, seconds: float) -> None:
         extra = {"replaced": outcome.replaced} if outcome.replaced else {}
