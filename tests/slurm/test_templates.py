@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import command
 
+from hpc_lbsgd import yaml12
 from hpc_lbsgd.cluster import sites, submit
 from hpc_lbsgd.cluster.submit import Job, Request, render
 from hpc_lbsgd.errors import RequestError
@@ -108,7 +108,7 @@ def test_shipped_sites_are_valid(name):
 
 
 def test_the_commented_template_says_every_key_and_its_default():
-    content = yaml.safe_load((ROOT / "hpc_lbsgd" / "cluster" / "sites" / "template.yaml").read_text())
+    content = yaml12.mapping_of(ROOT / "hpc_lbsgd" / "cluster" / "sites" / "template.yaml", "template")
     assert content.keys() == sites.Site.model_fields.keys()
     assert sites.Site.model_validate(content) == sites.Site()
 
@@ -123,7 +123,11 @@ def test_the_commented_template_says_every_key_and_its_default():
         ('options: ["--wrap=touch pwned"]', "options"),
         ('options: ["--comment=x\\ntouch pwned"]', "options"),
         ('environment: {"A; touch pwned": x}', "environment"),
-        ("time_limit: 2:00:00", "time_limit = 7200: put it in quotes"),
+        ("time_limit: 2 hours", "time_limit = '2 hours'"),
+        ("time_limit: 60", "time_limit = 60: input should be a valid string; put it in quotes"),
+        ("gpus_per_node: yes", "gpus_per_node = 'yes': input should be a valid integer"),
+        ("gpus_per_node: true", "gpus_per_node = True: input should be a valid integer"),
+        ("partition: a\naccount: b\npartition: c", "line 3: key partition is there twice, first in line 1"),
         ("gpus_per_node: 0", "ranks_per_node is not set"),
         ("ranks_per_node: 16", "ranks_per_node = 16 is more than gpus_per_node = 8"),
         ("{launcher: mpirun, container: {runtime: pyxis, image: x}}", "container with launcher = mpirun"),
@@ -133,6 +137,12 @@ def test_the_commented_template_says_every_key_and_its_default():
 def test_wrong_sites_are_refused(text, said, tmp_path):
     with pytest.raises(RequestError, match=said):
         site(text, tmp_path)
+
+
+def test_words_of_a_site_are_what_they_look_like(tmp_path):
+    found = site("{time_limit: 2:00:00, partition: on, environment: {UCX_LOG: off, DAY: 2024-01-01}}", tmp_path)
+    assert found.time_limit == "2:00:00" and found.partition == "on"
+    assert found.environment == {"UCX_LOG": "off", "DAY": "2024-01-01"}
 
 
 def test_unknown_site_names_those_there_are():
@@ -231,7 +241,7 @@ def test_a_run_that_is_there_is_not_taken_for_a_new_one(tmp_path):
 
 
 def chain(recipe, nodes, text="{gpus_per_node: 8}", tmp_path=None):
-    lab = sites.Site.model_validate(yaml.safe_load(text))
+    lab = sites.Site.model_validate(yaml12.mapping(text, "lab"))
     return submit.training_jobs("r", recipe, ["r.yaml"], lab, "run", Request(nodes=nodes, chain=True))
 
 
