@@ -240,9 +240,53 @@ def test_a_run_that_is_there_is_not_taken_for_a_new_one(tmp_path):
     assert command(*words, "--resume").returncode == 0
 
 
-def chain(recipe, nodes, text="{gpus_per_node: 8}", tmp_path=None):
+def test_a_run_that_is_not_there_is_not_resumed(tmp_path):
+    words = ["submit", "goyal-resnet50", "--resume", "--dry-run"]
+    refused = command(*words, "--run", tmp_path / "misspelt")
+    assert refused.returncode == 2 and f"--resume: no run in {tmp_path / 'misspelt'}" in refused.stderr
+    refused = command(*words, cwd=tmp_path)
+    assert refused.returncode == 2 and "--resume: no run of goyal-resnet50 in runs" in refused.stderr
+    newest = tmp_path / "runs" / "goyal-resnet50-20260101-000000"
+    newest.mkdir(parents=True)
+    (newest / "recipe.yaml").write_text("")
+    shown = json.loads(command(*words, "--json", cwd=tmp_path).stdout)
+    assert shown["run"] == str(newest.relative_to(tmp_path)) and shown["jobs"][0]["words"][-1] == "--resume"
+
+
+@pytest.mark.parametrize(
+    "there, words, flag",
+    [
+        (False, [], "--resume-if-exists"),  # the first start
+        (True, [], "--resume"),  # the script is started again
+        (False, ["--resume"], "--resume"),  # submit --resume, a chain's later stage: no new run, ever
+        (True, ["--resume"], "--resume"),
+    ],
+)
+def test_what_a_start_of_the_script_says_about_its_run(there, words, flag, tmp_path):
+    run, log = tmp_path / "my run", tmp_path / "said"
+    if there:
+        run.mkdir()
+        (run / "recipe.yaml").write_text("")
+    srun = tmp_path / "srun"
+    srun.write_text("""#!/bin/sh
+for word; do echo "$word"; done >"$LOG"
+echo ' "status": "done"' >"$RUN/status.json"
+""")
+    srun.chmod(0o755)
+    script = tmp_path / "job.sbatch"
+    script.write_text(render(Job("train", "x", 1, [], ""), sites.read("lab"), "true"))
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1"}
+    env = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "RUN": str(run)}
+    line = ["bash", script, "r.yaml", "--set", "seed=1", *words, "--run", run]
+    result = subprocess.run(line, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    given = log.read_text().splitlines()
+    assert given[given.index("train") :] == ["train", "r.yaml", "--set", "seed=1", "--run", str(run), flag]
+
+
+def chain(recipe, nodes, text="{gpus_per_node: 8}", resume=None):
     lab = sites.Site.model_validate(yaml12.mapping(text, "lab"))
-    return submit.training_jobs("r", recipe, ["r.yaml"], lab, "run", Request(nodes=nodes, chain=True))
+    return submit.training_jobs("r", recipe, ["r.yaml"], lab, "run", Request(nodes=nodes, resume=resume, chain=True))
 
 
 def test_a_chain_has_the_nodes_that_each_stage_wants():
@@ -256,6 +300,9 @@ def test_a_chain_has_the_nodes_that_each_stage_wants():
     schedule = recipe.build_schedule(100000)
     assert [j.words[-1] for j in jobs[:2]] == [f"train.max_steps={schedule.first_step(e)}" for e in (30, 60)]
     assert not any("max_steps" in word for word in jobs[2].words)
+    # a later stage goes on with what the one before left, and never starts anew
+    assert ["--resume" in j.words for j in jobs] == [False, True, True]
+    assert all(j.words.count("--resume") == 1 for j in chain(recipe, 1, resume="--resume"))
 
 
 def test_a_chain_settles_k_at_its_first_stage():
