@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hpc_lbsgd.records import RESUME, RESUME_IF_EXISTS
+
 
 def positive(text: str) -> int:
     value = int(text)
@@ -106,4 +108,9 @@ def with_recipe(p):
 
 def with_run(p):
     p.add_argument("--run", help="run folder (default: runs/RECIPE-TIME; with --resume the newest of this recipe)")
-    p.add_argument("--resume", action="store_true", help="go on from the run's newest good checkpoint")
+    flags = p.add_mutually_exclusive_group()
+    for flag, what in (
+        (RESUME, "go on from the run's newest good checkpoint; refused where no run is"),
+        (RESUME_IF_EXISTS, "the same if there is a run in --run, else start it: for batch scripts"),
+    ):
+        flags.add_argument(flag, dest="resume", action="store_const", const=flag, help=what)

@@ -24,6 +24,7 @@ from hpc_lbsgd.arguments import (
 from hpc_lbsgd.bench import commands as bench
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import world
+from hpc_lbsgd.records import RESUME
 
 LATER_S = 10.0
 
@@ -161,8 +162,12 @@ def add_jobs(command) -> None:
     p.add_argument("--nodes", type=positive, default=1, help="nodes (a chain: of the first stage)")
     p.add_argument("--site", default="generic", help="a site file, or the name of a shipped site (default: generic)")
     p.add_argument("--time", help="time limit of a job, as Slurm writes it (default: the site's)")
-    p.add_argument("--run", help="run folder (default: RECIPE-TIME in the site's folder of runs)")
-    p.add_argument("--resume", action="store_true", help="go on with the run that is in --run")
+    p.add_argument(
+        "--run", help="run folder (default: RECIPE-TIME in the site's folder of runs; with --resume the newest)"
+    )
+    p.add_argument(
+        RESUME, action="store_const", const=RESUME, help="go on with the run that is in --run; refused where none is"
+    )
     what = p.add_mutually_exclusive_group()
     what.add_argument("--chain", action="store_true", help="a job a stage, each with the nodes that its batch wants")
     what.add_argument(

@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import socket
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from hpc_lbsgd import reading, yaml12
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.reading import override, shipped  # noqa: F401 - callers know them from here
 from hpc_lbsgd.theory import schedule as schedules
 from hpc_lbsgd.theory.scaling import scaled_lr
 
@@ -27,10 +27,22 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+T = TypeVar("T")
+Pair = Annotated[tuple[T, T], Field(strict=False)]  # YAML and JSON have lists; the items stay strict
+
+
+def _whole(value):
+    """For a choice among numbers, where pydantic takes True and 1.0 for the 1."""
+    if type(value) is not int:
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    # strict: a boolean is no number, a number no boolean, text neither; an int will do where a float is wanted
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Model(Section):
@@ -63,16 +75,16 @@ class Data(Section):
     """number of classes; checked against the data when it is there"""
     loader: Literal["dali", "torchvision"] = "dali"
     """who decodes (on GPUs: and resizes)"""
-    channels: Literal[1, 3] = 3
+    channels: Annotated[Literal[1, 3], BeforeValidator(_whole)] = 3
     """1: grey, 3: RGB"""
     image_size: Count = 224
     """height and width of what the model sees, in pixels"""
     augment: Literal["none", "flip", "pad-crop", "resized-crop"] = "resized-crop"
     crop_padding: Annotated[int, Field(ge=0)] = 4
     """pad-crop: black pixels on each side"""
-    crop_area: tuple[Share, Share] = (0.08, 1.0)
+    crop_area: Pair[Share] = (0.08, 1.0)
     """resized-crop: smallest and largest share of the image's area"""
-    crop_aspect: tuple[Positive, Positive] = (0.75, 4 / 3)
+    crop_aspect: Pair[Positive] = (0.75, 4 / 3)
     """resized-crop: smallest and largest width / height"""
     eval_resize: Annotated[int, Field(ge=0)] = 256
     """evaluation: shorter side, before the centre crop; 0: images have their size already"""
@@ -455,7 +467,7 @@ class Recipe(Section):
         return largest // n
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml12.dump(self.model_dump(mode="json"))
 
 
 # ---------------------------------------------------------------- folders of a machine
@@ -474,120 +486,18 @@ def expanded(path: str, key: str) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def shipped() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(
-        p.name.removesuffix(".yaml") for p in resources.files("hpc_lbsgd.recipes").iterdir() if p.name.endswith(".yaml")
-    )
-
-
-def read(name: str, settings: list[str] = ()) -> Recipe:
+def read(name: str, settings: Sequence[str] = ()) -> Recipe:
     """A recipe by shipped name or path, with `key.path=value` settings on top.
 
     Raises RequestError with one message that names key and value.
     """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.is_file():
-            raise RequestError(f"recipe {name}: no such file")
-        text = path.read_text()
-    elif name in shipped():
-        text = (resources.files("hpc_lbsgd.recipes") / f"{name}.yaml").read_text()
-    else:
-        raise RequestError(f"recipe {name!r}: neither a file nor a shipped recipe ({', '.join(shipped())})")
-    content = mapping(text, f"recipe {name}")
-    if isinstance(content.get("machine"), str):
-        content["machine"] = machine_file(content["machine"])
-    for setting in settings:
-        override(content, setting)
-    return validate(content, f"recipe {name}")
-
-
-def mapping(text: str, where: str) -> dict:
-    """The keys and values of a YAML text."""
-    try:
-        content = yaml.safe_load(text) or {}
-    except yaml.YAMLError as problem:
-        raise RequestError(f"{where}: not YAML: {problem}") from None
-    if not isinstance(content, dict):
-        raise RequestError(f"{where}: expected keys and values, found {type(content).__name__}")
-    return content
-
-
-def machine_file(name: str) -> dict:
-    """The machine section of a file that holds nothing else, so that including it cannot change a result."""
-    path = Path(name)
-    if not path.is_file():
-        raise RequestError(f"machine = {name}: no such file")
-    content = mapping(path.read_text(), f"machine = {name}")
-    section = content.get("machine") or {}
-    if content.keys() != {"machine"} or not isinstance(section, dict):
-        raise RequestError(f"machine = {name}: expected one section, machine; found {', '.join(content) or 'nothing'}")
-    return section
-
-
-def override(content: dict, setting: str) -> None:
-    """Apply one `--set a.b=value` (the value is YAML), or `--set machine=FILE`, to a recipe's content."""
-    key, equals, value = setting.partition("=")
-    if not equals or not key:
-        raise RequestError(f"--set {setting}: expected key=value, such as optim.base_lr=0.2")
-    if key.strip() == "machine":
-        own = content.get("machine")
-        content["machine"] = (own if isinstance(own, dict) else {}) | machine_file(value)
-        return
-    *sections, last = key.strip().split(".")
-    for section in sections:
-        content = content.setdefault(section, {})
-        if not isinstance(content, dict):
-            raise RequestError(f"--set {setting}: {section} is a value, not a section")
-    try:
-        content[last] = parse_value(value)
-    except yaml.YAMLError as problem:
-        raise RequestError(f"--set {setting}: the value is not YAML: {problem}") from None
-
-
-def parse_value(text: str) -> Any:
-    """A YAML scalar or list; '1e-4' is a number too (YAML 1.1 wants 1.0e-4)."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    return value
+    return validate(reading.recipe_content(name, settings), f"recipe {name}")
 
 
 def validate(content: dict, where: str = "recipe") -> Recipe:
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as problem:
-        raise RequestError("\n".join(f"{where}: {line}" for line in explain(problem.errors()))) from None
-
-
-def explain(errors: list[dict], model: type[Section] = Recipe) -> list[str]:
-    """One sentence a wrong key: the key, the value, and what is allowed."""
-    sentences: dict[str, str] = {}
-    for error in errors:
-        # pydantic reports the alternatives of `INT | per_rank` apart; the key is what the user typed
-        location = [str(p) for p in error["loc"] if not re.match(r"(int|float|str)$|constrained-|.*\[", str(p))]
-        key = ".".join(location)
-        if error["type"] == "extra_forbidden":
-            section = model
-            for part in location[:-1]:
-                found = section.model_fields[part].annotation
-                section = next((t for t in get_args(found) if t is not type(None)), found)  # X of `X | None`
-            sentences[key] = (
-                f"unknown key {key} (= {error['input']!r}); allowed here: {', '.join(section.model_fields)}"
-            )
-        elif error["type"] == "value_error":
-            sentences[f"{key} {error['msg']}"] = str(error["ctx"]["error"])
-        elif key in sentences:
-            sentences[key] += f", or {error['msg'].lower()}"
-        else:
-            sentences[key] = f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
-    return list(sentences.values())
+    return reading.validated(Recipe, content, where)
 
 
 def load_resolved(path: Path) -> Recipe:
     """The recipe of a run folder, as it was settled at the first start."""
-    return validate(yaml.safe_load(path.read_text()), str(path))
+    return validate(yaml12.mapping_of(path, str(path)), str(path))

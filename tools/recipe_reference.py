@@ -19,6 +19,10 @@ A recipe is a YAML file. The *result part* decides the weights and is fingerprin
 `checkpoint`, `train.max_steps` and the paths of data (what the data holds is fingerprinted apart). An unknown key or
 an impossible value is refused before any rank starts work. `--set section.key=value` changes a key on the command line.
 
+Plain words are those of YAML 1.2: only `true` and `false` are booleans (`off`, `on`, `yes` and `no` are words), `1e-4`
+is a number, `0o17` an octal one, `1:30` and `2024-01-01` are words. A key that is twice there is refused, and so are
+anchors, aliases and tags. A boolean is no number, nor is text in quotes; an int will do where a float is wanted.
+
 `machine: FILE` takes the section from a file that holds nothing else, such as `bench step --tune` writes;
 `--set machine=FILE` puts such a file's keys over those of any recipe.
 """

@@ -17,8 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import yaml
-
+from hpc_lbsgd import yaml12
 from hpc_lbsgd.bench import launches
 from hpc_lbsgd.bench.launches import Contender, Progress
 from hpc_lbsgd.bench.step import PARTS
@@ -314,7 +313,7 @@ def to_yaml(result: dict) -> str:
         f"{result['model']}, {result['image_size']} pixels, {result['precision']}, batch "
         f"{', '.join(map(str, batches))} a rank, {result['ranks']} ranks; holds for this machine, model and batch",
     ]
-    section = yaml.safe_dump({"machine": result["tuned"]}, sort_keys=False)
+    section = yaml12.dump({"machine": result["tuned"]})
     return "".join(f"# {line}\n" for line in head) + section
 
 

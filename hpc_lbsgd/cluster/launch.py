@@ -29,7 +29,7 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
     program = [sys.executable, "-m", "hpc_lbsgd.cli", "train", job.recipe, "--run", str(folder.path)]
     for setting in job.settings:
         program += ["--set", setting]
-    program += [flag for flag, wanted in (("--resume", job.resume), ("--json", job.json)) if wanted]
+    program += [flag for flag, wanted in ((job.resume, job.resume), ("--json", job.json)) if wanted]
     mpirun = find_mpirun()
     launcher = choose(mpirun, flavour)
     line = [*launcher.line(mpirun, layout, exported(layout)), *program]

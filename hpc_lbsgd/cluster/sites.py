@@ -7,11 +7,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from hpc_lbsgd import yaml12
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.recipe import STAGE_DIR, Count, Section, expanded, explain
+from hpc_lbsgd.reading import names_in, validated
+from hpc_lbsgd.recipe import STAGE_DIR, Count, Section, expanded
 
 # Values that become #SBATCH lines: one word, nothing that Slurm or a shell would read as more
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:@+-]*$")]
@@ -20,17 +21,8 @@ Interface = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]+$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 # Words that are quoted where they are used; a newline would still break the line of a log or a Slurm option
 Words = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f]+$")]
-
-
-def _duration(value) -> str:
-    """YAML 1.1 reads 2:00:00 as a number in base 60: refuse it, rather than ask for 7200 minutes."""
-    if not isinstance(value, str):
-        raise ValueError(f'time_limit = {value}: put it in quotes, such as "24:00:00"')
-    return value
-
-
 DURATION = r"(\d+|\d+:\d{2}|(\d+-)?\d{1,2}:\d{2}:\d{2}|\d+-\d{1,2}(:\d{2})?)"
-Duration = Annotated[str, Field(pattern=f"^{DURATION}$"), BeforeValidator(_duration)]
+Duration = Annotated[str, Field(pattern=f"^{DURATION}$")]
 
 
 def check_duration(key: str, text: str) -> None:
@@ -51,7 +43,7 @@ class Site(Section):
     account: Name | None = None
     qos: Name | None = None
     time_limit: Duration = "24:00:00"
-    """of one job, as Slurm writes it: "days-hours:minutes:seconds", in quotes"""
+    """of one job, as Slurm writes it: days-hours:minutes:seconds; minutes alone in quotes"""
     warn_s: Annotated[int, Field(ge=1, le=65535)] = 300
     """seconds before the time limit at which a job is asked to stop; a step and a checkpoint must fit in"""
     options: list[Option] = []
@@ -141,32 +133,17 @@ class Site(Section):
 
 def shipped() -> list[str]:
     """Names of the sites that come with the package."""
-    return sorted(
-        p.name.removesuffix(".yaml")
-        for p in (resources.files("hpc_lbsgd.cluster") / "sites").iterdir()
-        if p.name.endswith(".yaml")
-    )
+    return names_in(resources.files("hpc_lbsgd.cluster") / "sites")
 
 
 def read(name: str) -> Site:
     """A site by shipped name or path. Raises RequestError with one message that names key and value."""
-    path = Path(name)
+    path, where = Path(name), f"site {name}"
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise RequestError(f"site {name}: no such file")
-        text = path.read_text()
+        content = yaml12.mapping_of(path, where)
     elif name in shipped():
-        text = (resources.files("hpc_lbsgd.cluster") / "sites" / f"{name}.yaml").read_text()
+        text = (resources.files("hpc_lbsgd.cluster") / "sites" / f"{name}.yaml").read_text("utf-8")
+        content = yaml12.mapping(text, where)
     else:
         raise RequestError(f"site {name!r}: neither a .yaml file nor a shipped site ({', '.join(shipped())})")
-    try:
-        content = yaml.safe_load(text) or {}
-    except yaml.YAMLError as problem:
-        raise RequestError(f"site {name}: not YAML: {problem}") from None
-    if not isinstance(content, dict):
-        raise RequestError(f"site {name}: expected keys and values, found {type(content).__name__}")
-    try:
-        return Site.model_validate(content)
-    except ValidationError as problem:
-        sentences = explain(problem.errors(), Site)
-        raise RequestError("\n".join(f"site {name}: {line}" for line in sentences)) from None
+    return validated(Site, content, where)

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from importlib import resources
 from pathlib import Path
 
@@ -23,8 +22,9 @@ from hpc_lbsgd.cluster.sites import Site
 from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import EXIT_DONE, RequestError, RunError
 from hpc_lbsgd.recipe import Recipe
-from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.records import RESUME
 from hpc_lbsgd.theory.schedule import Schedule
+from hpc_lbsgd.train.prepare import choose_run
 
 BEGIN, END = "# ---- the site's part", "# ---- end of the site's part"
 SBATCH_TIMEOUT_S = 60
@@ -38,7 +38,7 @@ class Request:
     nodes: int
     time_limit: str | None = None
     run: str | None = None
-    resume: bool = False
+    resume: str | None = None  # RESUME
     chain: bool = False
     sweep: list[int] | None = None  # numbers of nodes
     rounds: int | None = None  # of a sweep's measurements, and their steps; None: the benchmark's own
@@ -183,12 +183,14 @@ def training_jobs(name: str, recipe: Recipe, words: list[str], site: Site, run: 
     """One job, or a chain of one a stage.
 
     words: of `train`, without --run. A chain's job i ends where stage i does, and has as many nodes as its kn wants:
-    `nodes` at the first stage, in proportion to the workers later on.
+    `nodes` at the first stage, in proportion to the workers later on. What goes on with a run says --resume: where the
+    run has gone meanwhile, it must not start anew. A first start leaves the flag to the script, which may be restarted.
     """
     log = log_path(run)
     words = [*words, "--run", run]
+    resume = [request.resume] if request.resume else []
     if not request.chain:
-        return [Job("train", plain_name(name), request.nodes, words, log)]
+        return [Job("train", plain_name(name), request.nodes, [*words, *resume], log)]
     settled = recipe.with_workers(request.nodes * site.ranks)
     if settled.schedule.kind == "adaptive-batch":
         raise RequestError("--chain: schedule.kind = adaptive-batch decides its stages while it runs; submit one job")
@@ -201,7 +203,7 @@ def training_jobs(name: str, recipe: Recipe, words: list[str], site: Site, run: 
         # k is settled here: per_rank means the ranks of the first stage
         fixed = ["--set", f"batch.workers={settled.batch.workers}"] if recipe.batch.workers == "per_rank" else []
         stage, starts = f"{i + 1} of {len(pieces)}", "afterok" if i else ""
-        words_here = [*words, *fixed, *end]
+        words_here = [*words, *([RESUME] if i else resume), *fixed, *end]
         jobs.append(Job("train", f"{plain_name(name)}.{i + 1}", nodes, words_here, log, stage, str(i + 1), starts))
     return jobs
 
@@ -261,21 +263,20 @@ def submit(name: str, settings: list[str], site_name: str, request: Request, as_
         sites.check_duration("--time", request.time_limit)
     stem = Path(name).stem
     words = [name, *(word for setting in settings for word in ("--set", setting))]
-    kind = "scaling-" if request.sweep else ""
-    run = request.run or str(Path(site.runs) / f"{kind}{plain_name(stem)}-{datetime.now():%Y%m%d-%H%M%S}")
-    run = site.folder_of_run(run)
-    asked = None
+    if request.resume and request.sweep:
+        raise RequestError("--sweep with --resume: a sweep adds to the folder that --run names by itself")
+    asked = run = None
+    if not request.data:
+        label = f"scaling-{plain_name(stem)}" if request.sweep else plain_name(stem)
+        named = request.run and site.folder_of_run(request.run)
+        run = str(choose_run(label, named, request.resume, Path(site.folder_of_run(site.runs))).path)
     if request.data:
-        run, jobs = None, data_jobs(stem, recipe)
+        jobs = data_jobs(stem, recipe)
     elif request.sweep:
-        if request.resume:
-            raise RequestError("--sweep with --resume: a sweep adds to the folder that --run names by itself")
         asked = scaling.question(stem, recipe, [nodes * site.ranks for nodes in request.sweep], None)
         Folder(run).check(asked)
         jobs = sweep_jobs(stem, words, site, run, request, asked)
     else:
-        if RunFolder(run).exists() and not request.resume:
-            raise RequestError(f"--run {run}: a run is there already; continue it with --resume, or name another")
         jobs = training_jobs(stem, recipe, words, site, run, request)
     texts = [render(job, site, sys.executable, request.time_limit) for job in jobs]
     if request.dry_run:

@@ -24,11 +24,11 @@ from hpc_lbsgd.train.prepare import RUNS, open_data, prepare
 from hpc_lbsgd.train.trainer import Trainer
 
 
-def train(name: str, recipe: Recipe, run: str | None = None, resume: bool = False, as_json: bool = False) -> int:
+def train(name: str, recipe: Recipe, run: str | None = None, resume: str | None = None, as_json: bool = False) -> int:
     """Train `recipe` on all ranks of this job; returns the process's exit code.
 
-    name: of the recipe, for the run folder (default: runs/NAME-TIME). as_json: rank 0 prints how the run ended as
-    one JSON object. Collective: every rank calls it.
+    name: of the recipe, for the run folder (default: runs/NAME-TIME). resume: as for `choose_run`. as_json: rank 0
+    prints how the run ended as one JSON object. Collective: every rank calls it.
     """
     device = prepare_process(recipe)
     engine = engines.create(recipe.machine, recipe.determinism, device)

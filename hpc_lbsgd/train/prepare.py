@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 from datetime import datetime
+from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +22,13 @@ from hpc_lbsgd.data.user import UserSet
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.recipe import Decision, Recipe
-from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
+from hpc_lbsgd.records import RESUME, RESUME_IF_EXISTS, RunFolder, cut_metrics, read_metrics, write_atomically
 from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train import checkpoint
 
 RUNS = Path("runs")
+TIME = "%Y%m%d-%H%M%S"
+LIKE_TIME = "-".join(("[0-9]" * 8, "[0-9]" * 6))
 
 
 class Prepared(NamedTuple):
@@ -42,20 +45,34 @@ class Prepared(NamedTuple):
     amended: bool  # this start brought an amendment
 
 
-def choose_run(name: str, run: str | None, resume: bool) -> RunFolder:
-    """The run folder: as asked for, the newest of this recipe (to resume), or a new one."""
+def choose_run(name: str, run: str | None, resume: str | None, runs: Path = RUNS) -> RunFolder:
+    """The run folder: as asked for, the newest of this recipe (to resume), or a new one.
+
+    resume: RESUME, RESUME_IF_EXISTS or None. Refuses to resume what is not there, and to start what is.
+    """
     if run:
-        return RunFolder(run)
+        folder = RunFolder(run)
+        if resume == RESUME and not folder.exists():
+            raise RequestError(
+                f"--resume: no run in {run} (no recipe.yaml); name one that is there, or start it without --resume "
+                f"(a batch script: with {RESUME_IF_EXISTS})"
+            )
+        if not resume and folder.exists():
+            raise RequestError(f"--run {run}: a run is there already; continue it with --resume, or name another")
+        return folder
+    if resume == RESUME_IF_EXISTS:  # the newest may be another job's
+        raise RequestError(f"{RESUME_IF_EXISTS}: say which run with --run")
     if resume:
-        there = sorted((p for p in RUNS.glob(f"{name}-*") if RunFolder(p).exists()), key=lambda p: p.stat().st_mtime)
-        if not there:
-            raise RequestError(f"--resume: no run of {name} in {RUNS}/; name it with --run")
-        return RunFolder(there[-1])
-    return RunFolder(RUNS / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+        found = (p for p in runs.glob(f"{escape(name)}-{LIKE_TIME}") if RunFolder(p).exists())
+        newest = max(found, key=lambda p: p.stat().st_mtime, default=None)
+        if newest is None:
+            raise RequestError(f"--resume: no run of {name} in {runs}/; name it with --run")
+        return RunFolder(newest)
+    return RunFolder(runs / f"{name}-{datetime.now():{TIME}}")
 
 
 def prepare(
-    name: str, recipe: Recipe, run: str | None, resume: bool, ranks: int, amend: dict | None = None
+    name: str, recipe: Recipe, run: str | None, resume: str | None, ranks: int, amend: dict | None = None
 ) -> Prepared:
     """Check the request, settle the recipe, and set up the run folder. Rank 0 only. amend: keys that change from here
     on, at a resume.
@@ -65,10 +82,6 @@ def prepare(
     folder = choose_run(name, run, resume)
     notes: list[str] = []
     if folder.exists():
-        if not resume:
-            raise RequestError(
-                f"--run {folder.path}: a run is there already; continue it with --resume, or name another"
-            )
         recipe = settle_again(recipe, recipes.load_resolved(folder.recipe))
     else:
         recipe = recipe.with_workers(ranks).with_threads(worlds.cores_per_rank(worlds.from_environment().local_size))

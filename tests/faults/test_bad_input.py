@@ -100,6 +100,8 @@ def test_runs_are_not_overwritten_nor_mixed(small_recipe, small_data, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1])
     refused(command("train", recipe, "--run", run, "--resume"), "no usable checkpoint", "weights.pt is not what was")
     refused(command("train", recipe, "--resume", cwd=tmp_path), "--resume: no run of recipe in runs")
+    refused(command("train", recipe, "--run", tmp_path / "rum", "--resume"), f"--resume: no run in {tmp_path / 'rum'}")
+    assert not (tmp_path / "rum").exists()
 
 
 def test_commands_refuse_what_they_cannot_mean(tmp_path):

@@ -171,10 +171,12 @@ def test_a_stop_file_stops_at_a_safe_point(slow_recipe, tmp_path):
 
 
 def test_a_run_can_go_on_past_its_cap(slow_recipe, tmp_path):
+    """And with one flag for its first start and all later ones."""
     recipe = slow_recipe(determinism="any-ranks")
-    first = command("train", recipe, "--run", tmp_path / "run", "--set", "train.max_steps=10")
+    words = ["train", recipe, "--run", tmp_path / "run", "--resume-if-exists"]
+    first = command(*words, "--set", "train.max_steps=10")
     assert first.returncode == 0, first.stderr
-    again = command("train", recipe, "--run", tmp_path / "run", "--resume")
+    again = command(*words)
     assert again.returncode == 0, again.stderr
     assert_no_step_twice_or_missing(tmp_path / "run")
     whole = command("train", recipe, "--run", tmp_path / "whole")

@@ -127,7 +127,8 @@ def test_hostile_names_run_nothing(lab, folder, stub):
     (number,) = submit(lab, recipe, run, *words)
     assert lab.wait(number)["JobState"] == "COMPLETED"
     given = (run / "words").read_text().split("\0")[:-1]
-    assert given == ["-m", "hpc_lbsgd.cli", "train", str(recipe), "--set", value, "--run", str(run), "--resume"]
+    assert given == ["-m", "hpc_lbsgd.cli", "train", str(recipe), "--set", value, "--run", str(run),
+                     "--resume-if-exists"]  # fmt: skip
     assert (run / f"job-{number}.log").exists()
     assert not list(folder.rglob("pwned"))
 

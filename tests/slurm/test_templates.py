@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import command
 
+from hpc_lbsgd import yaml12
 from hpc_lbsgd.cluster import sites, submit
 from hpc_lbsgd.cluster.submit import Job, Request, render
 from hpc_lbsgd.errors import RequestError
@@ -108,7 +108,7 @@ def test_shipped_sites_are_valid(name):
 
 
 def test_the_commented_template_says_every_key_and_its_default():
-    content = yaml.safe_load((ROOT / "hpc_lbsgd" / "cluster" / "sites" / "template.yaml").read_text())
+    content = yaml12.mapping_of(ROOT / "hpc_lbsgd" / "cluster" / "sites" / "template.yaml", "template")
     assert content.keys() == sites.Site.model_fields.keys()
     assert sites.Site.model_validate(content) == sites.Site()
 
@@ -123,7 +123,11 @@ def test_the_commented_template_says_every_key_and_its_default():
         ('options: ["--wrap=touch pwned"]', "options"),
         ('options: ["--comment=x\\ntouch pwned"]', "options"),
         ('environment: {"A; touch pwned": x}', "environment"),
-        ("time_limit: 2:00:00", "time_limit = 7200: put it in quotes"),
+        ("time_limit: 2 hours", "time_limit = '2 hours'"),
+        ("time_limit: 60", "time_limit = 60: input should be a valid string; put it in quotes"),
+        ("gpus_per_node: yes", "gpus_per_node = 'yes': input should be a valid integer"),
+        ("gpus_per_node: true", "gpus_per_node = True: input should be a valid integer"),
+        ("partition: a\naccount: b\npartition: c", "line 3: key partition is there twice, first in line 1"),
         ("gpus_per_node: 0", "ranks_per_node is not set"),
         ("ranks_per_node: 16", "ranks_per_node = 16 is more than gpus_per_node = 8"),
         ("{launcher: mpirun, container: {runtime: pyxis, image: x}}", "container with launcher = mpirun"),
@@ -133,6 +137,12 @@ def test_the_commented_template_says_every_key_and_its_default():
 def test_wrong_sites_are_refused(text, said, tmp_path):
     with pytest.raises(RequestError, match=said):
         site(text, tmp_path)
+
+
+def test_words_of_a_site_are_what_they_look_like(tmp_path):
+    found = site("{time_limit: 2:00:00, partition: on, environment: {UCX_LOG: off, DAY: 2024-01-01}}", tmp_path)
+    assert found.time_limit == "2:00:00" and found.partition == "on"
+    assert found.environment == {"UCX_LOG": "off", "DAY": "2024-01-01"}
 
 
 def test_unknown_site_names_those_there_are():
@@ -230,9 +240,53 @@ def test_a_run_that_is_there_is_not_taken_for_a_new_one(tmp_path):
     assert command(*words, "--resume").returncode == 0
 
 
-def chain(recipe, nodes, text="{gpus_per_node: 8}", tmp_path=None):
-    lab = sites.Site.model_validate(yaml.safe_load(text))
-    return submit.training_jobs("r", recipe, ["r.yaml"], lab, "run", Request(nodes=nodes, chain=True))
+def test_a_run_that_is_not_there_is_not_resumed(tmp_path):
+    words = ["submit", "goyal-resnet50", "--resume", "--dry-run"]
+    refused = command(*words, "--run", tmp_path / "misspelt")
+    assert refused.returncode == 2 and f"--resume: no run in {tmp_path / 'misspelt'}" in refused.stderr
+    refused = command(*words, cwd=tmp_path)
+    assert refused.returncode == 2 and "--resume: no run of goyal-resnet50 in runs" in refused.stderr
+    newest = tmp_path / "runs" / "goyal-resnet50-20260101-000000"
+    newest.mkdir(parents=True)
+    (newest / "recipe.yaml").write_text("")
+    shown = json.loads(command(*words, "--json", cwd=tmp_path).stdout)
+    assert shown["run"] == str(newest.relative_to(tmp_path)) and shown["jobs"][0]["words"][-1] == "--resume"
+
+
+@pytest.mark.parametrize(
+    "there, words, flag",
+    [
+        (False, [], "--resume-if-exists"),  # the first start
+        (True, [], "--resume"),  # the script is started again
+        (False, ["--resume"], "--resume"),  # submit --resume, a chain's later stage: no new run, ever
+        (True, ["--resume"], "--resume"),
+    ],
+)
+def test_what_a_start_of_the_script_says_about_its_run(there, words, flag, tmp_path):
+    run, log = tmp_path / "my run", tmp_path / "said"
+    if there:
+        run.mkdir()
+        (run / "recipe.yaml").write_text("")
+    srun = tmp_path / "srun"
+    srun.write_text("""#!/bin/sh
+for word; do echo "$word"; done >"$LOG"
+echo ' "status": "done"' >"$RUN/status.json"
+""")
+    srun.chmod(0o755)
+    script = tmp_path / "job.sbatch"
+    script.write_text(render(Job("train", "x", 1, [], ""), sites.read("lab"), "true"))
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1"}
+    env = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "RUN": str(run)}
+    line = ["bash", script, "r.yaml", "--set", "seed=1", *words, "--run", run]
+    result = subprocess.run(line, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    given = log.read_text().splitlines()
+    assert given[given.index("train") :] == ["train", "r.yaml", "--set", "seed=1", "--run", str(run), flag]
+
+
+def chain(recipe, nodes, text="{gpus_per_node: 8}", resume=None):
+    lab = sites.Site.model_validate(yaml12.mapping(text, "lab"))
+    return submit.training_jobs("r", recipe, ["r.yaml"], lab, "run", Request(nodes=nodes, resume=resume, chain=True))
 
 
 def test_a_chain_has_the_nodes_that_each_stage_wants():
@@ -246,6 +300,9 @@ def test_a_chain_has_the_nodes_that_each_stage_wants():
     schedule = recipe.build_schedule(100000)
     assert [j.words[-1] for j in jobs[:2]] == [f"train.max_steps={schedule.first_step(e)}" for e in (30, 60)]
     assert not any("max_steps" in word for word in jobs[2].words)
+    # a later stage goes on with what the one before left, and never starts anew
+    assert ["--resume" in j.words for j in jobs] == [False, True, True]
+    assert all(j.words.count("--resume") == 1 for j in chain(recipe, 1, resume="--resume"))
 
 
 def test_a_chain_settles_k_at_its_first_stage():

@@ -130,7 +130,8 @@ def test_the_file_is_what_recipes_include(tmp_path):
     "text, says",
     [
         ("wire: fp16\nmachine: {prefetch: 1}", "expected one section, machine; found wire, machine"),
-        ("[]", "found nothing"),
+        ("{}", "found nothing"),
+        ("[]", "expected keys and values, found list"),
         ("- 1", "expected keys and values"),
         ("machine: {buckets: 3}", "unknown key machine.buckets"),
     ],

@@ -1,6 +1,7 @@
 """Recipes: what is refused, and how it is said."""
 
 import pytest
+import yaml
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
@@ -25,7 +26,11 @@ from hpc_lbsgd.errors import RequestError
         ("data.crop_area=[0.9,0.1]", r"data.crop_area = \[0.9, 0.1\]"),
         ("precision=fp8", r"precision = 'fp8': .*'float64', 'float32' or 'bf16'"),
         ("model.name=resnet51", r"model.name = 'resnet51'"),
+        ("optim.nesterov=off", r"optim.nesterov = 'off': .*; allowed: true, false"),
+        ("data.train=1e4", r"data.train = 10000.0: .*valid string; put it in quotes"),
         ("machine.threads", r"--set machine.threads: expected key=value"),
+        ("model={name: resnet8, name: resnet50}", r"--set model=.*: key name is there twice"),
+        ("data.train=[", r"--set data.train=\[: not YAML"),
         ("seed.x=1", r"--set seed.x=1: seed is a value, not a section"),
     ],
 )
@@ -47,6 +52,47 @@ def test_refused_with_key_and_value(setting, says):
 def test_determinism_refuses_what_would_break_it(settings, says):
     with pytest.raises(RequestError, match=says):
         recipes.read("goyal-resnet50", settings)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["seed=true", "seed=yes", "seed=1.0", "seed='1'", "checkpoint.keep=true", "batch.workers=true", "batch.workers=4.0",
+     "batch.samples_per_worker=32.0", "data.channels=true", "data.channels=1.0", "model.widths=[true,1,1]",
+     "optim.nesterov=1", "optim.nesterov=yes", "optim.nesterov='true'", "machine.yield_when_idle=0",
+     "optim.base_lr=true", "optim.base_lr='0.1'", "data.crop_area=[true,1]", "data.crop_area=['0.1',1]",
+     "precision=true", "data.train=17"],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_not_taken_for_one(setting):
+    key, _, value = setting.partition("=")
+    with pytest.raises(RequestError, match=rf"{key}[.01]* = .*: (input should be a valid|.*'bf16')"):
+        recipes.read("goyal-resnet50", [setting])
+
+
+def test_words_and_numbers_are_those_of_yaml_1_2(tmp_path):
+    recipe = recipes.read("goyal-resnet50", ["determinism=off", "optim.base_lr=1e-4", "data.train=on", "seed=017",
+                                             "train.ema_decay=null", "schedule.factor=2"])  # fmt: skip
+    assert recipe.determinism == "off" and recipe.optim.base_lr == 1e-4 and recipe.data.train == "on"
+    assert recipe.seed == 17
+    assert type(recipe.schedule.factor) is float  # an int where a number is wanted, fingerprinted as the float
+    path = tmp_path / "r.yaml"
+    path.write_text("determinism: off\ndata: {train: yes}\noptim:\n  weight_decay: 1e-4\n")
+    assert recipes.read(str(path)).determinism == "off" and recipes.read(str(path)).data.train == "yes"
+    path.write_text("seed: 1\noptim:\n  base_lr: 0.1\n  momentum: 0.5\n  base_lr: 0.2\n")
+    with pytest.raises(RequestError, match=r"recipe .*r.yaml: line 5: key base_lr is there twice, first in line 3"):
+        recipes.read(str(path))
+    path.write_text("machine: {threads: 1, threads: 2}")
+    with pytest.raises(RequestError, match=r"machine = .*r.yaml: line 1: key threads is there twice"):
+        recipes.read("goyal-resnet50", [f"machine={path}"])
+
+
+@pytest.mark.parametrize("train", ["off", "1e-4", "0o17", "2024-01-01", "1:30", "/data/x", "null"])
+def test_a_settled_recipe_reads_back_by_any_reader(train, tmp_path):
+    recipe = recipes.read("goyal-resnet50", [f"data.train='{train}'", "determinism=off", "optim.weight_decay=1e-8"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert recipes.load_resolved(path) == recipes.validate(yaml.safe_load(path.read_text())) == recipe
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))  # as run folders have it from before
+    assert train == "1e-4" or train == "0o17" or recipes.load_resolved(path) == recipe
 
 
 def test_all_problems_at_once_and_one_line_each():
@@ -73,7 +119,7 @@ def test_per_rank_is_settled_once():
     recipe = recipes.read("goyal-resnet50").with_workers(16)
     assert recipe.batch.workers == 16
     assert recipe.with_workers(99).batch.workers == 16
-    assert recipes.validate(__import__("yaml").safe_load(recipe.to_yaml())) == recipe
+    assert recipes.validate(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 @pytest.mark.parametrize("name", recipes.shipped())
