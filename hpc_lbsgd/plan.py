@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from hpc_lbsgd.bench.workload import layers_of, model_without_storage
+from hpc_lbsgd.bench.simulate.workload import layers_of, model_without_storage
 from hpc_lbsgd.data.order import passes_of_rank
 from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import RequestError
@@ -153,7 +153,7 @@ def demands(recipe: Recipe, classes: int, images_per_s: float | None) -> dict:
 def predicted(recipe: Recipe, classes: int, preset: str, nodes: int, gpus_per_node: int, known: dict) -> dict:
     """The busiest rank's step on a preset's cluster, simulated; efficiency is against one node that does the same work
     a rank. Only the last pass's backward can hide the sum, so all before it counts as forward."""
-    from hpc_lbsgd.bench import simulate as bench
+    from hpc_lbsgd.bench.simulate import run as bench
     from hpc_lbsgd.theory import simulate
 
     chosen = bench.choose(preset, ranks_per_node=gpus_per_node, bucket_mb=recipe.machine.bucket_mb).system

@@ -45,7 +45,7 @@ def add_loader(benches) -> None:
 
 
 def run_loader(args) -> int:
-    from hpc_lbsgd.bench import loader
+    from hpc_lbsgd.bench.loader import run as loader
 
     result = loader.bench(
         args.sets, args.image_size, args.batch, args.threads, args.rounds, args.images, not args.no_peers, args.ffcv
@@ -66,7 +66,7 @@ def add_rates(benches) -> None:
 
 def run_rates(args) -> int:
     from hpc_lbsgd import recipe as recipes
-    from hpc_lbsgd.bench import rates
+    from hpc_lbsgd.bench.core import timing as rates
 
     result = rates.rates(recipes.read(args.recipe, args.settings), args.rounds, args.steps)
     if result:
@@ -104,7 +104,8 @@ def add_simulate(benches) -> None:
 
 
 def run_simulate(args) -> int:
-    from hpc_lbsgd.bench import presets, simulate
+    from hpc_lbsgd.bench.simulate import presets
+    from hpc_lbsgd.bench.simulate import run as simulate
 
     if args.list:
         found = {name: make().title for name, make in presets.PRESETS.items()}
@@ -136,7 +137,7 @@ def add_allreduce(benches) -> None:
 
 
 def run_allreduce(args) -> int:
-    from hpc_lbsgd.bench import allreduce
+    from hpc_lbsgd.bench.allreduce import run as allreduce
 
     allreduce.allreduce(
         args.ranks,
@@ -185,7 +186,8 @@ def add_step(benches) -> None:
 
 
 def run_step(args) -> int:
-    from hpc_lbsgd.bench import step, tune
+    from hpc_lbsgd.bench.step import run as step
+    from hpc_lbsgd.bench.step.tune import run as tune
 
     work = (args.batch, args.model, args.image_size, args.precision, args.warm_ups, args.steps, args.threads)
     task, launches = step.task_of(args.ranks, *work), (args.rounds, args.timeout_s, args.oversubscribe)
@@ -222,8 +224,8 @@ def add_scaling(benches) -> None:
 
 
 def run_scaling(args) -> int:
-    from hpc_lbsgd.bench import scaling
-    from hpc_lbsgd.bench.launches import Place
+    from hpc_lbsgd.bench.core.launches import Place
+    from hpc_lbsgd.bench.scaling import run as scaling
 
     if args.report:
         return scaling.report(args.report, args.baseline, args.json)

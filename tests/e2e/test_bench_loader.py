@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import changed, command, mpirun, write_images, write_recipe
 
-from hpc_lbsgd.bench import loader
+from hpc_lbsgd.bench.loader import run as loader
 from hpc_lbsgd.data import manifest, pack
 from hpc_lbsgd.recipe import Data
 

@@ -6,7 +6,9 @@ import pytest
 from conftest import command
 
 from hpc_lbsgd import arguments
-from hpc_lbsgd.bench import allreduce, choices, launches
+from hpc_lbsgd.bench.allreduce import choices
+from hpc_lbsgd.bench.allreduce import run as allreduce
+from hpc_lbsgd.bench.core import launches
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.theory import collectives
 from hpc_lbsgd.theory.collectives import Link

@@ -7,11 +7,14 @@ import pytest
 from conftest import command, write_recipe
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench import scaling, scaling_ranks, scaling_report, scaling_results
-from hpc_lbsgd.bench.launches import Contender, Place, environment
-from hpc_lbsgd.bench.rates import StepTime, Timed
-from hpc_lbsgd.bench.scaling import Request
-from hpc_lbsgd.bench.scaling_results import Folder, summarise
+from hpc_lbsgd.bench.core.launches import Contender, Place, environment
+from hpc_lbsgd.bench.core.timing import StepTime, Timed
+from hpc_lbsgd.bench.scaling import measure as scaling_ranks
+from hpc_lbsgd.bench.scaling import results as scaling_results
+from hpc_lbsgd.bench.scaling import run as scaling
+from hpc_lbsgd.bench.scaling import show as scaling_report
+from hpc_lbsgd.bench.scaling.results import Folder, summarise
+from hpc_lbsgd.bench.scaling.run import Request
 from hpc_lbsgd.errors import RequestError
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import command
 
-from hpc_lbsgd.bench import step, step_ranks, ways
+from hpc_lbsgd.bench.step import measure as step_ranks
+from hpc_lbsgd.bench.step import run as step
+from hpc_lbsgd.bench.step import ways
 from hpc_lbsgd.errors import RequestError
 
 CPU = torch.device("cpu")

@@ -4,8 +4,9 @@ import pytest
 
 from hpc_lbsgd import cli
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench import step, tune
-from hpc_lbsgd.bench.tune import Launched, Verdict
+from hpc_lbsgd.bench.step import run as step
+from hpc_lbsgd.bench.step.tune import run as tune
+from hpc_lbsgd.bench.step.tune.run import Launched, Verdict
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel.horovod_engine import environment
 

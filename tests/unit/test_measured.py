@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from hpc_lbsgd import cli
-from hpc_lbsgd.bench import measured
+from hpc_lbsgd.bench.simulate import calibrate as measured
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.theory import simulate as model
 

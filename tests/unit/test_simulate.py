@@ -9,8 +9,9 @@ from conftest import command
 
 from hpc_lbsgd import plan
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench import presets, simulate, workload
-from hpc_lbsgd.bench.presets import PRESETS, PUBLISHED
+from hpc_lbsgd.bench.simulate import presets, workload
+from hpc_lbsgd.bench.simulate import run as simulate
+from hpc_lbsgd.bench.simulate.presets import PRESETS, PUBLISHED
 from hpc_lbsgd.theory import collectives
 from hpc_lbsgd.theory import simulate as model
 from hpc_lbsgd.theory.scaling import required_gbit_per_s

@@ -7,8 +7,9 @@ import socket
 from pathlib import Path
 from statistics import median
 
-from hpc_lbsgd.bench import choices, launches
-from hpc_lbsgd.bench.launches import Contender
+from hpc_lbsgd.bench.allreduce import choices
+from hpc_lbsgd.bench.core import launches
+from hpc_lbsgd.bench.core.launches import Contender
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.report import figures
 from hpc_lbsgd.theory import collectives
@@ -77,7 +78,7 @@ def measure(
     times: dict[tuple[str, int], list[float]] = {}
     gammas, libraries = [], {}
     for who, result in launches.in_turn(
-        "hpc_lbsgd.bench.allreduce_ranks", contenders, rounds, timeout_s, oversubscribe
+        "hpc_lbsgd.bench.allreduce.measure", contenders, rounds, timeout_s, oversubscribe
     ):
         gammas.append(result["gamma_s_per_byte"])
         libraries[who.name] = result["library"]

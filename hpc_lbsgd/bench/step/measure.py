@@ -1,6 +1,6 @@
 """The ranks of `bench step`: train on synthetic pictures one way, time whole steps and their parts.
 
-Started as `mpirun ... python -m hpc_lbsgd.bench.step_ranks TASK OUT`; TASK is JSON: engine, mode, model, image_size,
+Started as `mpirun ... python -m hpc_lbsgd.bench.step.measure TASK OUT`; TASK is JSON: engine, mode, model, image_size,
 precision, batches, warm_ups, steps, threads, and machine (a recipe's keys, where they are not the default).
 
 Two measurements a batch size. Whole steps run as they would in training, nothing added: they give images/s. Parts are
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from hpc_lbsgd.bench.ways import PARTS, WAYS, Clock, recipe_of
+from hpc_lbsgd.bench.step.ways import PARTS, WAYS, Clock, recipe_of
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.train.job import choose_device, configure_torch
 

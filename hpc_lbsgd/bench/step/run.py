@@ -7,8 +7,8 @@ import socket
 from pathlib import Path
 from statistics import median
 
-from hpc_lbsgd.bench import launches
-from hpc_lbsgd.bench.launches import Contender
+from hpc_lbsgd.bench.core import launches
+from hpc_lbsgd.bench.core.launches import Contender
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel.world import cores
 from hpc_lbsgd.report import figures
@@ -58,7 +58,7 @@ def choose(ways: list[str] | None) -> list[str]:
 
 def check(task: dict, ways: list[str], ranks: int) -> None:
     """Raises RequestError, before anything starts, for what no recipe could say."""
-    from hpc_lbsgd.bench.ways import recipe_of
+    from hpc_lbsgd.bench.step.ways import recipe_of
 
     for way in ways:
         recipe_of(task | {"mode": WAYS[way][1]}, ranks, task["batches"][0])
@@ -71,7 +71,7 @@ def measure(ways: list[str], ranks: int, task: dict, rounds: int, timeout_s: flo
     listed = [contender(way, ranks, task, torch.cuda.is_available()) for way in ways]
     found: dict[tuple[str, int], list[dict]] = {}
     conditions = {}
-    for who, result in launches.in_turn("hpc_lbsgd.bench.step_ranks", listed, rounds, timeout_s, oversubscribe):
+    for who, result in launches.in_turn("hpc_lbsgd.bench.step.measure", listed, rounds, timeout_s, oversubscribe):
         conditions[who.name] = {k: v for k, v in result.items() if k != "rows"}
         for row in result["rows"]:
             found.setdefault((who.name, row["batch"]), []).append(row | {"ranks": result["ranks"]})

@@ -6,8 +6,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from hpc_lbsgd.bench import measured, presets
-from hpc_lbsgd.bench.presets import MB, PRESETS, PUBLISHED, Preset
+from hpc_lbsgd.bench.simulate import calibrate as measured
+from hpc_lbsgd.bench.simulate import presets
+from hpc_lbsgd.bench.simulate.presets import MB, PRESETS, PUBLISHED, Preset
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.report import figures
 from hpc_lbsgd.theory import simulate as model
@@ -27,7 +28,7 @@ def choose(preset: str, run: str | None = None, **changes) -> Preset:
         raise RequestError(f"preset {preset}: allowed are {', '.join(PRESETS)}")
     chosen = PRESETS[preset]()
     if run:
-        from hpc_lbsgd.bench.calibrate import calibrated
+        from hpc_lbsgd.bench.simulate.from_run import calibrated
 
         system, found = calibrated(chosen.system, run)
         source = f"measured: {run}, {found.steps} steps on {found.ranks} ranks"

@@ -12,7 +12,7 @@ from hpc_lbsgd.theory.simulate import Layer
 @cache
 def stored() -> dict[str, tuple[Layer, ...]]:
     """Layers of the presets' models, from layers.json, so that a prediction need not start PyTorch."""
-    text = (resources.files("hpc_lbsgd.bench") / "layers.json").read_text()
+    text = (resources.files("hpc_lbsgd.bench.simulate") / "layers.json").read_text()
     return {name: tuple(Layer(*pair) for pair in pairs) for name, pairs in json.loads(text).items()}
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench import launches, scaling_report
-from hpc_lbsgd.bench.launches import HERE, Contender, Place
-from hpc_lbsgd.bench.scaling_results import Folder
+from hpc_lbsgd.bench.core import launches
+from hpc_lbsgd.bench.core.launches import HERE, Contender, Place
+from hpc_lbsgd.bench.scaling import show as scaling_report
+from hpc_lbsgd.bench.scaling.results import Folder
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, RequestError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.launchers import check_hosts, slots_of
@@ -114,8 +115,8 @@ def task_of(asked: dict, request: Request, rounds: int) -> dict:
 
 def check_data(recipe: Recipe, ranks: int, modes: list[str]) -> None:
     """Raises RequestError, before anything starts, for data that is not there or is too small for the global batch."""
-    from hpc_lbsgd.bench.rates import training_set
-    from hpc_lbsgd.bench.scaling_ranks import with_workers
+    from hpc_lbsgd.bench.core.timing import training_set
+    from hpc_lbsgd.bench.scaling.measure import with_workers
 
     try:
         found = training_set(recipe)
@@ -165,7 +166,7 @@ def across(folder: Folder, asked: dict, task: dict, request: Request, counts: li
     contenders = [Contender(f"{n} rank{'s' * (n > 1)}", None, task, n) for n in counts]
     place = request.place._replace(folder=folder.path)
     rounds: dict[int, int] = {}
-    program = "hpc_lbsgd.bench.scaling_ranks"
+    program = "hpc_lbsgd.bench.scaling.measure"
     limits = (request.rounds, request.timeout_s, request.oversubscribe)
     for who, result in launches.in_turn(program, contenders, *limits, place=place):
         folder.add(rounds.get(who.ranks, 0), result)
@@ -174,7 +175,7 @@ def across(folder: Folder, asked: dict, task: dict, request: Request, counts: li
 
 def here(folder: Folder, asked: dict, task: dict) -> bool:
     """Measure on the ranks that this process is one of; True on the one that kept the result."""
-    from hpc_lbsgd.bench.scaling_ranks import measure
+    from hpc_lbsgd.bench.scaling.measure import measure
 
     result = measure(task)
     if result is None:

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from hpc_lbsgd.bench import launches
+from hpc_lbsgd.bench.core import launches
 from hpc_lbsgd.errors import RequestError
 
 # Open MPI's component `tuned`, parameter coll_tuned_allreduce_algorithm; with 0 it chooses itself

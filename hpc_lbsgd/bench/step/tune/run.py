@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import yaml
 
-from hpc_lbsgd.bench import launches
-from hpc_lbsgd.bench.launches import Contender, Progress
-from hpc_lbsgd.bench.step import PARTS
+from hpc_lbsgd.bench.core import launches
+from hpc_lbsgd.bench.core.launches import Contender, Progress
+from hpc_lbsgd.bench.step.run import PARTS
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Machine
 
@@ -176,8 +176,8 @@ def choose(names: list[str], on_gpu: bool, nodes: int) -> dict[str, list[Setting
 
 def effect_of(task: dict, on_gpu: bool) -> Callable[[Setting], Hashable]:
     """What a setting does to the task's model: where its gradients are cut, and the values that hold."""
-    from hpc_lbsgd.bench.ways import CLASSES, recipe_of
-    from hpc_lbsgd.bench.workload import model_without_storage
+    from hpc_lbsgd.bench.simulate.workload import model_without_storage
+    from hpc_lbsgd.bench.step.ways import CLASSES, recipe_of
     from hpc_lbsgd.parallel.buckets import plan_layouts
 
     model = model_without_storage(recipe_of(task, 1, task["batches"][0]), CLASSES)
@@ -218,7 +218,7 @@ class Launches:
         task = self.task | {"engine": "hpc_lbsgd"}
         contenders = [Contender(f"{group}: {name}", {}, task | change, self.ranks) for name, change in changes]
         found: dict[str, list[Launched]] = {c.name: [] for c in contenders}
-        program = "hpc_lbsgd.bench.step_ranks"
+        program = "hpc_lbsgd.bench.step.measure"
         for who, result in launches.in_turn(program, contenders, rounds, *self.limits, self.progress):
             rows = {row["batch"]: row | {"ranks": result["ranks"]} for row in result["rows"]}
             found[who.name].append(Launched(rows, result["settings"]))

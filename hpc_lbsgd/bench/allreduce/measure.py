@@ -1,6 +1,6 @@
 """The ranks of `bench allreduce`: time one way of summing, over a list of sizes.
 
-Started as `mpirun ... python -m hpc_lbsgd.bench.allreduce_ranks TASK OUT`; TASK is JSON: via (engine, mpi or
+Started as `mpirun ... python -m hpc_lbsgd.bench.allreduce.measure TASK OUT`; TASK is JSON: via (engine, mpi or
 reference), engine or algorithm, bytes, seconds (to spend on each size), node_size.
 """
 
@@ -25,7 +25,7 @@ class MpiCarrier:
     def __init__(self, task: dict):
         from mpi4py import MPI
 
-        from hpc_lbsgd.bench import collectives
+        from hpc_lbsgd.bench.allreduce import collectives
 
         self.comm, self._mpi, self._collectives = MPI.COMM_WORLD, MPI, collectives
         self.rank, self.size, self.task = self.comm.rank, self.comm.size, task

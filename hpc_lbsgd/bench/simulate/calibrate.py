@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from hpc_lbsgd.bench import presets
-from hpc_lbsgd.bench.calibrate import matched_links
-from hpc_lbsgd.bench.presets import GB, MB
-from hpc_lbsgd.bench.step import PARTS
+from hpc_lbsgd.bench.simulate import presets
+from hpc_lbsgd.bench.simulate.from_run import matched_links
+from hpc_lbsgd.bench.simulate.presets import GB, MB
+from hpc_lbsgd.bench.step.run import PARTS
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Machine
 from hpc_lbsgd.theory import simulate as model
@@ -200,8 +200,8 @@ def compare(calibrate: list[Path] | None, against: list[Path] | None) -> dict:
 
 
 def layers_of_model(name: str, image_size: int) -> tuple[Layer, ...]:
-    from hpc_lbsgd.bench.ways import CLASSES, recipe_of
-    from hpc_lbsgd.bench.workload import layers_of, model_without_storage
+    from hpc_lbsgd.bench.simulate.workload import layers_of, model_without_storage
+    from hpc_lbsgd.bench.step.ways import CLASSES, recipe_of
 
     task = {"mode": "buckets", "model": name, "image_size": image_size, "precision": "float32"}
     return layers_of(model_without_storage(recipe_of(task, 1, 1), CLASSES), 3, image_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hpc_lbsgd.bench.workload import stored
+from hpc_lbsgd.bench.simulate.workload import stored
 from hpc_lbsgd.theory.simulate import Cluster, Fitted, Method, Protocol, System, Workload
 
 GBIT, GB, MB, US, MS = 1e9 / 8, 1e9, 2.0**20, 1e-6, 1e-3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hpc_lbsgd.bench.scaling_results import Folder, summarise
+from hpc_lbsgd.bench.scaling.results import Folder, summarise
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import write_atomically
 from hpc_lbsgd.report import figures

@@ -1,7 +1,7 @@
 """The ranks of `bench scaling`: the trainer's own step of a recipe on this many ranks, weak and strong.
 
-Started as `mpirun ... python -m hpc_lbsgd.bench.scaling_ranks TASK OUT`, or called on the ranks that srun has started.
-TASK is JSON: recipe (its batch.workers is k of strong scaling), modes, rounds, steps, warm_ups.
+Started as `mpirun ... python -m hpc_lbsgd.bench.scaling.measure TASK OUT`, or called on the ranks that srun has
+started. TASK is JSON: recipe (its batch.workers is k of strong scaling), modes, rounds, steps, warm_ups.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench.rates import RATES, Bench, Timed, measured
+from hpc_lbsgd.bench.core.timing import RATES, Bench, Timed, measured
 from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel.agree import together
 from hpc_lbsgd.recipe import Recipe

@@ -10,7 +10,7 @@ from statistics import median
 from typing import NamedTuple
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench.workload import layers_of, model_without_storage
+from hpc_lbsgd.bench.simulate.workload import layers_of, model_without_storage
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import RunFolder, read_metrics
 from hpc_lbsgd.theory.simulate import System, Workload, step
