@@ -19,8 +19,8 @@ from tqdm import tqdm
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import manifest as manifests
-from hpc_lbsgd.data.loader import Batch
 from hpc_lbsgd.data.manifest import Manifest
+from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.user import PREFIX, UserSet
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import engine as engines

@@ -76,7 +76,7 @@ class Ours:
         self.rank, self.size = self.engine.rank, self.engine.size
 
     def prepare(self, batch: int) -> None:
-        from hpc_lbsgd.data.loader import Batch
+        from hpc_lbsgd.data.source import Batch
         from hpc_lbsgd.theory.schedule import Point
         from hpc_lbsgd.train.replica import Replica
         from hpc_lbsgd.train.step import Stepper
