@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from hpc_lbsgd.bench.simulate.workload import layers_of, model_without_storage
+from hpc_lbsgd.bench.simulate.workload import layers_of
 from hpc_lbsgd.data.order import passes_of_rank
 from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import RequestError
@@ -28,7 +28,9 @@ def model_costs(recipe: Recipe, classes: int) -> tuple[int, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = model_without_storage(recipe, classes)
+    from hpc_lbsgd.train import models
+
+    model = models.without_storage(recipe, classes)
     with torch.device("meta"):
         images = torch.empty(2, recipe.data.channels, recipe.data.image_size, recipe.data.image_size)
         with FlopCounterMode(display=False) as counter:
@@ -155,6 +157,7 @@ def predicted(recipe: Recipe, classes: int, preset: str, nodes: int, gpus_per_no
     a rank. Only the last pass's backward can hide the sum, so all before it counts as forward."""
     from hpc_lbsgd.bench.simulate import run as bench
     from hpc_lbsgd.theory import simulate
+    from hpc_lbsgd.train import models
 
     chosen = bench.choose(preset, ranks_per_node=gpus_per_node, bucket_mb=recipe.machine.bucket_mb).system
     method = replace(chosen.method, item_bytes=known["gradient_bytes"] // known["parameters"])
@@ -163,7 +166,7 @@ def predicted(recipe: Recipe, classes: int, preset: str, nodes: int, gpus_per_no
     last_pass = min(samples, recipe.machine.workers_per_pass * recipe.batch.samples_per_worker)
     rate = known["images_per_s_per_rank"]
     backward_s = BACKWARD_SHARE * last_pass / rate
-    layers = layers_of(model_without_storage(recipe, classes), recipe.data.channels, recipe.data.image_size)
+    layers = layers_of(models.without_storage(recipe, classes), recipe.data.channels, recipe.data.image_size)
     workload = simulate.Workload(layers, samples, samples / rate - backward_s, backward_s)
     run = replace(chosen, workload=workload, method=method)
     outcome = simulate.step(run, nodes)

@@ -14,7 +14,7 @@ from conftest import command, mpirun
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.allreduce import choices
-from hpc_lbsgd.bench.allreduce import run as allreduce
+from hpc_lbsgd.bench.allreduce.run import summarise
 from hpc_lbsgd.parallel.horovod_engine import environment
 
 
@@ -118,7 +118,7 @@ def test_open_mpi_follows_the_written_choices(tmp_path, monkeypatch):
     times = {("mpi-tuned", size): [1.0] * 3 for size in (1024, 16384)}
     times |= {("mpi-ring", 1024): [2.0] * 3, ("mpi-ring", 16384): [0.5] * 3}
     rules = tmp_path / "allreduce.rules"
-    written = choices.write(rules, allreduce.summarise(4, times, 1e-9, {}, 3, 2))
+    written = choices.write(rules, summarise(4, times, 1e-9, {}, 3, 2))
 
     def bits(settings):
         with monkeypatch.context() as patch:

@@ -9,7 +9,7 @@ from conftest import command
 
 from hpc_lbsgd import plan
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench.simulate import presets, workload
+from hpc_lbsgd.bench.simulate import presets, show, workload
 from hpc_lbsgd.bench.simulate import run as simulate
 from hpc_lbsgd.bench.simulate.presets import PRESETS, PUBLISHED
 from hpc_lbsgd.theory import collectives
@@ -128,7 +128,7 @@ def test_errors_against_the_published_are_within_the_goals():
 
     The two of one node with real data are what the model does not have (docs/results/simulate.md): reported, no goal.
     """
-    found = [row for row in simulate.against_published() if row["preset"].startswith(("goyal", "horovod"))]
+    found = [row for row in simulate.against_published()["rows"] if row["preset"].startswith(("goyal", "horovod"))]
     for row in found:
         assert abs(row["error_points"]) <= (3 if row["preset"].startswith("goyal") else 6), row
     assert sum(not row["used"] for row in found) == 3
@@ -183,9 +183,9 @@ def test_stored_layers_are_the_models():
 
 def test_the_documented_predictions_are_the_codes():
     page = (Path(__file__).parents[2] / "docs" / "results" / "simulate.md").read_text()
-    assert simulate.show_published(simulate.against_published()) in page
+    assert show.show_published(simulate.against_published()) in page
     for name, nodes in (("goyal-p100-50gbe", [1, 2, 4, 8, 16, 32, 44, 128, 4096]), ("h100-ndr", simulate.NODES)):
-        assert simulate.show(simulate.predict(name, simulate.choose(name), nodes)) in page
+        assert show.show(simulate.predict(name, simulate.choose(name), nodes)) in page
 
 
 def test_plan_predicts_the_run():

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hpc_lbsgd.bench.core import launches
+from hpc_lbsgd.bench.core.spread import SPREAD_ROUNDS
 from hpc_lbsgd.errors import RequestError
 
 # Open MPI's component `tuned`, parameter coll_tuned_allreduce_algorithm; with 0 it chooses itself
 TUNED = {"tuned": 0, "recursive-doubling": 3, "ring": 4, "segmented-ring": 5, "rabenseifner": 6}
 ALLREDUCE = 2  # the collective's number in a rules file
-FEWEST_ROUNDS = 3  # below it rounds have no spread to speak of
 
 
 class Rule(NamedTuple):
@@ -54,7 +54,7 @@ def check(path: Path, names: list[str]) -> None:
 
 def clearly_faster(one: dict, other: dict, rounds: int) -> bool:
     """No round of one size's row overlaps the other's."""
-    return rounds >= FEWEST_ROUNDS and one["seconds_high"] < other["seconds_low"]
+    return rounds >= SPREAD_ROUNDS and one["seconds_high"] < other["seconds_low"]
 
 
 def rules(result: dict) -> list[Rule]:

@@ -1,8 +1,7 @@
-"""`bench allreduce`: what a sum over ranks costs here, by size and by who does it."""
+"""What a sum over ranks costs here, by size and by who does it: who takes part, launches in turn, rows and fits."""
 
 from __future__ import annotations
 
-import json
 import socket
 from pathlib import Path
 from statistics import median
@@ -10,12 +9,13 @@ from statistics import median
 from hpc_lbsgd.bench.allreduce import choices
 from hpc_lbsgd.bench.core import launches
 from hpc_lbsgd.bench.core.launches import Contender
+from hpc_lbsgd.bench.core.spread import spread
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.report import figures
 from hpc_lbsgd.theory import collectives
 from hpc_lbsgd.theory.allreduce import SWITCH_BYTES
 
 METRIC = "seconds of one float32 allreduce, median of repeats on the slowest rank, median over rounds"
+PROGRAM = "hpc_lbsgd.bench.allreduce.measure"
 SMALLEST, LARGEST = 2**10, 2**30
 
 REFERENCE = ("ring", "halving-doubling", "binary-blocks", "torus", "hierarchical")
@@ -77,9 +77,7 @@ def measure(
     contenders = [contender(name, ranks, listed, seconds, node_size) for name in names]
     times: dict[tuple[str, int], list[float]] = {}
     gammas, libraries = [], {}
-    for who, result in launches.in_turn(
-        "hpc_lbsgd.bench.allreduce.measure", contenders, rounds, timeout_s, oversubscribe
-    ):
+    for who, result in launches.in_turn(PROGRAM, contenders, rounds, timeout_s, oversubscribe):
         gammas.append(result["gamma_s_per_byte"])
         libraries[who.name] = result["library"]
         if who.name.startswith("mpi-") and not result["library"].startswith("Open MPI"):
@@ -103,9 +101,7 @@ def summarise(
                 "algorithm": name,
                 "ranks": ranks,
                 "bytes": size_bytes,
-                "seconds": seconds,
-                "seconds_low": min(found),
-                "seconds_high": max(found),
+                **spread("seconds", found),
                 "algbw_bytes_per_s": size_bytes / seconds,
                 "busbw_bytes_per_s": collectives.bus_bandwidth(ranks, size_bytes, seconds),
             }
@@ -115,7 +111,7 @@ def summarise(
         ordered = sorted((r for r in rows if r["bytes"] == size_bytes), key=lambda r: r["seconds"])
         runner_up = ordered[1]["seconds"] / ordered[0]["seconds"] if len(ordered) > 1 else None
         # a choice that the next best's rounds overlap with is not one to build on
-        clear = len(ordered) == 1 or (rounds > 2 and ordered[0]["seconds_high"] < ordered[1]["seconds_low"])
+        clear = len(ordered) == 1 or choices.clearly_faster(*ordered[:2], rounds)
         best.append(
             {
                 "bytes": size_bytes,
@@ -165,65 +161,11 @@ def fitted(name: str, ranks: int, rows: list[dict], gamma: float, node_size: int
     }
 
 
-# ---------------------------------------------------------------- showing
-
-
-def readable(size_bytes: int) -> str:
-    for unit, size in (("GB", 2**30), ("MB", 2**20), ("KB", 2**10)):
-        if size_bytes >= size:
-            return f"{size_bytes / size:g} {unit}"
-    return f"{size_bytes} B"
-
-
-def show(result: dict) -> str:
-    names = list(dict.fromkeys(r["algorithm"] for r in result["rows"]))
-    listed = sorted({r["bytes"] for r in result["rows"]})
-    time = {(r["algorithm"], r["bytes"]): r["seconds"] for r in result["rows"]}
-    lines = [f"{result['ranks']} ranks, {result['rounds']} rounds; microseconds", ""]
-    lines.append("  " + " " * 28 + "".join(f"{readable(b):>12s}" for b in listed))
-    for name in names:
-        lines.append(f"  {name:28s}" + "".join(f"{1e6 * time[name, b]:12.1f}" for b in listed))
-    lines += ["", f"  {'':28s}{'latency, us':>14s}{'GB/s on a link':>16s}"]
-    for f in result["fits"]:
-        if f["latency_s"] is not None:
-            per_byte = f["beta_s_per_byte"] + f["gamma_s_per_byte"] / 2
-            lines.append(f"  {f['algorithm']:28s}{1e6 * f['latency_s']:14.1f}{1e-9 / per_byte:16.2f}")
-    lines += ["", "  best by size (?: fewer than 3 rounds, or the next best's overlap)"]
-    lines += [f"    {readable(b['bytes']):>8s}  {b['algorithm']}{'' if b['clear'] else ' ?'}" for b in result["best"]]
-    return "\n".join(lines + (show_choices(result["choices"]) if "choices" in result else []))
-
-
-def show_choices(written: dict) -> list[str]:
-    """What was written, and how a site includes it."""
-    lines = ["", f"  {written['file']}: Open MPI's algorithm by size (tuned: its own choice)"]
-    lines += [f"    from {readable(r['from_bytes']):>10s}  {r['algorithm']}" for r in written["rules"]]
-    lines += ["  a site includes it with", "    environment:"]
-    lines += [f'      {key}: "{value}"' for key, value in written["environment"].items()]
-    if written["slower_than_mpi_bytes"]:
-        sizes = ", ".join(map(readable, written["slower_than_mpi_bytes"]))
-        lines.append(f"  without these settings MPI was faster at {sizes}: weigh it against your buckets' size")
-    return lines
-
-
-def plot(path: Path, result: dict) -> None:
-    figure, axes = figures.panels(2, (11, 4.2))
-    for name in dict.fromkeys(r["algorithm"] for r in result["rows"]):
-        mine = sorted((r for r in result["rows"] if r["algorithm"] == name), key=lambda r: r["bytes"])
-        x = [r["bytes"] for r in mine]
-        style = {"linestyle": ":"} if name.startswith("reference") else {}
-        axes[0].plot(x, [1e6 * r["seconds"] for r in mine], marker=".", label=name, **style)
-        axes[1].plot(x, [1e-9 * r["busbw_bytes_per_s"] for r in mine], marker=".", label=name, **style)
-    axes[0].set(xscale="log", yscale="log", xlabel="bytes", ylabel=f"microseconds, {result['ranks']} ranks")
-    axes[1].set(xscale="log", xlabel="bytes", ylabel="bus bandwidth, GB/s")
-    axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
-    figures.save(figure, path)
-
-
 def allreduce(
     ranks: int, listed: list[int] | None, largest: int, names: list[str] | None, rounds: int, seconds: float,
-    node_size: int, timeout_s: float, oversubscribe: bool, rules: Path | None, picture: Path | None, as_json: bool,
-) -> None:  # fmt: skip
-    """The command: measure, write the choices and draw where asked to, and print."""
+    node_size: int, timeout_s: float, oversubscribe: bool, rules: Path | None,
+) -> dict:  # fmt: skip
+    """Everything that the command reports; the choices are written where asked for."""
     listed = listed or sizes(largest)
     for size_bytes in listed:
         if size_bytes % 4 or not 4 <= size_bytes <= LARGEST:
@@ -234,6 +176,4 @@ def allreduce(
     result = measure(ranks, listed, names, rounds, seconds, node_size, timeout_s, oversubscribe)
     if rules:
         result["choices"] = choices.write(rules, result)
-    print(json.dumps(result) if as_json else show(result))
-    if picture:
-        plot(picture, result)
+    return result

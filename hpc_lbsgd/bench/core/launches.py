@@ -1,5 +1,4 @@
-"""Launches of a benchmark: one mpirun a contender and round, contenders in turn, so that a machine whose speed drifts
-treats all alike."""
+"""Launches of a benchmark: one mpirun a contender and round, contenders in turn."""
 
 from __future__ import annotations
 
@@ -16,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+from hpc_lbsgd.bench.core.turns import rotated
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel.launchers import Layout, compose, exported
 
@@ -131,7 +131,6 @@ def in_turn(
     """
     progress = progress or Progress(rounds * len(contenders))
     for r in range(rounds):
-        order = contenders[r % len(contenders) :] + contenders[: r % len(contenders)]
-        for contender in order:
+        for contender in rotated(contenders, r):
             progress.begin(f"round {r + 1} of {rounds}: {contender.name}")
             yield contender, run(program, contender, timeout_s, oversubscribe, place)

@@ -1,34 +1,25 @@
-"""`bench rates`: what a recipe's step does with batches that are there already, what the loader does alone, and what
-both do together. Under mpirun or srun every process is a rank; a step is as slow as its slowest rank.
-
-The three take turns over the same steps, so that what else the machine does meets all alike.
-"""
+"""What a recipe's step does with batches that are there already, what the loader does alone, and what both do together,
+on the ranks of a job: a step is as slow as its slowest rank. The three are timed over the same steps."""
 
 from __future__ import annotations
 
-import statistics
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.bench.core.pictures import noise
 from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.user import PREFIX, UserSet
 from hpc_lbsgd.errors import RequestError, RunError
-from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel import world as worlds
-from hpc_lbsgd.parallel.agree import together
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.theory.schedule import Schedule
-from hpc_lbsgd.train.job import prepare_process
 from hpc_lbsgd.train.replica import Replica
 from hpc_lbsgd.train.step import Passes, Stepper
 
@@ -110,13 +101,9 @@ class Bench:
 
     def _noise(self, classes: int) -> dict[int, Batch]:
         data, generator = self.recipe.data, torch.Generator().manual_seed(self.engine.rank)
-        layout = torch.channels_last if self.replica.channels_last else torch.contiguous_format
-        kept = {}
-        for size in {sum(work.counts) for work in self.passes.at(self.schedule.at(0))}:
-            images = torch.randn(size, data.channels, data.image_size, data.image_size, generator=generator)
-            labels = torch.randint(0, classes, (size,), generator=generator)
-            kept[size] = Batch(images.to(self.device, memory_format=layout), labels.to(self.device))
-        return kept
+        sizes = {sum(work.counts) for work in self.passes.at(self.schedule.at(0))}
+        shape = (data.channels, data.image_size, classes, self.replica.channels_last, self.device)
+        return {size: noise(generator, size, *shape) for size in sizes}
 
     def real(self, steps: int) -> Iterator[Batch]:
         return self.loader.batches(self.passes.requests(self.schedule, self.recipe.seed, 0, steps))
@@ -163,54 +150,3 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.engine.barrier()
-
-
-def rates(recipe: Recipe, rounds: int, steps: int) -> dict | None:
-    """Medians and spread of the three rates over `rounds` of `steps` steps; on rank 0, None elsewhere. Collective."""
-    if training_set(recipe) is None:
-        raise RequestError("data.train is not set: name a folder of class folders, or a manifest")
-    device = prepare_process(recipe)
-    engine = engines.create(recipe.machine, recipe.determinism, device)
-    recipe = measured(recipe.with_workers(engine.size))
-    try:
-        bench = together(engine, lambda: Bench(recipe, engine, device))
-        bench.replica.synchronise()
-        values: dict[str, list[float]] = {what: [] for what in RATES}
-        with tqdm(total=rounds * len(RATES), unit="run", disable=None if engine.rank == 0 else True) as bar:
-            for number in range(rounds):
-                for what in RATES if number % 2 == 0 else RATES[::-1]:
-                    values[what].append(bench.time(what, steps).images_per_s)
-                    bar.update(1)
-        if engine.rank:
-            return None
-        return summary(recipe, engine, device, steps, values)
-    finally:
-        sys.stdout.flush()
-        engine.close()
-
-
-def summary(recipe: Recipe, engine, device, steps: int, values: dict[str, list[float]]) -> dict:
-    pairs = zip(values["end-to-end"], values["synthetic"], strict=True)
-    return {
-        "data": recipe.data.dataset or str(Path(recipe.data.train)),
-        "engine": engine.name,
-        "ranks": engine.size,
-        "device": str(device),
-        "global_batch": recipe.batch.workers * recipe.batch.samples_per_worker,
-        "steps_a_round": steps,
-        "rates": {
-            what: {"images_per_s": statistics.median(v), "lowest": min(v), "highest": max(v), "values": v}
-            for what, v in values.items()
-        },
-        "end_to_end_over_synthetic": statistics.median(a / b for a, b in pairs),
-    }
-
-
-def show(result: dict) -> str:
-    """The table, in Markdown."""
-    rounds = len(result["rates"]["synthetic"]["values"])
-    lines = [f"| {result['data']} | images/s, median of {rounds} | lowest - highest |", "|---|---:|---:|"]
-    for what, r in result["rates"].items():
-        lines.append(f"| {what} | {r['images_per_s']:.0f} | {r['lowest']:.0f} - {r['highest']:.0f} |")
-    ratio = result["end_to_end_over_synthetic"]
-    return "\n".join([*lines, "", f"end-to-end / synthetic: {ratio:.3f} ({result['ranks']} ranks, {result['device']})"])

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.core.timing import RATES, Bench, Timed, measured
+from hpc_lbsgd.bench.core.turns import there_and_back
 from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel.agree import together
 from hpc_lbsgd.recipe import Recipe
@@ -59,7 +60,7 @@ def time_mode(recipe: Recipe, engine, device, whats: tuple[str, ...], task: dict
     rounds = []
     for number in range(task["rounds"]):
         found = {}
-        for what in whats if number % 2 == 0 else whats[::-1]:
+        for what in there_and_back(whats, number):
             timed = bench.time(what, task["steps"], task["warm_ups"])
             found[what] = of_all_ranks(timed, engine.gather(timed.steps))
             bar.update(1)

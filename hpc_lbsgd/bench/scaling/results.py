@@ -16,6 +16,7 @@ from statistics import median
 
 import numpy as np
 
+from hpc_lbsgd.bench.core.spread import spread
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import write_atomically
 
@@ -124,7 +125,6 @@ def row(mode: str, ranks: int, mine: list[dict], baseline: list[dict]) -> dict:
     rates = {what: rounds_of(mine, mode, what) for what in about["rounds"][0]}
     steps = [found for found in rounds_of(mine, mode, "synthetic").values()]
     waits = list(rates.get("end-to-end", rates["synthetic"]).values())
-    values = [found["images_per_s"] for found in steps]
     efficiencies = efficiency(ranks, rates["synthetic"], baseline[0]["ranks"], rounds_of(baseline, mode, "synthetic"))
     percentiles = np.percentile([s for found in steps for s in found["step_s"]], PERCENTILES)
     result = {
@@ -133,12 +133,8 @@ def row(mode: str, ranks: int, mine: list[dict], baseline: list[dict]) -> dict:
         "nodes": len(set(mine[-1]["hosts"])),
         "global_batch": about["global_batch"],
         "passes_per_step": about["passes_per_step"],
-        "images_per_s": median(values),
-        "images_per_s_low": min(values),
-        "images_per_s_high": max(values),
-        "efficiency": median(efficiencies),
-        "efficiency_low": min(efficiencies),
-        "efficiency_high": max(efficiencies),
+        **spread("images_per_s", (found["images_per_s"] for found in steps)),
+        **spread("efficiency", efficiencies),
         **{f"step_s_p{p}": float(value) for p, value in zip(PERCENTILES, percentiles, strict=True)},
         "data_wait_share": median(found["data_wait_share"] for found in waits),
         "exposed_comm_share": median(found["exposed_comm_share"] for found in steps),

@@ -1,4 +1,4 @@
-"""`bench scaling`: how much of a rank's speed is left when there are more of them, weak and strong.
+"""What is measured on which numbers of ranks, and how they take turns.
 
 Given numbers of ranks it starts them in turn with mpirun. Given none, it measures the ranks that it was itself started
 on (srun, mpirun): a job of a Slurm sweep. Either way its launches go to one folder, and the report covers all of it.
@@ -6,22 +6,20 @@ on (srun, mpirun): a job of a Slurm sweep. Either way its launches go to one fol
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.core import launches
 from hpc_lbsgd.bench.core.launches import HERE, Contender, Place
-from hpc_lbsgd.bench.scaling import show as scaling_report
 from hpc_lbsgd.bench.scaling.results import Folder
-from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, RequestError
+from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.launchers import check_hosts, slots_of
 from hpc_lbsgd.recipe import Recipe
 
 MODES = ("weak", "strong")
+PROGRAM = "hpc_lbsgd.bench.scaling.measure"
 
 
 @dataclass(frozen=True)
@@ -128,11 +126,11 @@ def check_data(recipe: Recipe, ranks: int, modes: list[str]) -> None:
         settled.build_schedule(kn if found is None else len(found))
 
 
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- measuring
 
 
-def scaling(name: str, settings: list[str], request: Request, as_json: bool) -> int:
-    """Measure, then report on all that the folder has."""
+def scaling(name: str, settings: list[str], request: Request) -> Path | None:
+    """Measure; returns the folder that has the launches now, None on ranks that keep nothing."""
     world = worlds.from_environment()
     recipe = recipes.read(name, settings)
     counts = counts_of(request)
@@ -149,9 +147,8 @@ def scaling(name: str, settings: list[str], request: Request, as_json: bool) -> 
     if counts:
         across(folder, asked, task, request, counts)
     elif not here(folder, asked, task):
-        return EXIT_DONE
-    show(folder.path, request.baseline, as_json)
-    return EXIT_DONE
+        return None
+    return folder.path
 
 
 def across(folder: Folder, asked: dict, task: dict, request: Request, counts: list[int]) -> None:
@@ -166,9 +163,8 @@ def across(folder: Folder, asked: dict, task: dict, request: Request, counts: li
     contenders = [Contender(f"{n} rank{'s' * (n > 1)}", None, task, n) for n in counts]
     place = request.place._replace(folder=folder.path)
     rounds: dict[int, int] = {}
-    program = "hpc_lbsgd.bench.scaling.measure"
     limits = (request.rounds, request.timeout_s, request.oversubscribe)
-    for who, result in launches.in_turn(program, contenders, *limits, place=place):
+    for who, result in launches.in_turn(PROGRAM, contenders, *limits, place=place):
         folder.add(rounds.get(who.ranks, 0), result)
         rounds[who.ranks] = rounds.get(who.ranks, 0) + 1
 
@@ -184,22 +180,3 @@ def here(folder: Folder, asked: dict, task: dict) -> bool:
     folder.forget([result["ranks"]])
     folder.add(0, result)
     return True
-
-
-def show(path: Path, baseline: int | None, as_json: bool) -> dict:
-    """Report on a folder, and return the results."""
-    result = scaling_report.report(path, baseline)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        print("\n".join([scaling_report.table(result), "", *scaling_report.lines(result)]))
-    print(f"report: {path}", file=sys.stderr)
-    return result
-
-
-def report(path: Path, baseline: int | None, as_json: bool) -> int:
-    """The command with --report; exit code 1 where a number of ranks that was asked for has no result."""
-    missing = show(path, baseline, as_json)["missing_ranks"]
-    for ranks in missing:
-        print(f"hpc-lbsgd: no result on {ranks} ranks in {path}: its job failed, or is not over", file=sys.stderr)
-    return EXIT_FAILED if missing else EXIT_DONE

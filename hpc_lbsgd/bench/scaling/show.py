@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hpc_lbsgd.bench.core.spread import FEWEST_ROUNDS
 from hpc_lbsgd.bench.scaling.results import Folder, summarise
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import write_atomically
 from hpc_lbsgd.report import figures
-
-FEWEST_ROUNDS = 5  # below it the table says that nothing should be concluded
 
 
 def report(path: Path, baseline: int | None) -> dict:
@@ -24,6 +23,11 @@ def report(path: Path, baseline: int | None) -> dict:
     write_atomically(folder.table, table(result) + "\n")
     plot(folder.plot, result)
     return result
+
+
+def show(result: dict) -> str:
+    """The table, then the lines for scripts."""
+    return "\n".join([table(result), "", *lines(result)])
 
 
 def lines(result: dict) -> list[str]:

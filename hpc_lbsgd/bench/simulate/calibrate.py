@@ -1,4 +1,4 @@
-"""`bench simulate --calibrate A B --against C ...`: the simulator calibrated with steps that were measured on few CPU
+"""--calibrate A B --against C ...: the simulator calibrated with steps that were measured on few CPU
 ranks, beside steps that were measured on more ranks than the machine has cores.
 
 One rank gives the compute time. The other calibrating run, of up to a rank a core, gives what computing beside others
@@ -14,10 +14,11 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from hpc_lbsgd.bench.core.task import CLASSES, PARTS, recipe_of
 from hpc_lbsgd.bench.simulate import presets
 from hpc_lbsgd.bench.simulate.from_run import matched_links
 from hpc_lbsgd.bench.simulate.presets import GB, MB
-from hpc_lbsgd.bench.step.run import PARTS
+from hpc_lbsgd.bench.simulate.workload import layers_of
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Machine
 from hpc_lbsgd.theory import simulate as model
@@ -200,32 +201,7 @@ def compare(calibrate: list[Path] | None, against: list[Path] | None) -> dict:
 
 
 def layers_of_model(name: str, image_size: int) -> tuple[Layer, ...]:
-    from hpc_lbsgd.bench.simulate.workload import layers_of, model_without_storage
-    from hpc_lbsgd.bench.step.ways import CLASSES, recipe_of
+    from hpc_lbsgd.train import models
 
     task = {"mode": "buckets", "model": name, "image_size": image_size, "precision": "float32"}
-    return layers_of(model_without_storage(recipe_of(task, 1, 1), CLASSES), 3, image_size)
-
-
-def show(result: dict) -> str:
-    lines = [
-        f"{result['model']}, {result['image_size']} pixels, {result['cores']} cores of {result['machine']}, "
-        f"{result['threads']} thread{'s' if result['threads'] > 1 else ''} a rank; milliseconds of a step",
-        "",
-        "  batch  ranks  a core  predicted  measured      low     high    error  efficiency  measured  points  learnt",
-    ]
-    for r in result["rows"]:
-        lines.append(
-            f"  {r['batch']:5d} {r['ranks']:6d} {r['ranks_per_core']:7.3g} {1e3 * r['step_s']:10.2f} "
-            f"{1e3 * r['measured_step_s']:9.2f} {1e3 * r['measured_step_s_low']:8.2f} "
-            f"{1e3 * r['measured_step_s_high']:8.2f} {r['error']:+8.1%} {r['efficiency']:11.1%} "
-            f"{r['measured_efficiency']:9.1%} {r['error_points']:+7.1f}  {'yes' if r['calibrated'] else 'no'}"
-        )
-    lines += ["", "  learnt from the calibrating runs"]
-    lines += [
-        f"    batch {c['batch']}: forward {1e3 * c['forward_s']:.2f} ms, backward {1e3 * c['backward_s']:.2f} ms, "
-        f"other {1e3 * c['other_s']:.2f} ms; beside others computing takes {c['crowding']:.3f} times as long; "
-        f"{c['usable_gbyte_per_s']:.3g} GB/s"
-        for c in result["constants"]
-    ]
-    return "\n".join(lines)
+    return layers_of(models.without_storage(recipe_of(task, 1, 1), CLASSES), 3, image_size)

@@ -10,7 +10,7 @@ from statistics import median
 from typing import NamedTuple
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench.simulate.workload import layers_of, model_without_storage
+from hpc_lbsgd.bench.simulate.workload import layers_of
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import RunFolder, read_metrics
 from hpc_lbsgd.theory.simulate import System, Workload, step
@@ -52,7 +52,9 @@ def measure(folder: RunFolder) -> Measured:
 
 def workload_of(recipe, compute_s: float, ranks: int) -> Workload:
     """What a rank computes in a step, from its recipe's model and a measured time; backward is two thirds."""
-    model = model_without_storage(recipe, recipe.data.classes)
+    from hpc_lbsgd.train import models
+
+    model = models.without_storage(recipe, recipe.data.classes)
     layers = layers_of(model, recipe.data.channels, recipe.data.image_size)
     samples = recipe.batch.workers * recipe.batch.samples_per_worker / ranks
     return Workload(layers, round(samples), compute_s / 3, 2 * compute_s / 3)

@@ -1,16 +1,12 @@
-"""`bench simulate`: what more nodes would do, before anyone pays for them."""
+"""What more nodes would do, before anyone pays for them: a preset with changes, and its predictions."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
-from hpc_lbsgd.bench.simulate import calibrate as measured
 from hpc_lbsgd.bench.simulate import presets
 from hpc_lbsgd.bench.simulate.presets import MB, PRESETS, PUBLISHED, Preset
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.report import figures
 from hpc_lbsgd.theory import simulate as model
 from hpc_lbsgd.theory.simulate import System
 
@@ -128,124 +124,10 @@ def constants(chosen: Preset) -> list[dict]:
     return [{"name": name, "value": value, "source": source} for name, (value, source) in table.items()]
 
 
-def against_published() -> list[dict]:
+def against_published() -> dict:
     """Predictions beside what was measured; `used` says which of them the two fitted numbers have seen."""
     rows = []
     for p in PUBLISHED:
         predicted = model.efficiency(PRESETS[p.preset]().system, p.nodes, p.baseline_ranks)
         rows.append({**p._asdict(), "predicted": predicted, "error_points": 100 * (predicted - p.efficiency)})
-    return rows
-
-
-# ---------------------------------------------------------------- showing
-
-
-def show(result: dict) -> str:
-    lines = [
-        f"{result['preset']}: {result['machine']}",
-        f"  efficiency against {result['baseline']}; milliseconds of a step",
-        "",
-        "    nodes    ranks     step  efficiency     images/s  stragglers  exposed  input  messages",
-    ]
-    for r in result["rows"]:
-        lines.append(
-            f"  {r['nodes']:7d} {r['ranks']:8d} {1e3 * r['step_s']:8.1f} {r['efficiency']:11.1%} "
-            f"{r['images_per_s']:12.0f} {1e3 * r['straggler_s']:11.1f} {1e3 * r['exposed_comm_s']:8.1f} "
-            f"{1e3 * r['input_wait_s']:6.1f} {r['messages']:9d}"
-        )
-    knee, largest = result["knee"], max(result["rows"], key=lambda r: r["nodes"])
-    costs = largest["costs_s"].items()
-    lines += [
-        "",
-        f"  below 90 % from {knee['nodes']} nodes on, set by {knee['set_by']}"
-        if knee
-        else f"  above 90 % up to {model.MOST_NODES} nodes",
-        f"  to hide {result['gradient_bytes'] / 1e6:.0f} MB of gradients behind backward a node needs "
-        f"{result['required_gbit_per_s']:.1f} Gbit/s of line rate",
-        f"  of a step at {largest['nodes']} nodes, "
-        + ", ".join(f"{limit} cost{'' if limit == 'stragglers' else 's'} {1e3 * t:.1f} ms" for limit, t in costs),
-        f"  at {result['what_if'][0]['nodes']} nodes, throughput with: "
-        + ", ".join(f"{w['change']} {w['gain']:+.1%}" for w in result["what_if"]),
-        "",
-        "  constants",
-    ]
-    lines += [f"    {c['name']:20s} {shown(c['value']):>12s}  {c['source']}" for c in result["constants"] if c["value"]]
-    return "\n".join(lines)
-
-
-def shown(value) -> str:
-    return f"{value:.6g}" if isinstance(value, (int, float)) else ""
-
-
-def show_published(rows: list[dict]) -> str:
-    lines = ["  preset                      nodes  measured  predicted  error, points  fitted to  source"]
-    for r in rows:
-        lines.append(
-            f"  {r['preset']:26s} {r['nodes']:6d} {r['efficiency']:9.1%} {r['predicted']:10.1%} "
-            f"{r['error_points']:+14.1f}  {'yes' if r['used'] else 'no':9s}  {r['source']}"
-        )
-    return "\n".join(lines)
-
-
-def plot(path: Path, results: list[dict]) -> None:
-    """Efficiency against nodes, and where the last one's step goes."""
-    figure, (left, right) = figures.panels(2, (11, 4.2))
-    for result in results:
-        rows = result["rows"]
-        left.plot([r["ranks"] for r in rows], [100 * r["efficiency"] for r in rows], "o-", label=result["preset"])
-    for p in PUBLISHED:
-        if any(r["preset"] == p.preset for r in results):
-            ranks = p.nodes * PRESETS[p.preset]().system.cluster.ranks_per_node
-            left.plot(ranks, 100 * p.efficiency, "kx")
-    left.set(xscale="log", xlabel="ranks", ylabel="efficiency, %; x: published", ylim=(0, 105))
-    left.legend(fontsize=8)
-    rows, bottom = results[0]["rows"], [0.0] * len(results[0]["rows"])
-    positions = range(len(rows))
-    for key, label in (
-        ("compute_s", "compute (with stragglers)"),
-        ("exposed_comm_s", "exposed communication"),
-        ("input_wait_s", "input"),
-    ):
-        heights = [1e3 * r[key] for r in rows]
-        right.bar(positions, heights, bottom=bottom, label=label)
-        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-    right.set(xlabel="nodes", ylabel=f"step, ms: {results[0]['preset']}")
-    right.set_xticks(positions, [str(r["nodes"]) for r in rows], fontsize=8)
-    right.legend(fontsize=8, loc="lower left")
-    figures.save(figure, path)
-
-
-def simulate(
-    preset: str,
-    run: str | None,
-    nodes: list[int] | None,
-    baseline: int | None,
-    changes: dict,
-    published: bool,
-    calibrate: list[Path] | None,
-    against: list[Path] | None,
-    picture: Path | None,
-    as_json: bool,
-) -> None:
-    """The command: predict, print, and draw where asked to."""
-    if calibrate or against:
-        compared = measured.compare(calibrate, against)
-        print(json.dumps(compared) if as_json else measured.show(compared))
-        return
-    if published:
-        rows = against_published()
-        print(json.dumps({"metric": METRIC, "rows": rows}) if as_json else show_published(rows))
-        return
-    result = predict(preset, choose(preset, run, **changes), nodes or NODES, baseline)
-    print(json.dumps(finite(result)) if as_json else show(result))
-    if picture:
-        plot(picture, [result])
-
-
-def finite(value):
-    """JSON knows no infinity: None in its place."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+    return {"metric": METRIC, "rows": rows}

@@ -16,16 +16,6 @@ def stored() -> dict[str, tuple[Layer, ...]]:
     return {name: tuple(Layer(*pair) for pair in pairs) for name, pairs in json.loads(text).items()}
 
 
-def model_without_storage(recipe, classes: int):
-    """The model of a recipe on device meta: shapes and names only."""
-    import torch
-
-    from hpc_lbsgd.train import models
-
-    with torch.device("meta"):
-        return models.build(recipe.model, recipe.data.channels, classes, recipe.seed)
-
-
 def layers_of(model, channels: int, image_size: int) -> tuple[Layer, ...]:
     """Layers with parameters in the order forward meets them, on a model without storage (device meta).
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from hpc_lbsgd.bench.step.ways import PARTS, WAYS, Clock, recipe_of
+from hpc_lbsgd.bench.core.task import PARTS, recipe_of
+from hpc_lbsgd.bench.step.ways import ENGINES, Clock
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.train.job import choose_device, configure_torch
 
@@ -49,7 +50,7 @@ def time_batch(way, batch: int, task: dict, device: torch.device) -> dict:
         way.step_in_parts(clock)
         found.append(clock.parts)
     way.barrier()
-    return {"batch": batch, "step_s": step_s} | {f"{p}_s": statistics.median(f[p] for f in found) for p in PARTS}
+    return {"batch": batch, "step_s": step_s} | {p: statistics.median(f[p] for f in found) for p in PARTS}
 
 
 def main(task: dict, out: Path) -> None:
@@ -58,7 +59,7 @@ def main(task: dict, out: Path) -> None:
     configure_torch(recipe_of(task, 1, 1), world, device)
     if device.type == "cpu":  # the same for all, one process alone included
         torch.set_num_threads(task["threads"])
-    way = WAYS[task["engine"]](task, device)
+    way = ENGINES[task["engine"]](task, device)
     rows = [time_batch(way, batch, task, device) for batch in task["batches"]]
     if way.rank == 0:
         facts = {"device": str(device), "threads": torch.get_num_threads(), "cores": worlds.cores()}

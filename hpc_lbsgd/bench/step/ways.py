@@ -11,31 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.bench.core.pictures import noise
+from hpc_lbsgd.bench.core.task import CLASSES, DECAY, LR, MOMENTUM, PARTS, recipe_of
+from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.train import models
 from hpc_lbsgd.train.replica import channels_last_is_safe
-
-CLASSES = 10
-LR, MOMENTUM, DECAY = 1e-3, 0.9, 1e-4
-PARTS = ("forward", "backward", "exposed_comm", "optimizer")
-
-
-def recipe_of(task: dict, ranks: int, batch: int):
-    """What `train` would run: one worker of `batch` samples a rank, the default mode of everything else but the
-    machine keys that the task names."""
-    mode = task["mode"]
-    return recipes.validate(
-        {
-            "model": {"name": task["model"]},
-            "data": {"image_size": task["image_size"], "classes": CLASSES},
-            "batch": {"samples_per_worker": batch, "workers": ranks},
-            "optim": {"base_lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY},
-            "train": {"noise_scale_steps": 0},
-            "precision": task["precision"],
-            "determinism": "any-ranks" if mode == "any-ranks" else "off",
-            "wire": "fp16" if mode == "fp16" else "fp32",
-            "machine": {"reduction": "fusion" if mode == "fusion" else "buckets", **task.get("machine", {})},
-        }
-    )
 
 
 class Clock:
@@ -76,7 +56,6 @@ class Ours:
         self.rank, self.size = self.engine.rank, self.engine.size
 
     def prepare(self, batch: int) -> None:
-        from hpc_lbsgd.data.source import Batch
         from hpc_lbsgd.theory.schedule import Point
         from hpc_lbsgd.train.replica import Replica
         from hpc_lbsgd.train.step import Stepper
@@ -87,7 +66,7 @@ class Ours:
         pictures = synthetic(self.task, batch, self.device, self.replica.channels_last)
         kn = batch * self.size
         self.point = Point(0, 0, 0, LR, MOMENTUM, self.size, batch, 0, kn)
-        self.stepper = Stepper(self.replica, recipe, repeat(Batch(*pictures)))
+        self.stepper = Stepper(self.replica, recipe, repeat(pictures))
         self.forward, self.mark, self.update = self.stepper._forward, self.stepper.mark, self.replica.update
 
     def step(self) -> None:
@@ -98,17 +77,17 @@ class Ours:
 
         def forward(*args):
             loss = self.forward(*args)
-            clock.lap("forward")
+            clock.lap("forward_s")
             return loss
 
         def mark(phase, step):
             if phase == "sum":
-                clock.lap("backward")
+                clock.lap("backward_s")
 
         def update(*args):
-            clock.lap("exposed_comm")
+            clock.lap("exposed_comm_s")
             self.update(*args)
-            clock.lap("optimizer")
+            clock.lap("optimizer_s")
 
         self.stepper._forward, self.stepper.mark, self.replica.update = forward, mark, update
         clock.start()
@@ -146,7 +125,7 @@ class Peer:
         self.optimizer = torch.optim.SGD(
             [{"params": decayed, "weight_decay": DECAY}, {"params": others}], lr=LR, momentum=MOMENTUM, nesterov=True
         )
-        self.images, self.labels = synthetic(self.task, batch, self.device, channels_last)
+        self.images, self.labels, _ = synthetic(self.task, batch, self.device, channels_last)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.task["precision"] == "bf16")
         self.wrap()
 
@@ -167,12 +146,12 @@ class Peer:
         clock.start()
         self.optimizer.zero_grad()
         loss = self.loss()
-        clock.lap("forward")
+        clock.lap("forward_s")
         loss.backward()
-        clock.lap("backward")
+        clock.lap("backward_s")
         with self.synchronised(clock):
             self.optimizer.step()
-        clock.lap("optimizer")
+        clock.lap("optimizer_s")
 
     def synchronised(self, clock: Clock):
         return nullcontext()
@@ -205,7 +184,7 @@ class Horovod(Peer):
 
     def synchronised(self, clock: Clock):
         self.optimizer.synchronize()
-        clock.lap("exposed_comm")
+        clock.lap("exposed_comm_s")
         return self.optimizer.skip_synchronize()
 
     def slowest(self, value: float) -> float:
@@ -238,11 +217,11 @@ class Ddp(Peer):
             super().step_in_parts(alone)
         together = Clock(self.device)
         super().step_in_parts(together)
-        for part in ("forward", "optimizer"):
+        for part in ("forward_s", "optimizer_s"):
             clock.parts[part] += together.parts[part]
-        exposed = max(0.0, together.parts["backward"] - alone.parts["backward"])
-        clock.parts["exposed_comm"] += exposed
-        clock.parts["backward"] += together.parts["backward"] - exposed
+        exposed = max(0.0, together.parts["backward_s"] - alone.parts["backward_s"])
+        clock.parts["exposed_comm_s"] += exposed
+        clock.parts["backward_s"] += together.parts["backward_s"] - exposed
 
     def slowest(self, value: float) -> float:
         return max(self.engine.gather(value))
@@ -254,12 +233,10 @@ class Ddp(Peer):
         self.engine.close()
 
 
-def synthetic(task: dict, batch: int, device: torch.device, channels_last: bool):
+def synthetic(task: dict, batch: int, device: torch.device, channels_last: bool) -> Batch:
+    """The same pictures for every way, rank and launch."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, task["image_size"], task["image_size"], generator=generator)
-    labels = torch.randint(0, CLASSES, (batch,), generator=generator)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return images.to(device, memory_format=layout), labels.to(device)
+    return noise(generator, batch, 3, task["image_size"], CLASSES, channels_last, device)
 
 
-WAYS = {"hpc_lbsgd": Ours, "horovod-stock": Horovod, "horovod-tuned": Horovod, "ddp": Ddp, "none": Peer}
+ENGINES = {"hpc_lbsgd": Ours, "horovod-stock": Horovod, "horovod-tuned": Horovod, "ddp": Ddp, "none": Peer}

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from hpc_lbsgd import cli
-from hpc_lbsgd.bench.simulate import calibrate as measured
+from hpc_lbsgd.bench.simulate import calibrate, show
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.theory import simulate as model
 
-LAYERS = measured.layers_of_model("resnet20", 32)
+LAYERS = calibrate.layers_of_model("resnet20", 32)
 
 
 def result_of(ranks, step_s, parts, **changes):
@@ -39,7 +39,7 @@ def files(tmp_path):
 
 
 def test_the_calibrating_runs_come_out_as_measured(files):
-    result = measured.compare([files[2], files[1]], [files[4], files[8]])
+    result = calibrate.compare([files[2], files[1]], [files[4], files[8]])
     rows = {r["ranks"]: r for r in result["rows"]}
     assert [r["calibrated"] for r in result["rows"]] == [True, True, False, False]
     for ranks in (1, 2):
@@ -53,7 +53,7 @@ def test_the_calibrating_runs_come_out_as_measured(files):
 
 def test_ranks_that_share_a_core_compute_and_copy_slower(files):
     """Twice as many ranks on the same cores: a step of two takes at least twice as long, and 2(p-1)/p more bytes."""
-    result = measured.compare([files[1], files[2]], [files[4], files[8]])
+    result = calibrate.compare([files[1], files[2]], [files[4], files[8]])
     rows = {r["ranks"]: r for r in result["rows"]}
     assert [rows[r]["ranks_per_core"] for r in (1, 2, 4, 8)] == [1, 1, 2, 4]
     alone = 0.050 * 58 / 70
@@ -62,13 +62,13 @@ def test_ranks_that_share_a_core_compute_and_copy_slower(files):
     assert rows[4]["exposed_comm_s"] > 2 * rows[2]["exposed_comm_s"]
     assert rows[8]["error"] == pytest.approx(rows[8]["step_s"] / 0.240 - 1)
     assert rows[8]["error_points"] == pytest.approx(100 * (rows[8]["efficiency"] - 0.040 / 0.240))
-    assert "learnt from the calibrating runs" in measured.show(result)
+    assert "learnt from the calibrating runs" in show.show_compared(result)
 
 
 def test_predictions_do_not_look_at_what_they_are_held_against(files, tmp_path):
-    before = measured.compare([files[1], files[2]], [files[4]])["rows"]
+    before = calibrate.compare([files[1], files[2]], [files[4]])["rows"]
     (tmp_path / "slow.json").write_text(json.dumps(result_of(4, 9.0, (1, 1, 1, 1))))
-    after = measured.compare([files[1], files[2]], [tmp_path / "slow.json"])["rows"]
+    after = calibrate.compare([files[1], files[2]], [tmp_path / "slow.json"])["rows"]
     assert [r["step_s"] for r in before] == [r["step_s"] for r in after]
 
 
@@ -77,19 +77,19 @@ def test_results_of_one_number_of_ranks_are_rounds(files, tmp_path):
     for name, seconds in (("a", 0.100), ("b", 0.130)):
         (tmp_path / f"{name}.json").write_text(json.dumps(result_of(4, seconds, (1, 1, 1, 1))))
     rounds = [files[4], tmp_path / "a.json", tmp_path / "b.json"]
-    row = measured.compare([files[1], files[2]], rounds)["rows"][-1]
+    row = calibrate.compare([files[1], files[2]], rounds)["rows"][-1]
     found = [row[f"measured_step_s{which}"] for which in ("", "_low", "_high")]
     assert row["ranks"] == 4 and found == pytest.approx([0.110, 0.100, 1.1 * 0.130])
 
 
 def test_crowding_grows_with_the_cores_in_use():
-    system = measured.calibrated(RESULTS[1]["rows"][0], RESULTS[2]["rows"][0], LAYERS, 2, 4)
-    factors = [measured.on_ranks(system, ranks).cluster.compute_factor for ranks in (1, 2, 4, 8)]
+    system = calibrate.calibrated(RESULTS[1]["rows"][0], RESULTS[2]["rows"][0], LAYERS, 2, 4)
+    factors = [calibrate.on_ranks(system, ranks).cluster.compute_factor for ranks in (1, 2, 4, 8)]
     assert factors[0] == 1 and factors[1] == pytest.approx(0.050 * 58 / 70 / 0.040)
     assert factors[2] - 1 == pytest.approx(3 * (factors[1] - 1)) and factors[3] == pytest.approx(2 * factors[2])
     one_core = replace(system.cluster, cores=1, ranks_per_node=3)
     assert one_core.compute_factor == 3
-    assert model.step(measured.on_ranks(system, 1), 1).exposed_comm_s == 0
+    assert model.step(calibrate.on_ranks(system, 1), 1).exposed_comm_s == 0
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_crowding_grows_with_the_cores_in_use():
 def test_results_that_do_not_belong_together_are_refused(files, tmp_path, changes, says):
     (tmp_path / "other.json").write_text(json.dumps(RESULTS[4] | changes))
     with pytest.raises(RequestError, match=says):
-        measured.compare([files[1], files[2]], [tmp_path / "other.json"])
+        calibrate.compare([files[1], files[2]], [tmp_path / "other.json"])
 
 
 def test_wrong_requests(files, capsys):
