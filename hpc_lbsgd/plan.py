@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from hpc_lbsgd.bench.simulate.workload import layers_of
+from hpc_lbsgd.bench.simulate import workload
 from hpc_lbsgd.data.order import passes_of_rank
 from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import RequestError
@@ -24,7 +24,11 @@ JOB_NODES = (1, 2, 4, 8, 16, 32)
 
 
 def model_costs(recipe: Recipe, classes: int) -> tuple[int, float]:
-    """(parameters, forward + backward FLOP an image), counted on a model without storage."""
+    """(parameters, forward + backward FLOP an image): of stored layers, else counted on a model without storage."""
+    if layers := workload.known(recipe, classes):
+        # backward multiplies twice as often, but for the first layer, whose inputs need no gradient
+        flop = 3 * sum(layer.flop for layer in layers) - layers[0].flop
+        return sum(layer.parameters for layer in layers), float(flop)
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -157,7 +161,6 @@ def predicted(recipe: Recipe, classes: int, preset: str, nodes: int, gpus_per_no
     a rank. Only the last pass's backward can hide the sum, so all before it counts as forward."""
     from hpc_lbsgd.bench.simulate import run as bench
     from hpc_lbsgd.theory import simulate
-    from hpc_lbsgd.train import models
 
     chosen = bench.choose(preset, ranks_per_node=gpus_per_node, bucket_mb=recipe.machine.bucket_mb).system
     method = replace(chosen.method, item_bytes=known["gradient_bytes"] // known["parameters"])
@@ -166,9 +169,9 @@ def predicted(recipe: Recipe, classes: int, preset: str, nodes: int, gpus_per_no
     last_pass = min(samples, recipe.machine.workers_per_pass * recipe.batch.samples_per_worker)
     rate = known["images_per_s_per_rank"]
     backward_s = BACKWARD_SHARE * last_pass / rate
-    layers = layers_of(models.without_storage(recipe, classes), recipe.data.channels, recipe.data.image_size)
-    workload = simulate.Workload(layers, samples, samples / rate - backward_s, backward_s)
-    run = replace(chosen, workload=workload, method=method)
+    layers = workload.layers(recipe, classes)
+    work = simulate.Workload(layers, samples, samples / rate - backward_s, backward_s)
+    run = replace(chosen, workload=work, method=method)
     outcome = simulate.step(run, nodes)
     knee = simulate.knee(run, gpus_per_node)
     return {

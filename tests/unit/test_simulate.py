@@ -177,8 +177,24 @@ def test_every_constant_has_a_source(name):
 
 
 def test_stored_layers_are_the_models():
-    assert workload.published_models() == workload.stored()
+    assert workload.count_all() == workload.stored()
     assert sum(layer.parameters for layer in workload.stored()["resnet50"]) == 25_557_032
+
+
+@pytest.mark.parametrize("name", ["bench-resnet20", "fashion-mnist", "goyal-resnet50", "smith-cifar10-original"])
+def test_stored_layers_cost_what_is_counted_for_any_number_of_classes(name, monkeypatch):
+    recipe = recipes.read(name)
+    stored = [plan.model_costs(recipe, classes) for classes in (10, 1000)]
+    monkeypatch.setattr(workload, "known", lambda recipe, classes: None)
+    assert stored == [plan.model_costs(recipe, classes) for classes in (10, 1000)]
+
+
+@pytest.mark.parametrize(
+    "setting", ["data.image_size=64", "model.name=torchvision.models:resnet18", "model={name: resnet8, stem: pool}"]
+)
+def test_a_model_that_is_not_stored_is_counted(setting):
+    recipe = recipes.read("goyal-resnet50", [setting])
+    assert workload.known(recipe, 10) is None
 
 
 def test_the_documented_predictions_are_the_codes():

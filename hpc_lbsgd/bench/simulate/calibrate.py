@@ -15,10 +15,9 @@ from statistics import median
 from typing import NamedTuple
 
 from hpc_lbsgd.bench.core.task import CLASSES, PARTS, recipe_of
-from hpc_lbsgd.bench.simulate import presets
+from hpc_lbsgd.bench.simulate import presets, workload
 from hpc_lbsgd.bench.simulate.from_run import matched_links
 from hpc_lbsgd.bench.simulate.presets import GB, MB
-from hpc_lbsgd.bench.simulate.workload import layers_of
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Machine
 from hpc_lbsgd.theory import simulate as model
@@ -201,7 +200,5 @@ def compare(calibrate: list[Path] | None, against: list[Path] | None) -> dict:
 
 
 def layers_of_model(name: str, image_size: int) -> tuple[Layer, ...]:
-    from hpc_lbsgd.train import models
-
     task = {"mode": "buckets", "model": name, "image_size": image_size, "precision": "float32"}
-    return layers_of(models.without_storage(recipe_of(task, 1, 1), CLASSES), 3, image_size)
+    return workload.layers(recipe_of(task, 1, 1), CLASSES)

@@ -10,7 +10,7 @@ from statistics import median
 from typing import NamedTuple
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench.simulate.workload import layers_of
+from hpc_lbsgd.bench.simulate.workload import layers
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import RunFolder, read_metrics
 from hpc_lbsgd.theory.simulate import System, Workload, step
@@ -52,12 +52,8 @@ def measure(folder: RunFolder) -> Measured:
 
 def workload_of(recipe, compute_s: float, ranks: int) -> Workload:
     """What a rank computes in a step, from its recipe's model and a measured time; backward is two thirds."""
-    from hpc_lbsgd.train import models
-
-    model = models.without_storage(recipe, recipe.data.classes)
-    layers = layers_of(model, recipe.data.channels, recipe.data.image_size)
     samples = recipe.batch.workers * recipe.batch.samples_per_worker / ranks
-    return Workload(layers, round(samples), compute_s / 3, 2 * compute_s / 3)
+    return Workload(layers(recipe, recipe.data.classes), round(samples), compute_s / 3, 2 * compute_s / 3)
 
 
 def calibrated(system: System, run: str) -> tuple[System, Measured]:
