@@ -193,8 +193,14 @@ class Train(Section):
     loss: Annotated[str, Field(pattern=r"^(cross-entropy|[\w.]+:\w+)$")] = "cross-entropy"
     """or package.module:function, which takes (outputs, labels) and returns a loss a sample, shape (B,)"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    preflight: bool = True
+    """before the first step, check model, data and ranks against what the run promises; not part of the fingerprint"""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """a step that is not finite, or beyond fixed point's range: end the run, or go on without it"""
+    bad_steps_limit: Count = 10
+    """skip: the run ends when more than so many in a row are bad"""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """evaluate and keep an exponential moving average of the weights too"""
+    """evaluate and keep an exponential moving average of the weights, and of BatchNorm's statistics, too"""
     noise_scale_steps: Annotated[int, Field(ge=0)] = 100
     """measure the noise scale every so many steps; 0: never"""
     noise_scale_window: Annotated[int, Field(ge=2)] = 20
@@ -352,7 +358,7 @@ class Recipe(Section):
             exclude={
                 "machine": True,
                 "checkpoint": True,
-                "train": {"max_steps"},
+                "train": {"max_steps", "preflight"},
                 "data": {"train", "eval", "samples", "classes"},
             },
         )
@@ -383,8 +389,10 @@ class Recipe(Section):
         s = self.schedule
         start = self.optim.base_lr if s.warmup_start_lr is None else s.warmup_start_lr
         warmup = schedules.Warmup(0.0 if s.warmup == "none" else s.warmup_epochs, start, s.warmup)
+        # weight decay inside the loss would be measured as gradient
+        measure_every = self.train.noise_scale_steps if self.optim.decay_in == "gradient" else 0
         return schedules.Schedule(
-            samples, n, stages, self.train.epochs, self.batch.last_batch, warmup, self.train.max_steps
+            samples, n, stages, self.train.epochs, self.batch.last_batch, warmup, self.train.max_steps, measure_every
         )
 
     def _stages(self) -> list[schedules.Stage]:

@@ -3,6 +3,7 @@ benchmarks all read these.
 
     recipe.yaml         the recipe, settled (k no longer `per_rank`)
     environment.json    versions, hosts, devices, job id; one entry a start
+    preflight.json      digests of the first start's first batch and gradient; a resume must compute the same
     metrics.jsonl       one JSON object a line: kind = start|step|epoch|eval|checkpoint|event|end
     metrics.lost.jsonl  lines after the checkpoint that a resume went back to
     status.json         how the last start ended: done | stopped | failed
@@ -13,9 +14,11 @@ benchmarks all read these.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -65,6 +68,7 @@ class RunFolder:
         self.lost = self.path / "metrics.lost.jsonl"
         self.status_file = self.path / "status.json"
         self.environment = self.path / "environment.json"
+        self.preflight = self.path / "preflight.json"
         self.checkpoints = self.path / "checkpoints"
         self.heartbeats = self.path / "heartbeats"
         self.stop_file = self.path / "stop"
@@ -95,6 +99,23 @@ class RunFolder:
         """Forget how the last start ended, and what it was asked."""
         self.status_file.unlink(missing_ok=True)
         self.stop_file.unlink(missing_ok=True)
+
+    def abandon(self) -> None:
+        """Forget a first start that was refused before any step: the folder can be used again."""
+        self.recipe.unlink(missing_ok=True)
+        shutil.rmtree(self.heartbeats, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: it was there before
+            self.path.rmdir()
+
+    def read_preflight(self) -> dict | None:
+        """What the first start's preflight computed, or None."""
+        try:
+            return json.loads(self.preflight.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def write_preflight(self, facts: dict) -> None:
+        write_atomically(self.preflight, json.dumps(facts, indent=1) + "\n")
 
     def add_environment(self, facts: dict) -> None:
         """Append what a start ran on; a resumed run has one entry a start."""

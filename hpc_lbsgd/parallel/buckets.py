@@ -136,6 +136,7 @@ class Buckets:
                 torch.zeros(b.layout.size if b.layout.compress else 0, dtype=torch.float16, device=device)
                 for b in self.buckets
             ]
+        self._places = sorted((name, place) for b in self.buckets for name, place in b.places.items())
         self._last_pass = self._measured = False
         self._held: list[torch.Tensor] | None = None  # sums of passes while each is measured by itself
         for bucket in self.buckets:
@@ -146,8 +147,9 @@ class Buckets:
 
     # ---------------------------------------------------------------- one step
 
-    def begin(self, workers: int) -> None:
-        """Start a step of `workers` workers over all ranks."""
+    def begin(self, workers: int, count_flushed: bool = False) -> None:
+        """Start a step of `workers` workers over all ranks. count_flushed: count gradients that fixed point rounds to
+        zero (`flushed`)."""
         for bucket in self.buckets:
             bucket.gradients.zero_()
         if self.bits is not None:
@@ -155,6 +157,8 @@ class Buckets:
             # so that not even `workers` values of the largest size allowed could wrap
             self._largest = 2.0**62 / workers
             self.out_of_range = torch.zeros((), dtype=torch.bool, device=self.device)
+            # gradients of this rank's workers that are not zero, and those of them that fixed point made zero
+            self.flushed = torch.zeros(2, dtype=torch.float64, device=self.device) if count_flushed else None
 
     def arm(self, last_pass: bool, measured: bool = False) -> None:
         """Before each forward-backward; after the last one of the step, buckets leave as they fill.
@@ -234,10 +238,8 @@ class Buckets:
                 bucket.gradients.zero_()
 
     def square(self) -> torch.Tensor:
-        """|gradient|^2 over all parameters, float64 scalar on the device (BatchNorm's statistics left out)."""
-        norms = [
-            torch.linalg.vector_norm(b.gradients[b.layout.statistics :], dtype=torch.float64) for b in self.buckets
-        ]
+        """|gradient|^2 over all parameters, float64 scalar on the device; whatever the buckets' layout."""
+        norms = [torch.linalg.vector_norm(place, dtype=torch.float64) for _, place in self._places]
         return torch.stack(norms).square().sum()
 
     def join_idle(self) -> None:
@@ -250,7 +252,12 @@ class Buckets:
     def _to_fixed_point(self, bucket: Bucket) -> None:
         """Add a worker's values to the int64 totals and clear them for the next. NaN and values that could wrap are
         flagged."""
+        gradients = bucket.gradients[bucket.layout.statistics :]
+        if self.flushed is not None:
+            before = torch.count_nonzero(gradients)
         scaled, total = bucket.gradients.mul_(2.0**self.bits).round_(), self.totals[bucket.index]
+        if self.flushed is not None:
+            self.flushed += torch.stack([before, before - torch.count_nonzero(gradients)])
         low, high = scaled.aminmax()
         self.out_of_range |= ~((low >= -self._largest) & (high <= self._largest))
         if self._first_pass:
@@ -290,6 +297,15 @@ class Buckets:
         return finite
 
     # ---------------------------------------------------------------- beside the step
+
+    def local_sums(self) -> list[torch.Tensor]:
+        """What this rank's passes of a step that has not left added up to: int64 totals, or gradients."""
+        return [self.totals[b.index] if self.bits is not None else b.gradients for b in self.buckets]
+
+    def clear(self) -> None:
+        """Leave no gradients behind."""
+        for bucket in self.buckets:
+            bucket.gradients.zero_()
 
     @property
     def statistics(self) -> torch.Tensor:

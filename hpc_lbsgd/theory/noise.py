@@ -50,6 +50,7 @@ def noise_scale(measurements: Sequence[Measurement]) -> NoiseScale | None:
     values = np.asarray(measurements, np.float64)
     count = len(values)
     trace, square = values.mean(axis=0)
+    trace = max(trace, 0.0)  # it is a variance: less is rounding
     (vt, c), (_, vs) = np.cov(values, rowvar=False) / count
     t2 = student95(count - 1) ** 2
     # the set of x with (trace - x*square)^2 <= t^2 * (vt - 2xc + x^2*vs), that is a*x^2 - 2b*x + d <= 0

@@ -42,7 +42,8 @@ class Warmup:
 
 @dataclass(frozen=True)
 class Point:
-    """One step. Its samples are perm[first : first + count] of its epoch's permutation."""
+    """One step. Its samples are perm[first : first + count] of its epoch's permutation. measured: the gradient's noise
+    scale is measured at this step."""
 
     step: int
     epoch: int
@@ -53,11 +54,17 @@ class Point:
     samples_per_worker: int
     first: int
     count: int
+    measured: bool = False
 
     @property
     def global_batch(self) -> int:
         """kn, the size of a full global batch at this step (`count` is smaller on a partial tail)."""
         return self.workers * self.samples_per_worker
+
+    @property
+    def share(self) -> float:
+        """B'/kn: 1, or less on a partial tail."""
+        return self.count / self.global_batch
 
     def worker_range(self, worker: int) -> tuple[int, int]:
         """Positions [start, stop) in the epoch's permutation of worker j; empty for a worker past the tail."""
@@ -73,9 +80,11 @@ class Schedule:
     samples_per_worker  n
     stages              by first_epoch, the first at epoch 0
     epochs              passes over the data
-    last_batch          'drop': floor(N/kn) steps an epoch. 'partial': ceil(N/kn), the tail with B' samples
-                        at a learning rate of eta*B'/kn
+    last_batch          'drop': floor(N/kn) steps an epoch. 'partial': ceil(N/kn), the tail with B' < kn samples: a
+                        step in which the absent ones count as zeros
     max_steps           a cap on `steps`, which changes nothing before it
+    measure_every       the noise scale is measured at the first full step of more than one worker at or after each
+                        multiple of it (0: never)
     """
 
     def __init__(
@@ -87,7 +96,9 @@ class Schedule:
         last_batch: str,
         warmup: Warmup,
         max_steps: int | None = None,
+        measure_every: int = 0,
     ):
+        self.measure_every = measure_every
         self.samples, self.samples_per_worker = samples, samples_per_worker
         self.stages, self.epochs, self.last_batch, self.warmup = tuple(stages), epochs, last_batch, warmup
         self._stage_epochs = [s.first_epoch for s in stages]
@@ -123,18 +134,30 @@ class Schedule:
         """Everything about one step, 0 <= step < full_steps."""
         if not 0 <= step < self.full_steps:
             raise IndexError(f"step {step} is outside the schedule's {self.full_steps} steps")
-        i = bisect.bisect_right(self._stage_steps, step) - 1
-        stage = self.stages[i]
-        per_epoch = self._epoch_steps(stage)
-        epochs_in, in_epoch = divmod(step - self._stage_steps[i], per_epoch)
+        stage, epochs_in, in_epoch = self._place(step)
         epoch = stage.first_epoch + epochs_in
         kn = stage.workers * self.samples_per_worker
         first = in_epoch * kn
         count = min(kn, self.samples - first)
-        lr = self._lr(step, stage, epoch + in_epoch / per_epoch)
-        if count < kn:
-            lr = lr * count / kn
-        return Point(step, epoch, in_epoch, lr, stage.momentum, stage.workers, self.samples_per_worker, first, count)
+        lr = self._lr(step, stage, epoch + in_epoch / self._epoch_steps(stage))
+        n, measured = self.samples_per_worker, self._measured(step)
+        return Point(step, epoch, in_epoch, lr, stage.momentum, stage.workers, n, first, count, measured)
+
+    def _place(self, step: int) -> tuple[Stage, int, int]:
+        """(the step's stage, epochs since its first, step in the epoch)."""
+        i = bisect.bisect_right(self._stage_steps, step) - 1
+        stage = self.stages[i]
+        return stage, *divmod(step - self._stage_steps[i], self._epoch_steps(stage))
+
+    def _measurable(self, step: int) -> bool:
+        """A full step of more than one worker."""
+        stage, _, in_epoch = self._place(step)
+        return stage.workers > 1 and (in_epoch + 1) * stage.workers * self.samples_per_worker <= self.samples
+
+    def _measured(self, step: int) -> bool:
+        if not self.measure_every or not self._measurable(step):
+            return False
+        return not any(self._measurable(s) for s in range(step - step % self.measure_every, step))
 
     def _lr(self, step: int, stage: Stage, epoch: float) -> float:
         if step < self.warmup_steps:

@@ -38,6 +38,7 @@ class State:
     best_score: float | None = None  # accuracy, of the averaged weights where there are any; else minus the loss
     best_step: int | None = None
     decisions: list[list] = field(default_factory=list)  # adaptive batch: [epoch, workers, learning rate]
+    skipped: list[int] = field(default_factory=list)  # steps that changed nothing (train.on_bad_step = skip)
     noise: list[list[float]] = field(default_factory=list)  # the last measurements: [trace, square]
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 by file name
 
@@ -69,8 +70,7 @@ def save(folder: RunFolder, replica: Replica, state: State, keep: int) -> Path:
         }
         contents = {WEIGHTS: weights, OPTIMIZER: moments}
         if replica.average:
-            averaged = replica.buckets.named(replica.average.flats)
-            contents[AVERAGE] = weights | {k: v.detach().cpu().clone() for k, v in averaged.items()}
+            contents[AVERAGE] = weights | {k: v.detach().cpu().clone() for k, v in replica.averaged().items()}
         state.files = {}
         for name, content in contents.items():
             with open(building / name, "wb") as f:
@@ -164,7 +164,7 @@ def load(path: Path, replica: Replica) -> None:
                 value.copy_(moments[kind][name])
         if replica.average:
             averaged = read(path / AVERAGE)
-            for name, value in replica.buckets.named(replica.average.flats).items():
+            for name, value in replica.averaged().items():
                 value.copy_(averaged[name])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,9 +12,6 @@ from hpc_lbsgd.data.source import Loader
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.train.losses import Loss
 from hpc_lbsgd.train.replica import Replica
-from hpc_lbsgd.train.step import exact
-
-LOSS_BITS = 14  # sums over thousands of samples: coarser than a step's loss, and still exact in any order
 
 
 def requests(samples: int, batch: int, rank: int, size: int) -> Iterator[Request]:
@@ -22,26 +20,28 @@ def requests(samples: int, batch: int, rank: int, size: int) -> Iterator[Request
         yield Request(0, np.arange(start, min(start + batch, samples)))
 
 
-def evaluate(replica: Replica, loader: Loader, samples: int, batch: int, precision: str, loss: Loss) -> dict:
+def evaluate(replica: Replica, loader: Loader, samples: int, batch: int, loss: Loss) -> dict:
     """Mean loss and accuracy over all samples, equal on all ranks. Accuracy is None where labels are no classes.
 
     Running statistics are the same on all ranks at every step, so there is nothing to gather first.
     """
     engine, model = replica.engine, replica.model
-    sums = torch.zeros(4, dtype=torch.float64, device=replica.device)  # loss, right answers, samples, classified
+    # right answers, samples, classified; then a slot a batch for its loss: x + 0 is exact, in any order
+    sums = torch.zeros(3 - (-samples // batch), dtype=torch.float64, device=replica.device)
     model.eval()
     with torch.no_grad():
-        for images, labels, _ in loader.batches(requests(samples, batch, engine.rank, engine.size)):
-            with torch.autocast(replica.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                outputs = model(images.double() if precision == "float64" else images)
-            outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-            sums[0] += exact(loss(outputs, labels), LOSS_BITS)
+        mine = range(engine.rank, -(-samples // batch), engine.size)
+        batches = loader.batches(requests(samples, batch, engine.rank, engine.size))
+        for number, (images, labels, _) in zip(mine, batches, strict=True):
+            outputs = replica.outputs(images)
+            sums[3 + number] = loss(outputs, labels)
             if labels.dim() == 1 and not labels.is_floating_point() and outputs.dim() == 2:
-                sums[1] += (outputs.argmax(1) == labels).sum()
-                sums[3] += len(labels)
-            sums[2] += len(labels)
+                sums[0] += (outputs.argmax(1) == labels).sum()
+                sums[2] += len(labels)
+            sums[1] += len(labels)
     engine.wait(engine.start_sum(sums, "evaluation"))
-    total, right, count, classified = sums.tolist()
+    right, count, classified, *losses = sums.tolist()
     if round(count) != samples:
         raise RuntimeError(f"evaluation counted {count:.0f} of {samples} samples")
+    total = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
     return {"loss": total / samples, "accuracy": right / samples if classified else None, "samples": samples}

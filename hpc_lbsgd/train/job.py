@@ -41,6 +41,8 @@ def train(name: str, recipe: Recipe, run: str | None = None, resume: bool = Fals
         return code
     except RequestError as problem:  # on every rank alike: `agree` and `together` see to it
         if engine.rank == 0:
+            if folder is not None and found.attempt == 0:
+                folder.abandon()
             print(f"hpc-lbsgd: {problem}", file=sys.stderr)
         engine.close()
         return EXIT_REQUEST

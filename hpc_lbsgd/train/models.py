@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
 
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.imports import load
+from hpc_lbsgd.train.workers import PassContext
 
 
 class Block(nn.Module):
@@ -163,13 +167,32 @@ def initialise(model: nn.Module, zero_gamma: bool) -> None:
                 nn.init.zeros_(last.weight)
 
 
-def compile_stages(model: nn.Module) -> None:
+def compile_stages(model: nn.Module, context: PassContext) -> None:
     """torch.compile a residual stage at a time: one compiled whole would delay every gradient to backward's
-    end, and communication could not overlap it."""
+    end, and communication could not overlap it.
+
+    A graph a shape, never one for many: which shapes a process has met, and so where it was resumed, must not decide
+    which kernels run.
+    """
     stages = getattr(model, "stages", None) or [getattr(model, f"layer{i}", None) for i in (1, 2, 3, 4)]
     if None in stages:
         raise RequestError(
             f"machine.compile = stages: {type(model).__name__} has neither `stages` nor layer1 to layer4"
         )
+    # Stages of one class share their code, and so one list of graphs: stages x (full, tail, evaluation) x modes
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     for stage in stages:
-        stage.compile()
+        mine = set(stage.modules())
+        virtual = [layer for layer in context.layers if layer.module in mine]
+        stage.forward = _settled(context, virtual, torch.compile(stage.forward, dynamic=False, fullgraph=False))
+
+
+def _settled(context: PassContext, virtual: list, compiled: Callable) -> Callable:
+    """Compiled code counts the calls of its layers, but cannot ask whether backward repeats one."""
+
+    def forward(*args, **kwargs):
+        if context.spans and virtual:
+            context.settle(virtual)
+        return compiled(*args, **kwargs)
+
+    return forward

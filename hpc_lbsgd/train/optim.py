@@ -41,6 +41,7 @@ class Optimizer(ABC):
 
     def __init__(self, buckets: Buckets, optim):
         self.buckets, self.optim = buckets, optim
+        self.skipped = 0  # steps so far that changed nothing (train.on_bad_step = skip)
         decay = optim.weight_decay if optim.decay_in == "gradient" else 0.0
         self.flats = {kind: [torch.zeros_like(b.weights) for b in buckets.buckets] for kind in self.kinds}
         self.parts: list[Part] = []
@@ -56,7 +57,8 @@ class Optimizer(ABC):
 
     @abstractmethod
     def step(self, point: Point, previous_lr: float) -> None:
-        """Update the weights from the reduced gradients. previous_lr: of the step before (any value at step 0)."""
+        """Update the weights from the reduced gradients: sums over samples, divided by kn. previous_lr: of the update
+        before (0: there was none)."""
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """By kind, then by parameter name: views, valid as long as the optimizer lives."""
@@ -91,7 +93,7 @@ class AbsorbedSgd(Optimizer):
     @torch.no_grad()
     def step(self, point: Point, previous_lr: float) -> None:
         m = point.momentum
-        correction = point.lr / previous_lr if self.optim.momentum_correction and point.step else 1.0
+        correction = point.lr / previous_lr if self.optim.momentum_correction and previous_lr else 1.0
         for w, g, state, decay in self.parts:
             if decay:
                 g.add_(w, alpha=decay)
@@ -102,14 +104,14 @@ class AbsorbedSgd(Optimizer):
 class Adam(Optimizer):
     """Kingma & Ba 2015, algorithm 1, with momentum as beta1 and weight decay in the gradient. Torch's Adam.
 
-    The number of updates that the bias correction needs is the step.
+    The number of updates that the bias correction needs is that of the steps that were taken.
     """
 
     kinds = ("momentum", "second")
 
     @torch.no_grad()
     def step(self, point: Point, previous_lr: float) -> None:
-        beta1, beta2, updates = point.momentum, self.optim.beta2, point.step + 1
+        beta1, beta2, updates = point.momentum, self.optim.beta2, point.step + 1 - self.skipped
         root = (1 - beta2**updates) ** 0.5
         rate = point.lr / (1 - beta1**updates)
         for w, g, state, decay in self.parts:
@@ -122,7 +124,8 @@ class Adam(Optimizer):
 
 class Lars(Optimizer):
     """Layer-wise rates (You et al. 2017): v <- m*v + lr*r*(g + decay*w); w <- w - v, with a layer's
-    r = trust * |w| / (|g| + decay*|w|). Parameters without weight decay (BatchNorm, biases) have r = 1.
+    r = trust * |w| / (|g| + decay*|w|). Parameters without weight decay (BatchNorm, biases) have r = 1. In a tail of
+    B' of kn samples, where g is their sum over kn, r takes |g| from their mean.
     """
 
     def __init__(self, buckets: Buckets, optim):
@@ -138,7 +141,8 @@ class Lars(Optimizer):
     @torch.no_grad()
     def step(self, point: Point, previous_lr: float) -> None:
         for w, g in self.layers:
-            weight, gradient = torch.linalg.vector_norm(w), torch.linalg.vector_norm(g)
+            # of the mean over the samples there are: in a tail, absent ones must not make a step longer
+            weight, gradient = torch.linalg.vector_norm(w), torch.linalg.vector_norm(g) / point.share
             ratio = self.optim.trust * weight / (gradient + self.decay * weight)
             # a layer of zeros, or without gradient, has no ratio: it goes at the plain rate
             ratio = torch.where((weight > 0) & (gradient > 0), ratio, torch.ones_like(ratio))
@@ -154,22 +158,25 @@ def create(buckets: Buckets, optim) -> Optimizer:
     return {"adam": Adam, "lars": Lars}[optim.name](buckets, optim)
 
 
-class WeightAverage:
-    """Exponential moving average of the weights: a <- d*a + (1-d)*w after each update."""
+class Average:
+    """Exponential moving average of what a step changes: a <- d*a + (1-d)*x after each.
 
-    def __init__(self, buckets: Buckets, decay: float):
-        self.buckets, self.decay = buckets, decay
-        self.flats = [b.weights.clone() for b in buckets.buckets]
+    tensors: weights and BatchNorm's running statistics; averaged weights want statistics of their own kind.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor], decay: float):
+        self.tensors, self.decay = tensors, decay
+        self.flats = [t.clone() for t in tensors]
 
     @torch.no_grad()
     def update(self) -> None:
-        for average, bucket in zip(self.flats, self.buckets.buckets, strict=True):
-            average.lerp_(bucket.weights, 1 - self.decay)
+        for average, tensor in zip(self.flats, self.tensors, strict=True):
+            average.lerp_(tensor, 1 - self.decay)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange weights and average: once before an evaluation of the average, once after."""
-        for i, bucket in enumerate(self.buckets.buckets):
-            kept = bucket.weights.clone()
-            bucket.weights.copy_(self.flats[i])
-            self.flats[i] = kept
+        """Exchange them and their averages: once before an evaluation of the average, once after."""
+        for i, tensor in enumerate(self.tensors):
+            kept = tensor.clone()
+            tensor.copy_(self.flats[i])
+            self.flats[i].copy_(kept)

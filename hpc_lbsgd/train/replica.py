@@ -3,84 +3,47 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
 from hpc_lbsgd.errors import RunError
-from hpc_lbsgd.parallel.buckets import Buckets, aligned, plan_layouts
+from hpc_lbsgd.parallel.buckets import Buckets, plan_layouts
 from hpc_lbsgd.parallel.engine import Engine
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import models, optim
-from hpc_lbsgd.train.workers import GhostBatchNorm, PassContext, make_virtual
+from hpc_lbsgd.train.statistics import RunningStatistics
+from hpc_lbsgd.train.workers import PassContext, make_virtual
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.float32}  # of weights
-
-
-class RunningStatistics:
-    """BatchNorm's running means and variances as views into one flat buffer, laid out like the statistics that
-    ride in the first bucket, so that adding a pass's statistics and a step's moving average are one operation each.
-    """
-
-    def __init__(self, layers: list[GhostBatchNorm], dtype: torch.dtype, device: torch.device):
-        self.layers = layers
-        offset = 0
-        self.offsets = []
-        for layer in layers:
-            self.offsets.append(offset)
-            offset = aligned(offset + 2 * layer.num_features, dtype.itemsize)
-        self.size = offset
-        self.flat = torch.zeros(offset, dtype=dtype, device=device)
-        self.momentum = torch.zeros_like(self.flat)
-        self.measured: list[torch.Tensor] = []  # of the pass under way: a flat buffer a BatchNorm group
-        for layer, start in zip(layers, self.offsets, strict=True):
-            view = self.flat[start : start + 2 * layer.num_features].view(2, -1)
-            view[0], view[1] = layer.running_mean, layer.running_var
-            layer.running_mean, layer.running_var = view[0], view[1]
-            self.momentum[start : start + 2 * layer.num_features] = layer.momentum
-
-    def begin_pass(self, groups: int) -> None:
-        """Make room for what the layers measure in a pass of so many BatchNorm groups."""
-        while len(self.measured) < groups:
-            measured = torch.zeros_like(self.flat)
-            self.measured.append(measured)
-            for layer, start in zip(self.layers, self.offsets, strict=True):
-                mean_var = measured[start : start + 2 * layer.num_features].view(2, -1)
-                # .data: versions of their own. A compiled layer saves its buffers for backward, and writing those of
-                # the next layer would count as a change of them.
-                layer.measured.append((mean_var[0].data, mean_var[1].data))
-        for measured in self.measured[:groups]:
-            measured.zero_()  # else a NaN would stay: batch_norm adds to 0 times what is there
-
-    def end_forward(self, statistics: torch.Tensor, groups: int, share: float) -> None:
-        """Add each group's statistics, times `share`, to this flat buffer."""
-        for measured in self.measured[:groups]:
-            statistics.add_(measured, alpha=share)
-
-    def update(self, means: torch.Tensor) -> None:
-        """running <- (1 - momentum) * running + momentum * mean over all groups of the step."""
-        self.flat.lerp_(means, self.momentum)
-        for layer in self.layers:
-            layer.num_batches_tracked += 1
 
 
 class Replica:
     """The model as `recipe` says, its parameters laid into buckets, on this rank's device.
 
+    calls: how often BatchNorm layers are called in a forward, where more than once (`preflight.before`).
     channels_last: the memory format of the weights, and the one that images should have.
     """
 
-    def __init__(self, recipe, classes: int, engine: Engine, device: torch.device):
-        self.engine, self.device = engine, device
+    def __init__(
+        self,
+        recipe,
+        classes: int,
+        engine: Engine,
+        device: torch.device,
+        calls: Mapping[str, int] | None = None,
+    ):
+        self.engine, self.device, self.autocast = engine, device, recipe.precision == "bf16"
         dtype, machine = DTYPES[recipe.precision], recipe.machine
+        self.dtype = dtype
         model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
-        self.channels_last = machine.channels_last and (device.type != "cpu" or channels_last_is_safe(model))
-        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        memory_format = memory_format_of(recipe, model, device)
+        self.channels_last = memory_format == torch.channels_last
         self.model: nn.Module = model.to(device, memory_format=memory_format)
         self.context = PassContext(recipe.seed, recipe.batch.group)
-        self.running = RunningStatistics(make_virtual(self.model, self.context), dtype, device)
+        self.running = RunningStatistics(make_virtual(self.model, self.context), calls or {}, dtype, device)
         compress = recipe.wire == "fp16"
         limit = 0 if machine.reduction == "fusion" else machine.bucket_mb * 2**20
         layouts = plan_layouts(
@@ -101,22 +64,33 @@ class Replica:
         )
         self.optimizer = optim.create(self.buckets, recipe.optim)
         decay = recipe.train.ema_decay
-        self.average = optim.WeightAverage(self.buckets, decay) if decay else None
+        averaged = [*(b.weights for b in self.buckets.buckets), self.running.flat]
+        self.average = optim.Average(averaged, decay) if decay else None
         if machine.compile == "stages":
-            models.compile_stages(self.model)
+            models.compile_stages(self.model, self.context)
         self.bucket_mb = machine.bucket_mb
         self.training_model = self.model  # what a pass calls
 
-    def begin_pass(self, step: int, workers: list[int], counts: list[int], groups_in_step: int) -> None:
-        """Before a forward: its workers and how many samples each has, and BatchNorm's groups in the whole step."""
-        self.context.begin(step, workers, counts, groups_in_step)
+    def begin_pass(self, step: int, workers: list[int], counts: list[int]) -> None:
+        """Before a forward: its workers, and how many samples each has."""
+        self.context.begin(step, workers, counts)
         self.running.begin_pass(len(self.context.groups))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The model's outputs; what its BatchNorm layers measured goes to the first bucket."""
-        outputs = self.training_model(images)
-        self.running.end_forward(self.buckets.statistics, len(self.context.groups), self.context.group_share)
+    def forward(self, images: torch.Tensor, groups_in_step: int) -> torch.Tensor:
+        """The model's outputs; what its BatchNorm layers measured goes to the first bucket. groups_in_step: BatchNorm
+        groups of the whole step, over all ranks."""
+        outputs = self.outputs(images)
+        self.running.end_forward(self.buckets.statistics, len(self.context.groups), groups_in_step)
         return outputs
+
+    def outputs(self, images: torch.Tensor) -> torch.Tensor:
+        """The model's outputs."""
+        model = self.training_model if self.model.training else self.model
+        return outputs(model, images, self.dtype, self.device, self.autocast)
+
+    def end_pass(self) -> None:
+        """After backward."""
+        self.context.end()
 
     def passing(self, sums: bool) -> AbstractContextManager:
         """Around a forward-backward. sums: it is the one in which the engine's model sums gradients over ranks."""
@@ -127,7 +101,7 @@ class Replica:
     def update(self, point: Point, previous_lr: float) -> None:
         """Take the step: the buckets hold the sums over all workers."""
         self.optimizer.step(point, previous_lr)
-        self.running.update(self.buckets.statistics)
+        self.running.update(self.buckets.statistics, point.share)
         if self.average:
             self.average.update()
 
@@ -144,12 +118,13 @@ class Replica:
         self.training_model = self.engine.wrap(self.model, self.bucket_mb)
         self.buckets.broadcast_weights()
         self.engine.broadcast(self.running.flat, "running")
+        self.engine.broadcast(self.running.batches, "batches")
         for kind, kept in self.optimizer.flats.items():
             for i, flat in enumerate(kept):
                 self.engine.broadcast(flat, f"optimizer.{kind}.{i}")
         for i, flat in enumerate(self.average.flats if self.average else ()):
             self.engine.broadcast(flat, f"average.{i}")
-        flats = [self.running.flat, *(bucket.weights for bucket in self.buckets.buckets)]
+        flats = [self.running.flat, self.running.batches, *(bucket.weights for bucket in self.buckets.buckets)]
         done = {flat.untyped_storage().data_ptr() for flat in flats}
         for name, tensor in self.model.state_dict().items():
             if tensor.untyped_storage().data_ptr() not in done:  # counters, frozen parameters, the user's buffers
@@ -169,8 +144,30 @@ class Replica:
             )
         return digest
 
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """The averages of weights and BatchNorm statistics by name, as views (`train.ema_decay` only)."""
+        *weights, running = self.average.flats
+        return self.buckets.named(weights) | self.running.named(running)
+
     def gradient_bytes(self) -> int:
         return sum(b.layout.size * b.gradients.element_size() for b in self.buckets.buckets)
+
+
+def outputs(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, device: torch.device, autocast: bool):
+    """What `model` makes of a batch, in float64 or float32. What is counted (tokens) stays as it is; what is measured
+    is taken in the precision of the weights."""
+    if images.is_floating_point() or images.dtype == torch.uint8:
+        images = images.to(dtype)
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        found = model(images)
+    half = isinstance(found, torch.Tensor) and found.dtype in (torch.bfloat16, torch.float16)
+    return found.float() if half else found
+
+
+def memory_format_of(recipe, model: nn.Module, device: torch.device) -> torch.memory_format:
+    """Of weights and images."""
+    last = recipe.machine.channels_last and (device.type != "cpu" or channels_last_is_safe(model))
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def channels_last_is_safe(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,13 +20,12 @@ from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.replica import Replica
 from hpc_lbsgd.train.workers import groups_in_step
 
-# The control vector: summed once a step, beside the gradients. All ranks decide from the sums alone.
-LOSS, COUNT, BAD_RANKS, BAD_RANK_SUM, STOP, CHECKPOINT, SQUARES, REPLACED = range(8)
+# The control vector: summed once a step, beside the gradients. All ranks decide from the sums alone. After these come
+# a slot a worker for its loss, and one for its squared norm: x + 0 is exact at any magnitude, in any order, so that not
+# even a log depends on the rank count.
+COUNT, BAD_RANKS, BAD_RANK_SUM, STOP, CHECKPOINT, REPLACED, NONZERO, FLUSHED, WORKERS = range(9)
 
-# Losses and squared norms are rounded to multiples of these: below 2^53 units their sum is exact in float64, in any
-# order, so that not even a log depends on the rank count.
-LOSS_BITS = 30
-SQUARE_BITS = 36
+COUNT_FLUSHED_EVERY = 100  # steps; it takes two more passes over the gradients
 
 
 class Pass(NamedTuple):
@@ -41,19 +41,11 @@ class Passes:
     def __init__(self, recipe, rank: int, size: int):
         self.rank, self.size = rank, size
         self.workers_per_pass = recipe.machine.workers_per_pass
-        # weight decay inside the loss would be measured as gradient
-        self.measured_every = recipe.train.noise_scale_steps if recipe.optim.decay_in == "gradient" else 0
-
-    def measures(self, point: Point) -> bool:
-        """The noise scale is measured at this step: workers go one a pass. A short tail is never measured."""
-        every = self.measured_every
-        full = point.count == point.global_batch and point.workers > 1
-        return every > 0 and (point.step + 1) % every == 0 and full
 
     def at(self, point: Point) -> list[Pass]:
         """This rank's passes at one step. Workers past the tail of an epoch are left out."""
         result = []
-        together = 1 if self.measures(point) else self.workers_per_pass
+        together = 1 if point.measured else self.workers_per_pass
         for workers in passes_of_rank(point.workers, self.rank, self.size, together):
             counted = [(j, stop - start) for j in workers for start, stop in [point.worker_range(j)] if stop > start]
             if counted:
@@ -76,7 +68,7 @@ class Passes:
 class Outcome:
     """What every rank knows after a step."""
 
-    loss: float  # mean over the true global batch
+    loss: float  # mean over the true global batch, without a decay term
     count: int
     finite: bool
     bad_ranks: int  # ranks whose own loss or gradients were not finite (or out of the fixed-point range)
@@ -85,13 +77,9 @@ class Outcome:
     checkpoint: bool
     measurement: noise.Measurement | None
     replaced: int  # samples that could not be had (data.on_bad_image = skip)
+    flushed: float | None  # share of gradients that fixed point made zero, where it was counted
     data_wait_s: float  # on this rank
     exposed_comm_s: float  # from the end of this rank's backward until all sums are there
-
-
-def exact(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """`value` as float64, rounded to a multiple of 2^-bits."""
-    return (value.double() * 2.0**bits).round_() * 2.0**-bits
 
 
 class Stepper:
@@ -110,23 +98,21 @@ class Stepper:
         self.bn_group, self.samples_per_worker = recipe.batch.group, recipe.batch.samples_per_worker
         self.loss = loss_function(recipe.train)
         self.loss_decay = recipe.optim.weight_decay if recipe.optim.decay_in == "loss" else 0.0
-        self.dtype = torch.float64 if recipe.precision == "float64" else torch.float32
-        self.autocast = recipe.precision == "bf16"
-        self.control = torch.zeros(8, dtype=torch.float64, device=replica.device)
 
     def run(self, point: Point, previous_lr: float = 0.0, stop: bool = False, checkpoint: bool = False) -> Outcome:
         """One step. The weights change only if every rank's loss and gradients are finite.
 
-        previous_lr: of the step before, for optimizers that absorb the learning rate.
+        previous_lr: of the update before (0: there was none), for optimizers that absorb the learning rate.
         """
-        replica, buckets, control = self.replica, self.replica.buckets, self.control
+        replica, buckets = self.replica, self.replica.buckets
         if not replica.model.training:  # it visits every module
             replica.model.train()
-        work, measured = self.passes.at(point), self.passes.measures(point)
+        work, measured, k = self.passes.at(point), point.measured, point.workers
         groups = groups_in_step(point, self.bn_group)
-        loss_sum, squares = torch.zeros(2, dtype=torch.float64, device=replica.device)
+        control = torch.zeros(WORKERS + 2 * k, dtype=torch.float64, device=replica.device)
+        losses, squares = control[WORKERS : WORKERS + k], control[WORKERS + k :]
         data_wait_s, replaced = 0.0, 0
-        buckets.begin(point.workers)
+        buckets.begin(k, count_flushed=point.step % COUNT_FLUSHED_EVERY == 0)
         for i, (workers, counts) in enumerate(work):
             before = time.perf_counter()
             self.mark("data", point.step)
@@ -134,68 +120,69 @@ class Stepper:
             replaced += stand_ins
             data_wait_s += time.perf_counter() - before
             self.mark("compute", point.step)
-            replica.begin_pass(point.step, workers, counts, groups)
+            replica.begin_pass(point.step, workers, counts)
             last = i == len(work) - 1
             buckets.arm(last_pass=last, measured=measured)
             with replica.passing(sums=last and buckets.summed_elsewhere):
-                loss = self._forward(images, labels, point)
+                loss = self.loss(replica.forward(images, groups), labels)
+                losses[workers[0]] = loss.detach()
+                loss = self._share(loss, len(labels), point)
                 # DistributedDataParallel divides its sum by the number of ranks
                 (loss * self.engine.size if buckets.summed_elsewhere else loss).backward()
             square = buckets.end_pass()
-            loss_sum += exact(loss.detach(), LOSS_BITS)
+            replica.end_pass()
             if square is not None:
-                squares += exact(square, SQUARE_BITS)
+                squares[workers[0]] = square
         if not work:
             buckets.join_idle()
         self.mark("sum", point.step)
         before = time.perf_counter()
-        bad = ~torch.isfinite(loss_sum)
+        bad = ~torch.isfinite(losses.sum())
         if buckets.bits is not None:
             bad |= buckets.out_of_range
-        control.zero_()
-        control[LOSS] = loss_sum.nan_to_num(0.0, 0.0, 0.0)
+            if buckets.flushed is not None:
+                control[NONZERO : FLUSHED + 1] = buckets.flushed
         control[COUNT] = sum(sum(w.counts) for w in work)
         control[BAD_RANKS] = bad
         control[BAD_RANK_SUM] = bad * self.engine.rank
-        control[STOP], control[CHECKPOINT] = float(stop), float(checkpoint)
-        control[SQUARES], control[REPLACED] = squares, replaced
+        control[STOP], control[CHECKPOINT], control[REPLACED] = float(stop), float(checkpoint), replaced
         handle = self.engine.start_sum(control, "control")
         finite = buckets.finish()
         self.engine.wait(handle)
-        big_square = buckets.square() if measured else control[SQUARES]
+        big_square = buckets.square() if measured else control[COUNT]
         sums = torch.cat([control, torch.stack([big_square, finite.double()])]).tolist()
         exposed_comm_s = time.perf_counter() - before
         ok = bool(sums[-1]) and sums[BAD_RANKS] == 0
         if ok:
             replica.update(point, previous_lr)
+        count, of_workers = round(sums[COUNT]), sums[WORKERS : WORKERS + k]
         return Outcome(
-            loss=sums[LOSS],
-            count=round(sums[COUNT]),
+            loss=math.fsum(of_workers) / count if all(map(math.isfinite, of_workers)) else math.nan,
+            count=count,
             finite=ok,
             bad_ranks=round(sums[BAD_RANKS]),
             bad_rank=round(sums[BAD_RANK_SUM]),
             stop=sums[STOP] > 0,
             checkpoint=sums[CHECKPOINT] > 0,
-            measurement=self._measurement(point, sums[SQUARES], sums[-2]) if measured and ok else None,
+            measurement=self._measurement(point, sums[WORKERS + k : -2], sums[-2]) if measured and ok else None,
             replaced=round(sums[REPLACED]),
+            flushed=sums[FLUSHED] / sums[NONZERO] if sums[NONZERO] else None,
             data_wait_s=data_wait_s,
             exposed_comm_s=exposed_comm_s,
         )
 
-    def _forward(self, images: torch.Tensor, labels: torch.Tensor, point: Point) -> torch.Tensor:
-        """This pass's share of the loss: divided by the true global count here, summed over ranks later
-        (Goyal et al. 2017, Remark 3)."""
-        with torch.autocast(self.replica.device.type, torch.bfloat16, enabled=self.autocast):
-            outputs = self.replica.forward(images if self.autocast else images.to(self.dtype))
-        outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-        loss = self.loss(outputs, labels) / point.count
+    def _share(self, loss: torch.Tensor, samples: int, point: Point) -> torch.Tensor:
+        """What a pass differentiates: its sum of losses over kn, so that the sum over ranks is the step's gradient
+        (Goyal et al. 2017, Remark 3). In a tail too: absent samples count as zeros, and each sample of an epoch moves
+        the weights alike."""
+        loss = loss / point.global_batch
         if self.loss_decay:
             # each pass carries its samples' share, so that all ranks' losses sum to one decay term
             term = torch.stack([w.square().sum() for w in self.replica.decayed()]).sum()
-            loss = loss + 0.5 * self.loss_decay * term * (len(labels) / point.count)
+            loss = loss + 0.5 * self.loss_decay * term * (samples / point.count)
         return loss
 
-    def _measurement(self, point: Point, squares: float, big_square: float) -> noise.Measurement:
+    def _measurement(self, point: Point, squares: list[float], big_square: float) -> noise.Measurement:
         """Workers' gradients are shares of the mean over kn samples: a worker's own mean is k times its share."""
-        small_square = point.workers * squares
+        small_square = point.workers * math.fsum(squares)
         return noise.measure(small_square, big_square, self.samples_per_worker, point.global_batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import socket
 import sys
@@ -13,7 +14,7 @@ import torch
 from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import stage as stages
 from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
-from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunError
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError, RunError
 from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import agree, together
@@ -25,12 +26,14 @@ from hpc_lbsgd.train import checkpoint
 from hpc_lbsgd.train.display import Display, TensorBoard
 from hpc_lbsgd.train.evaluate import evaluate
 from hpc_lbsgd.train.losses import loss_function
+from hpc_lbsgd.train.parts import build
 from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, software_facts, stage_folder
-from hpc_lbsgd.train.replica import Replica
 from hpc_lbsgd.train.step import Outcome, Passes, Stepper
 from hpc_lbsgd.train.watchdog import Watchdog
 
 STOP_FILE_EVERY_S = 1.0  # a look at a parallel file system is not free
+# Shares of gradients that fixed point makes zero: from where it is said, and from where a run is not begun
+FLUSHED_WARN, FLUSHED_STOP = 0.01, 0.5
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not USR1, which NCCL may take
 
 
@@ -52,11 +55,13 @@ class Trainer:
         fresh = checkpoint.State(0, recipe.fingerprint(), data_fingerprint(self.train_set, self.eval_set))
         self.state = checkpoint.State(**found.state) if found.state else fresh
         self._schedule_from_decisions()
+        self.adaptive = recipe.schedule.kind == "adaptive-batch"
         self.first_step = self.state.step
         self.stop_asked = False
         self.looked_for_stop_file = time.monotonic()
         self.last_checkpoint = time.monotonic()
         self.last_eval: dict = {}
+        self.flushed_said = 0.0
 
     def _stage(self, folder: str) -> None:
         """Read packed sets from node-local copies: the first rank of each node makes them, the others wait."""
@@ -84,12 +89,11 @@ class Trainer:
         self.watchdog = Watchdog(
             self.folder, self.engine.rank, self.engine.size, machine.stall_timeout_s, self._on_stall
         )
-        classes = self.recipe.data.classes
-        self.replica = together(self.engine, lambda: Replica(self.recipe, classes, self.engine, self.device))
+        self._build()
         if self.found.checkpoint:
             agree(self.engine, lambda: checkpoint.load(Path(self.found.checkpoint), self.replica))
+        self.replica.optimizer.skipped = len(self.state.skipped)
         self.replica.synchronise()
-        together(self.engine, self._make_loaders)
         self._open_records()
         started = time.monotonic()
         stopped = self._train()
@@ -97,16 +101,29 @@ class Trainer:
             self._evaluate(self.schedule.at(self.first_step - 1).epoch + 1)  # nothing was left to do
         return self._end(stopped, time.monotonic() - started)
 
+    def _build(self) -> None:
+        begun = agree(self.engine, self.folder.read_preflight)
+        sets = (self.train_set, self.eval_set)
+        try:
+            parts = build(self.recipe, self.schedule, *sets, self.engine, self.device, begun)
+            parts.refuse()
+        except RequestError:
+            self.watchdog.stop()
+            raise
+        self.replica, self.train_loader, self.eval_loader = parts.replica, parts.train_loader, parts.eval_loader
+        self.preflight = parts
+        if self.lead and parts.facts and not begun:
+            self.folder.write_preflight(parts.facts)
+
     def _train(self) -> bool:
         """All steps that are left; True if the run was stopped on the way.
 
         An adaptive batch is decided at epoch ends, so its loader is asked for an epoch at a time.
         """
         passes = Passes(self.recipe, self.engine.rank, self.engine.size)
-        adaptive = self.recipe.schedule.kind == "adaptive-batch"
         while self.state.step < self.schedule.steps:
             start, end = self.state.step, self.schedule.steps
-            if adaptive:
+            if self.adaptive:
                 end = min(end, self.schedule.first_step(self.schedule.at(start).epoch + 1))
             batches = self.train_loader.batches(passes.requests(self.schedule, self.recipe.seed, start, end))
             stepper = Stepper(self.replica, self.recipe, batches, self._mark)
@@ -114,34 +131,41 @@ class Trainer:
                 if self._step(stepper, number):
                     return True
             next(batches, None)  # drains the loader
-            if adaptive and end < self.schedule.steps:
-                self._decide(self.schedule.at(end).epoch)
         return False
 
     def _step(self, stepper: Stepper, number: int) -> bool:
         """One step and what follows it; True if the job is to stop here."""
         point = self.schedule.at(number)
-        previous_lr = self.schedule.at(number - 1).lr if number else 0.0
         before = time.perf_counter()
         minutes = self.recipe.checkpoint.minutes
         due = self.lead and minutes is not None and time.monotonic() - self.last_checkpoint > 60 * minutes
         self._look_for_stop_file()
-        outcome = stepper.run(point, previous_lr, self.stop_asked, due)
+        outcome = stepper.run(point, self._previous_lr(number), self.stop_asked, due)
         if not outcome.finite:
             self._refuse(point, outcome)
+        # All that decides the next step is settled before a checkpoint of this one is written.
         self.state.step = done = number + 1
         self._record(point, outcome, time.perf_counter() - before)
-        last = done == self.schedule.steps
         epoch_ends = done == self.schedule.first_step(point.epoch + 1)
-        best = False
         if epoch_ends:
             self._write_epoch(point.epoch)
+            if self.adaptive and point.epoch + 1 < self.schedule.epochs:
+                self._decide(point.epoch + 1)
+        last = done == self.schedule.steps
+        best = False
         if self.eval_set and (last or (epoch_ends and (point.epoch + 1) % self.recipe.train.eval_epochs == 0)):
             best = self._evaluate(point.epoch + 1)
         steps = self.recipe.checkpoint.steps
         if last or best or outcome.stop or outcome.checkpoint or (steps and done % steps == 0):
             self._save()
         return outcome.stop and not last
+
+    def _previous_lr(self, number: int) -> float:
+        """The learning rate of the last step that was taken; 0: there was none."""
+        taken = number - 1
+        while taken in self.state.skipped:
+            taken -= 1
+        return self.schedule.at(taken).lr if taken >= 0 else 0.0
 
     def _evaluate(self, epochs: int) -> bool:
         """Evaluate after `epochs` epochs; True if it is the best so far."""
@@ -154,7 +178,6 @@ class Trainer:
                 self.eval_loader,
                 len(self.eval_set),
                 recipe.machine.eval_batch,
-                recipe.precision,
                 loss_function(recipe.train.model_copy(update={"label_smoothing": 0.0})),
             )
 
@@ -241,17 +264,6 @@ class Trainer:
 
     # ---------------------------------------------------------------- records
 
-    def _make_loaders(self) -> None:
-        recipe, machine = self.recipe, self.recipe.machine
-        threads = machine.loader_threads or min(8, worlds.cores_per_rank(self.engine.local_size))
-        shared = (threads, machine.prefetch, self.replica.channels_last, self.device)
-        largest = recipe.batch.samples_per_worker * machine.workers_per_pass
-        self.train_loader = loaders.create(recipe.data, self.train_set, recipe.seed, True, largest, *shared)
-        if self.eval_set:
-            self.eval_loader = loaders.create(
-                recipe.data, self.eval_set, recipe.seed, False, machine.eval_batch, *shared
-            )
-
     def _open_records(self) -> None:
         ranks = self.engine.gather(environment_facts(self.device))
         self.hosts = [r["host"] for r in ranks]
@@ -262,13 +274,18 @@ class Trainer:
         print(render(self.name, plan, recipe), file=sys.stderr)
         resumed = f", resumed at step {first}" if self.found.attempt else ""
         print(f"  run folder     {self.folder.path}{resumed}", file=sys.stderr, flush=True)
+        if self.preflight.checks:
+            checks, seconds = self.preflight.checks, self.preflight.preflight_s
+            print(f"  preflight      {len(checks)} checks in {seconds:.1f} s: all hold", file=sys.stderr, flush=True)
         for note in self.found.notes:
             print(f"  passed over    {note}", file=sys.stderr)
         self.folder.add_environment({"time": now(), "attempt": self.found.attempt, **software_facts(), "ranks": ranks})
         # the steps of the epoch under way, for its mean: a resume may start in the middle
         epoch = self.schedule.at(min(first, self.schedule.full_steps - 1)).epoch
         steps = (r for r in read_metrics(self.folder.metrics) if r["kind"] == "step" and r["epoch"] == epoch)
-        self.epoch_steps = [(r["loss"], r["samples"], r["step_s"], r.get("replaced", 0)) for r in steps]
+        self.epoch_steps = [
+            (r["loss"], r["samples"], r["step_s"], r.get("replaced", 0)) for r in steps if not r.get("skipped")
+        ]
         self.listeners = [
             Display(self.schedule.steps, first, self.schedule.epochs),
             TensorBoard(self.folder.path / "tensorboard"),
@@ -285,6 +302,7 @@ class Trainer:
             device=ranks[0]["device"],
             recipe_fingerprint=recipe.fingerprint(),
             data_fingerprint=self.state.data_fingerprint,
+            preflight_s=round(self.preflight.preflight_s, 3),
         )
         if self.found.attempt:
             facts = {"attempt": self.found.attempt, "step": first, "checkpoint": self.found.checkpoint}
@@ -292,6 +310,11 @@ class Trainer:
 
     def _record(self, point: Point, outcome: Outcome, seconds: float) -> None:
         extra = {"replaced": outcome.replaced} if outcome.replaced else {}
+        if not outcome.finite:
+            extra["skipped"] = True
+        if outcome.flushed is not None:
+            extra["flushed"] = outcome.flushed
+            self._warn_of_underflow(point, outcome.flushed)
         if outcome.measurement:
             self.state.noise = [*self.state.noise, list(outcome.measurement)][-self.recipe.train.noise_scale_window :]
             extra |= {"noise_trace": outcome.measurement.trace, "noise_square": outcome.measurement.square}
@@ -313,14 +336,29 @@ class Trainer:
             step_s=seconds,
             **extra,
         )
-        if self.lead:
+        if self.lead and outcome.finite:
             self.epoch_steps.append((outcome.loss, outcome.count, seconds, outcome.replaced))
+
+    def _warn_of_underflow(self, point: Point, flushed: float) -> None:
+        """Gradients below the unit of fixed point are lost, and nothing else shows it."""
+        if flushed > max(FLUSHED_WARN, 2 * self.flushed_said):
+            self.flushed_said = flushed
+            bits = self.recipe.fixed_point_bits
+            self._write("event", event="underflow", step=point.step, flushed=flushed, fixed_point_bits=bits)
+            if flushed > FLUSHED_STOP and point.step == 0:
+                self.watchdog.stop()
+                raise RunError(
+                    f"step 0: {flushed:.0%} of the gradients that are not zero are below 2^-{bits + 1}, and "
+                    f"determinism any-ranks makes them zero: raise fixed_point_bits (now {bits}, at most 52), or scale "
+                    "the loss up and the learning rate down",
+                    everywhere=True,
+                )
 
     def _write_epoch(self, epoch: int) -> None:
         if self.lead:
             samples, seconds, replaced = (sum(s[k] for s in self.epoch_steps) for k in (1, 2, 3))
-            loss = sum(s[0] * s[1] for s in self.epoch_steps) / samples
-            rate = {"samples": samples, "seconds": seconds, "images_per_s": samples / seconds}
+            loss = sum(s[0] * s[1] for s in self.epoch_steps) / samples if samples else math.nan
+            rate = {"samples": samples, "seconds": seconds, "images_per_s": samples / seconds if seconds else 0.0}
             if replaced:
                 rate["replaced"] = replaced
             self._write("epoch", step=self.state.step, epoch=epoch, loss=loss, **rate)
@@ -335,27 +373,54 @@ class Trainer:
             self.metrics.write(kind, **fields)
 
     def _refuse(self, point: Point, outcome: Outcome) -> None:
-        """A non-finite step: nothing was updated; the run ends with what a person needs to know."""
-        if outcome.bad_ranks == 1:
-            where = f"rank {outcome.bad_rank} on {self.hosts[outcome.bad_rank]}"
-        elif outcome.bad_ranks:
-            where = f"{outcome.bad_ranks} ranks"
-        else:
-            where = "the sum over ranks (each rank's loss was finite)"
+        """A step that is not finite or out of range changed nothing. The run goes on without it or ends, as
+        train.on_bad_step says, the same on every rank."""
+        train, skipped = self.recipe.train, self.state.skipped
+        where = self._where(outcome)
+        facts = {"step": point.step, "rank": outcome.bad_rank, "ranks": outcome.bad_ranks, "lr": point.lr}
+        in_a_row = 1
+        while point.step - in_a_row in skipped:
+            in_a_row += 1
+        if train.on_bad_step == "skip" and in_a_row <= train.bad_steps_limit:
+            skipped.append(point.step)
+            self.replica.optimizer.skipped = len(skipped)
+            self._write("event", event="skipped", **facts)
+            return
         newest = checkpoint.find_newest(self.folder)
         good = f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written yet"
-        what = "loss or gradient is not finite"
-        if self.recipe.determinism == "any-ranks":
-            what += f", or beyond the range of fixed_point_bits = {self.recipe.fixed_point_bits}"
-        message = (
-            f"step {point.step} (epoch {point.epoch + 1}): {what}, on {where}. The step was not taken; {good}. "
-            f"Try a lower optim.base_lr (learning rate now {point.lr:g}) or a longer schedule.warmup_epochs"
-        )
-        self._write("event", event="non-finite", step=point.step, rank=outcome.bad_rank, ranks=outcome.bad_ranks)
+        more = f"; {train.bad_steps_limit} steps before it were skipped (train.bad_steps_limit)" if in_a_row > 1 else ""
+        self._write("event", event="non-finite", **facts)
         if self.lead:
             self.metrics.sync()
         self.watchdog.stop()
-        raise RunError(message, everywhere=True)
+        raise RunError(
+            f"step {point.step} (epoch {point.epoch + 1}): {where}{more}. The step was not taken; {good}. "
+            + self._advice(point, outcome),
+            everywhere=True,
+        )
+
+    def _where(self, outcome: Outcome) -> str:
+        """What was wrong, and on which ranks."""
+        what = "loss or gradient is not finite"
+        if self.recipe.determinism == "any-ranks":
+            what += f", or beyond the range of fixed_point_bits = {self.recipe.fixed_point_bits}"
+        if outcome.bad_ranks == 1:
+            return f"{what}, on rank {outcome.bad_rank} on {self.hosts[outcome.bad_rank]}"
+        if outcome.bad_ranks:
+            return f"{what}, on {outcome.bad_ranks} ranks"
+        return "the sum of gradients over ranks is not finite (each rank's loss was)"
+
+    def _advice(self, point: Point, outcome: Outcome) -> str:
+        recipe = self.recipe
+        if recipe.wire == "fp16" and not outcome.bad_ranks:
+            return (
+                "Gradients times 2^wire_scale_bits leave float16's range (65504): lower wire_scale_bits "
+                f"(now {recipe.wire_scale_bits}), or set wire = fp32"
+            )
+        lower = f"Try a lower optim.base_lr (learning rate now {point.lr:g}) or a longer schedule.warmup_epochs"
+        if recipe.determinism == "any-ranks":
+            lower += "; or, where gradients and BatchNorm's statistics are finite but large, a lower fixed_point_bits"
+        return lower
 
     def _say_end(self, stopped: bool, seconds: float) -> None:
         what = "stopped at a safe point; start it again with --resume" if stopped else "done"

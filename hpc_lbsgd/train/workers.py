@@ -1,43 +1,123 @@
 """Layers that see virtual workers: what the hardware does must not show in the result.
 
-A pass may hold several workers. BatchNorm normalises groups of `bn_group` samples, each inside one worker;
-dropout draws one mask a worker. Both learn from a shared `PassContext` who is in the pass.
+A pass may hold several workers. BatchNorm normalises groups of `bn_group` samples, each inside one worker; dropout
+draws one mask a worker. Layers stay what the user wrote: an instance's forward is wrapped, its class, parameters and
+own forward are kept. All learn from a shared `PassContext` who is in the pass.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from hpc_lbsgd.data.order import stream_key
+from hpc_lbsgd.errors import RequestError, RunError
 
 
-@dataclass
+class Span(NamedTuple):
+    """Samples [start, stop) of a worker's `count`."""
+
+    worker: int
+    start: int
+    stop: int
+    count: int
+
+
+@dataclass(eq=False)
 class PassContext:
     """The pass under way: its workers, how many samples each has, and BatchNorm's groups."""
 
     seed: int
     bn_group: int
     step: int = 0
-    workers: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)  # sizes of the BatchNorm groups, in the order of the samples
-    group_share: float = 0.0  # 1 / BatchNorm groups of the whole step, over all ranks
+    spans: list[Span] = field(default_factory=list)  # what an input holds: its samples, in order; none outside a pass
+    groups: list[Span] = field(default_factory=list)  # the BatchNorm groups among them
+    sizes: list[int] = field(default_factory=list)  # theirs: all that compiled layers look at
+    layers: list[VirtualLayer] = field(default_factory=list)
+    _calls_by_draw: dict[int, list[int] | None] = field(default_factory=dict)
 
-    def begin(self, step: int, workers: list[int], counts: list[int], groups_in_step: int) -> None:
-        self.step, self.workers, self.counts = step, workers, counts
-        self.groups = [size for count in counts for size in group_sizes(count, self.bn_group)]
-        self.group_share = 1.0 / groups_in_step
+    def __post_init__(self):
+        self.number = next(_numbers)
+        CONTEXTS[self.number] = self
+
+    def begin(self, step: int, workers: list[int], counts: list[int]) -> None:
+        self.step = step
+        spans = [Span(worker, 0, count, count) for worker, count in zip(workers, counts, strict=True)]
+        groups = [
+            Span(s.worker, start, min(start + self.bn_group, s.count), s.count)
+            for s in spans
+            for start in range(0, s.count, self.bn_group)
+        ]
+        self._hold(spans, groups)
+        self._calls_by_draw.clear()
+        for layer in self.layers:
+            layer.calls = 0
         # For models that draw outside nn.Dropout: exact with one worker a pass. Not torch.manual_seed, which formats
         # a stack trace where CUDA is idle: 0.16 ms a pass.
         key = stream_key("model", self.seed, step, workers[0])
         torch.default_generator.manual_seed(key)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(key)
+
+    def end(self) -> None:
+        """After backward: layers that are called from now on are in no pass."""
+        self._hold([], [])
+
+    def _hold(self, spans: list[Span], groups: list[Span]) -> None:
+        self.spans, self.groups = spans, groups
+        self.sizes = [g.stop - g.start for g in groups]
+
+    @contextmanager
+    def within(self, group: Span) -> Iterator[None]:
+        """What is called here sees one BatchNorm group."""
+        spans, groups = self.spans, self.groups
+        self._hold([group], [group])
+        try:
+            yield
+        finally:
+            self._hold(spans, groups)
+
+    def settle(self, layers: list[VirtualLayer]) -> None:
+        """Before a call of these layers: where backward repeats it, their calls are counted from where they were.
+
+        Checkpointing restores the state of torch's generator before it computes again what it forgot, so that a draw
+        tells which call is repeated.
+        """
+        draw = int(torch.empty((), dtype=torch.int64).random_())
+        if not in_backward():
+            again = draw in self._calls_by_draw
+            self._calls_by_draw[draw] = None if again else [layer.calls for layer in layers]
+            return
+        calls = self._calls_by_draw.get(draw)
+        if calls is None:
+            names = ", ".join(layer.name for layer in layers[:3])
+            raise RunError(
+                f"{names}: computed again in backward from another state of torch's generator than in forward, and "
+                "would draw another mask; checkpoint it with preserve_rng_state=True"
+            )
+        for layer, number in zip(layers, calls, strict=True):
+            layer.calls = number
+
+
+# Contexts by number, for compiled code: a graph holds numbers, not objects.
+CONTEXTS: dict[int, PassContext] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def in_backward() -> bool:
+    """Autograd is at work on this thread: what is called now was forgotten and is computed again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def group_sizes(count: int, bn_group: int) -> list[int]:
@@ -52,85 +132,209 @@ def groups_in_step(point, bn_group: int) -> int:
     return full * len(group_sizes(point.samples_per_worker, bn_group)) + len(group_sizes(rest, bn_group))
 
 
-class GhostBatchNorm(_BatchNorm):
-    """BatchNorm over groups of `bn_group` samples (Goyal et al. 2017, section 2.3: n is part of the objective).
+class VirtualLayer:
+    """A module of the model whose own forward runs through here."""
 
-    While training, running statistics are not touched. Each group's mean and unbiased variance are left in
-    `measured`; their sum over all ranks, times 1 / groups of the step, is their mean over all groups, from which
-    every rank makes the same moving average (`replica.RunningStatistics`).
-    """
+    def __init__(self, name: str, module: nn.Module, context: PassContext):
+        self.name, self.module, self.context = name, module, context
+        self.own = module.forward  # of the instance, if it has one; else of its class
+        self.calls = 0  # in the forward under way
+        module.forward = self.forward
+        context.layers.append(self)
 
-    def _check_input_dim(self, x):
-        pass
+    def count_call(self) -> int:
+        self.calls += 1
+        return self.calls - 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.context is None:
-            return super().forward(x)
-        sizes = self.context.groups
+        raise NotImplementedError
+
+    def check_rows(self, x: torch.Tensor) -> None:
+        """Several workers or groups can be told apart only where the input has a row a sample."""
+        samples = sum(self.context.sizes)
+        if x.shape[0] != samples:
+            raise RunError(
+                f"{self.name} ({type(self.module).__name__}) gets {x.shape[0]} rows for {samples} samples, and cannot "
+                "tell whose they are: set machine.workers_per_pass = 1 and batch.bn_group = batch.samples_per_worker"
+            )
+
+
+# Their forward is known, and can be told where to leave its statistics.
+PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class VirtualNorm(VirtualLayer):
+    """Any BatchNorm over groups of `bn_group` samples (Goyal et al. 2017, section 2.3: n is part of the objective).
+
+    While training, running statistics are not touched. Each call leaves each group's mean and unbiased variance in
+    `slots[call][group]` and counts the groups that measured; from their sums over all ranks every rank makes the same
+    moving average (`statistics.RunningStatistics`). A layer that is not training is as its author wrote it.
+    """
+
+    def __init__(self, name: str, module: _BatchNorm, context: PassContext):
+        super().__init__(name, module, context)
+        self.plain = type(module) in PLAIN_NORMS and getattr(self.own, "__func__", None) is type(module).forward
+        self.tracks = module.track_running_stats and module.running_mean is not None
+        self.slots: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        self.measured: list[int] = []  # groups, by call, in the pass under way
+        self.inside: list[VirtualLayer] = []  # virtual layers that are parts of this module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sizes = self.context.sizes
+        if not self.module.training or not sizes:
+            return self.own(x)
+        call = self._call()
         if len(sizes) == 1:
-            return self._group(x, 0)
-        return torch.cat([self._group(part, g) for g, part in enumerate(x.split(sizes))])
+            return self._group(x, call, 0)
+        self.check_rows(x)
+        before = [layer.calls for layer in self.inside]
+        results = []
+        for number, part in enumerate(x.split(sizes)):
+            for layer, calls in zip(self.inside, before, strict=True):
+                layer.calls = calls  # each group makes the same calls
+            results.append(self._group(part, call, number))
+        return torch.cat(results)
 
-    def _group(self, x: torch.Tensor, group: int) -> torch.Tensor:
-        mean, variance = self.measured[group] if self.measured else (None, None)
-        if x.numel() == self.num_features:  # a single value has no variance: it normalises to zero
-            if mean is not None:
-                mean.copy_(x.detach().flatten())
-            return x * 0 if self.bias is None else x * 0 + self.bias.view(1, -1, *[1] * (x.dim() - 2))
-        # With momentum 1 the "running" buffers come back holding this group's mean and unbiased variance.
-        return F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+    def _call(self) -> int:
+        # Statistics were taken when forward ended: where a repeated call leaves its own does not matter.
+        if not torch.compiler.is_compiling() and in_backward():
+            return 0
+        call = self.count_call()
+        if self.tracks and call >= len(self.slots):
+            raise RunError(
+                f"{self.name} ({type(self.module).__name__}) is called {call + 1} times in a forward, and in the one "
+                f"before the first step was called {len(self.slots)} times: a BatchNorm whose calls depend on the data "
+                "has no place for its statistics; use a layer a call"
+            )
+        return call
 
-    @classmethod
-    def of(cls, layer: _BatchNorm, context: PassContext) -> GhostBatchNorm:
-        """The same layer (parameters and buffers shared) with groups."""
-        if layer.momentum is None:
-            raise ValueError("BatchNorm with momentum=None (cumulative average) has no meaning over a resumed run")
-        ghost = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
-        ghost.weight, ghost.bias = layer.weight, layer.bias
-        for name, buffer in layer.named_buffers(recurse=False):
-            setattr(ghost, name, buffer)
-        ghost.context = context
-        ghost.measured = []  # (mean, unbiased variance) a group of the pass under way; none for a layer without any
-        ghost.training = layer.training
-        return ghost
+    def _group(self, x: torch.Tensor, call: int, group: int) -> torch.Tensor:
+        module = self.module
+        mean, variance = self.slots[call][group] if self.tracks else (None, None)
+        if x.numel() == x.shape[1]:  # one value a channel has no variance: it normalises to zero, and says nothing
+            like = x if module.running_mean is None else module.running_mean
+            return self._run(x - x, group, like.new_zeros(x.shape[1]), like.new_ones(x.shape[1]), training=False)
+        if self.tracks:
+            self.measured[call] += 1
+            if not self.plain:  # for forwards that read them while they train
+                mean.copy_(module.running_mean)
+                variance.copy_(module.running_var)
+        return self._run(x, group, mean, variance, training=True)
+
+    def _run(self, x: torch.Tensor, group: int, mean, variance, training: bool) -> torch.Tensor:
+        """The forward on one group, with other buffers in place of the running statistics. With momentum 1 they come
+        back holding this group's mean and unbiased variance."""
+        if self.plain:
+            return F.batch_norm(x, mean, variance, self.module.weight, self.module.bias, training, 1.0, self.module.eps)
+        return self._run_own(x, group, mean, variance, training)
+
+    @torch.compiler.disable
+    def _run_own(self, x: torch.Tensor, group: int, mean, variance, training: bool) -> torch.Tensor:
+        module, buffers = self.module, self.module._buffers
+        kept = {name: buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked")}
+        momentum = module.momentum
+        buffers["running_mean"], buffers["running_var"] = mean, variance
+        if kept["num_batches_tracked"] is not None:
+            buffers["num_batches_tracked"] = kept["num_batches_tracked"].clone()
+        module.momentum, module.training = 1.0, training
+        try:
+            with self.context.within(self.context.groups[group]):
+                return self.own(x)
+        finally:
+            buffers.update(kept)
+            module.momentum, module.training = momentum, True
 
 
 # nn.Dropout2d drops whole channels: its mask has size 1 in the last 2 dimensions
 DROPOUTS = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
 
 
-class KeyedDropout(nn.Module):
-    """Dropout whose mask is a function of (seed, layer, step, worker)."""
+class VirtualDropout(VirtualLayer):
+    """Dropout whose mask is a function of (seed, layer, call in this forward, step, worker)."""
 
-    def __init__(self, layer: nn.Dropout, name: str, context: PassContext):
-        super().__init__()
-        self.p, self.name, self.context = layer.p, name, context
-        self.shared_dims = DROPOUTS[type(layer)]
+    def __init__(self, name: str, module: nn.Dropout, context: PassContext):
+        super().__init__(name, module, context)
+        self.shared_dims = DROPOUTS[type(module)]
+        self.place = len(context.layers) - 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0:
-            return x
-        c = self.context
+        module, context = self.module, self.context
+        if not module.training or module.p == 0 or not context.spans:
+            return self.own(x)
+        if torch.compiler.is_compiling():
+            mask = keyed_mask(x.detach(), context.number, self.place, self.count_call())
+        else:
+            context.settle([self])
+            mask = self.mask(x, self.count_call())
+        return x.mul_(mask) if module.inplace else x * mask
+
+    def mask(self, x: torch.Tensor, call: int) -> torch.Tensor:
+        """What `x` is multiplied by: 0, or 1 / (1 - p)."""
+        context, p = self.context, self.module.p
+        if len(context.spans) > 1:
+            self.check_rows(x)
         masks = []
-        for worker, count in zip(c.workers, c.counts, strict=True):
-            generator = torch.Generator(x.device).manual_seed(stream_key("dropout", c.seed, self.name, c.step, worker))
-            shape = (count, *x.shape[1:])
+        for span in context.spans:
+            key = stream_key("dropout", context.seed, self.name, call, context.step, span.worker)
+            generator = torch.Generator(x.device).manual_seed(key)
+            # an input may have more rows than samples (heads, places): one worker's are all of them
+            rows, part = x.shape[0], slice(None)
+            if len(context.spans) > 1 or rows == span.stop - span.start:
+                rows, part = span.count, slice(span.start, span.stop)
+            shape = (rows, *x.shape[1:])
             if self.shared_dims:
                 shape = (*shape[: len(shape) - self.shared_dims], *[1] * self.shared_dims)
-            masks.append(torch.rand(shape, generator=generator, device=x.device) >= self.p)
-        return x * torch.cat(masks) / (1 - self.p)
+            masks.append((torch.rand(shape, generator=generator, device=x.device) >= p)[part])
+        return torch.cat(masks).to(x.dtype) * (1 / (1 - p) if p < 1 else 0.0)
 
 
-def make_virtual(model: nn.Module, context: PassContext) -> list[GhostBatchNorm]:
-    """Replace BatchNorm and dropout layers of `model` in place; returns the BatchNorm layers with statistics."""
-    ghosts = []
-    for prefix, parent in list(model.named_modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, _BatchNorm) and not isinstance(child, GhostBatchNorm):
-                ghost = GhostBatchNorm.of(child, context)
-                setattr(parent, name, ghost)
-                if ghost.track_running_stats:
-                    ghosts.append(ghost)
-            elif type(child) in DROPOUTS:
-                setattr(parent, name, KeyedDropout(child, f"{prefix}.{name}", context))
-    return ghosts
+@torch.library.custom_op("hpc_lbsgd::keyed_mask", mutates_args=())
+def keyed_mask(x: torch.Tensor, context: int, place: int, call: int) -> torch.Tensor:
+    """`VirtualDropout.mask` as one opaque operation of a compiled graph. Pure within a pass: where backward computes
+    it again, it is the same."""
+    return CONTEXTS[context].layers[place].mask(x, call)
+
+
+@keyed_mask.register_fake
+def _(x: torch.Tensor, context: int, place: int, call: int) -> torch.Tensor:
+    shared = CONTEXTS[context].layers[place].shared_dims
+    return x.new_empty((*x.shape[: x.dim() - shared], *[1] * shared))
+
+
+# ---------------------------------------------------------------- a model
+
+
+def make_virtual(model: nn.Module, context: PassContext) -> list[VirtualNorm]:
+    """Wrap the BatchNorm and dropout layers of `model`; returns the BatchNorm layers with running statistics.
+
+    Raises RequestError for layers whose state would depend on how many ranks there are.
+    """
+    found: dict[nn.Module, VirtualLayer] = {}
+    for name, module in model.named_modules():
+        refuse(name, module)
+        if isinstance(module, _BatchNorm):
+            found[module] = VirtualNorm(name, module, context)
+        elif type(module) in DROPOUTS:
+            found[module] = VirtualDropout(name, module, context)
+    norms = [layer for layer in found.values() if isinstance(layer, VirtualNorm)]
+    for norm in norms:
+        norm.inside = [found[m] for m in norm.module.modules() if m in found and m is not norm.module]
+    return [norm for norm in norms if norm.tracks]
+
+
+def refuse(name: str, module: nn.Module) -> None:
+    """Layers that cannot keep the promise, by their class; preflight finds others by what they do."""
+    what = f"model: {name or 'the model itself'} ({type(module).__name__})"
+    if isinstance(module, nn.SyncBatchNorm):
+        raise RequestError(
+            f"{what} sums statistics over all ranks, so that the result depends on their number; use nn.BatchNorm, and "
+            "set batch.bn_group to the samples that it is to see together"
+        )
+    if isinstance(module, _BatchNorm) and module.momentum is None:
+        raise RequestError(f"{what} has momentum=None (a cumulative average); set a momentum, such as 0.1")
+    if isinstance(module, _InstanceNorm) and module.track_running_stats:
+        raise RequestError(
+            f"{what} has running statistics, which each rank would keep for itself; set track_running_stats=False"
+        )
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise RequestError(f"{what} has no weights before its first forward; run one in the function that makes it")

@@ -1,5 +1,7 @@
 """McCandlish et al. 2018: the estimator, its interval, the frontier."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -117,8 +119,9 @@ def test_a_measured_step_is_a_step(engine, changes):  # noqa: F811
     replicas = [Replica(r, 5, engine, CPU) for r in (plain, measured)]
     for i, count in enumerate((32, 32, 27)):
         point = point_of(count=count, number=i)
-        outcomes = [step.Stepper(rep, rec, batches(rec, point, i)).run(point)
-                    for rep, rec in zip(replicas, (plain, measured), strict=True)]  # fmt: skip
+        points = point, replace(point, measured=count == 32)
+        outcomes = [step.Stepper(rep, rec, batches(rec, p, i)).run(p)
+                    for rep, rec, p in zip(replicas, (plain, measured), points, strict=True)]  # fmt: skip
         assert outcomes[0].measurement is None
         assert (outcomes[1].measurement is None) == (count != 32)
     for a, b in zip(*(r.model.state_dict().values() for r in replicas), strict=True):
@@ -143,7 +146,7 @@ def test_agrees_with_brute_force_at_frozen_weights(engine):  # noqa: F811
     measured = []
     for i in range(100):
         chosen = torch.randint(0, 600, (32,))
-        point = Point(i, 0, i, 1e-300, 0.9, 8, 4, 0, 32)
+        point = Point(i, 0, i, 1e-300, 0.9, 8, 4, 0, 32, measured=True)
         parts = iter([(x[chosen[j : j + 4]], y[chosen[j : j + 4]], 0) for j in range(0, 32, 4)])
         measured.append(step.Stepper(replica, recipe, parts).run(point).measurement)
     found = noise_scale(measured)

@@ -143,7 +143,7 @@ def test_average_of_weights():
     net = Net()
     layouts = plan_layouts(list(net.named_parameters()), set(), 0, 1e6, 1e6)
     buckets = Buckets(layouts, None, CPU, torch.float64)
-    average = optim.WeightAverage(buckets, 0.9)
+    average = optim.Average([b.weights for b in buckets.buckets], 0.9)
     start = net.a.detach().clone()
     net.a.data += 1
     average.update()

@@ -56,12 +56,12 @@ def test_below_the_reference_batch_nothing_warms_up():
     assert schedule.at(0).lr == schedule.at(5000).lr == 0.05
 
 
-def test_partial_tail_scales_the_learning_rate():
+def test_partial_tail_keeps_the_learning_rate():
     schedule = Schedule(203, 8, [Stage(0, 16, 0.5, 0.9)], 3, "partial", Warmup(0, 0.1))
     assert schedule.steps == 6
     tail = schedule.at(1)
     assert (tail.first, tail.count) == (128, 75)
-    assert tail.lr == 0.5 * 75 / 128
+    assert tail.lr == 0.5 and tail.share == 75 / 128
     assert [tail.worker_range(j) for j in (0, 8, 9, 10, 15)] == [
         (128, 136),
         (192, 200),
@@ -112,3 +112,17 @@ def test_a_batch_larger_than_the_data_is_refused_when_dropping():
     with pytest.raises(RequestError, match=r"batch.workers = 256 .* 8192"):
         goyal_small = recipes.read("goyal-resnet50", ["batch.workers=256", "data.samples=null"])
         goyal_small.build_schedule(5000)
+
+
+@pytest.mark.parametrize(
+    "samples, workers, n, every", [(203, 16, 8, 100), (32 * 99, 4, 8, 99), (130, 4, 8, 5), (40, 4, 8, 2)]
+)
+def test_the_noise_scale_is_measured_at_the_first_full_step_of_each_interval(samples, workers, n, every):
+    """For no batch is nothing measured: a tail only puts it off."""
+    schedule = Schedule(samples, n, [Stage(0, workers, 0.1, 0.9)], 300, "partial", Warmup(0, 0.1), None, every)
+    points = [schedule.at(s) for s in range(400)]
+    for start in range(0, 400 - every, every):
+        full = [p.step for p in points[start : start + every] if p.count == p.global_batch]
+        assert [p.step for p in points[start : start + every] if p.measured] == full[:1]
+    alone = Schedule(samples, n, [Stage(0, 1, 0.1, 0.9)], 300, "partial", Warmup(0, 0.1), None, every)
+    assert not any(alone.at(s).measured for s in range(400))

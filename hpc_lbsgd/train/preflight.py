@@ -1,0 +1,250 @@
+"""Preflight: before the first step a run checks its own promise, on its own model, data and ranks.
+
+    state      forward changes nothing but BatchNorm's statistics
+    model      the model as its author wrote it and as it trains give the same outputs, gradients and statistics
+    masks      dropout has its rate, and differs by call and worker
+    workers    two workers computed apart add up to both in one step, here and over two ranks
+    ranks      under any-ranks, every rank decodes and computes worker 0 to the same bits, as at the run's first start
+
+`before` runs without ranks and says how often BatchNorm layers are called; `after` runs on the replica, on all ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from hpc_lbsgd.data.order import stream_key
+from hpc_lbsgd.data.source import Batch
+from hpc_lbsgd.theory.schedule import Point
+from hpc_lbsgd.train import models, probe
+from hpc_lbsgd.train.losses import loss_function
+from hpc_lbsgd.train.replica import DTYPES, Replica, outputs, weights_sha256
+from hpc_lbsgd.train.workers import groups_in_step
+
+
+class Check(NamedTuple):
+    check: str
+    ok: bool
+    what: str
+
+
+class Before(NamedTuple):
+    """What is known before the replica is laid out."""
+
+    calls: dict[str, int]  # of BatchNorm layers in a forward
+    checks: list[Check]
+
+
+def before(
+    recipe, classes: int, batches: Mapping[int, Batch], device: torch.device, memory_format, full: bool
+) -> Before:
+    """Run the author's model on up to 8 samples of the first workers. full: and the one that trains, beside it.
+
+    Raises RequestError where forward changes state that is not accounted for, or the loss has the wrong shape: neither
+    can be trained, whatever else is checked.
+    """
+    dtype = DTYPES[recipe.precision]
+
+    def build() -> torch.nn.Module:
+        model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
+        return model.to(device, memory_format=memory_format)
+
+    call = probe.Call(
+        *(torch.cat(parts)[: probe.SAMPLES] for parts in zip(*((b[0], b[1]) for b in batches.values()), strict=True)),
+        loss_function(recipe.train),
+        lambda model, images: outputs(model, images, dtype, device, recipe.precision == "bf16"),
+        stream_key("model", recipe.seed, 0, 0),
+    )
+    own = build()
+    seen = probe.look(own, call)
+    probe.refuse_state(own, seen)
+    checks = [Check("state", True, "forward changes nothing but BatchNorm's statistics")]
+    if full:
+        checks += compare(recipe, build, call, seen, dtype, device)
+        if seen.draws and recipe.machine.workers_per_pass > 1:
+            checks.append(
+                Check(
+                    "masks",
+                    False,
+                    f"the model draws from torch's generator outside nn.Dropout, and machine.workers_per_pass = "
+                    f"{recipe.machine.workers_per_pass} would let workers share what it draws; allowed: 1",
+                )
+            )
+    return Before(dict(seen.calls), checks)
+
+
+def compare(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device) -> list[Check]:
+    perturbed = probe.look(build(), call.perturbed()).values
+    virtual = probe.VirtualModel(build(), recipe.seed, seen.calls, dtype, device)
+    wrong = probe.difference(seen.values, virtual.look(call), perturbed)
+    if wrong:
+        again = probe.VirtualModel(build(), recipe.seed, seen.calls, dtype, device)
+        wrong += f"; the first module that differs: {probe.first_module(build(), again, call)}"
+    count = len(call.labels)
+    mask = probe.wrong_mask(virtual, device)
+    return [
+        Check("model", not wrong, wrong or f"trains as it was written ({count} samples, {len(seen.values)} tensors)"),
+        Check("masks", not mask, mask or "dropout differs by call and worker"),
+    ]
+
+
+# ---------------------------------------------------------------- on the replica, over ranks
+
+
+def after(replica: Replica, recipe, point: Point, worker_batches: Mapping[int, Batch], begun: dict | None):
+    """Checks on this rank's replica at its starting weights; collective.
+
+    worker_batches: batches of workers 0 and 1 of the first step (0 alone where there is one), decoded by this rank.
+    begun: the facts of the run's first start, at a resume. Returns (checks, facts of this start); both equal on all
+    ranks.
+    """
+    engine = replica.engine
+    bench = Bench(replica, recipe, point)
+    facts = facts_of_rank(replica)
+    shares = {worker: bench.share({worker: batch}) for worker, batch in worker_batches.items()}
+    facts["batch"] = digest(worker_batches[0][:2])
+    facts["gradient"] = digest(shares[0])
+    everyone = engine.gather(facts)
+    checks = []
+    if len(worker_batches) > 1:
+        checks.append(check_workers(bench, worker_batches, shares))
+    if recipe.determinism == "any-ranks":
+        checks.append(check_ranks(everyone, begun))
+    replica.buckets.clear()
+    return checks, everyone[0]
+
+
+class Bench:
+    """A replica's gradients, taken apart by worker: what a step sums, before it is summed over ranks."""
+
+    def __init__(self, replica: Replica, recipe, point: Point):
+        self.replica, self.point, self.group = replica, point, recipe.batch.group
+        self.loss = loss_function(recipe.train)
+
+    def share(self, batches: Mapping[int, Batch]) -> list[torch.Tensor]:
+        """What these workers add to a step's sums: int64 under any-ranks, else floating."""
+        replica, point = self.replica, self.point
+        replica.model.train()
+        replica.buckets.begin(point.workers)
+        for worker, batch in batches.items():
+            replica.begin_pass(point.step, [worker], [len(batch[1])])
+            replica.buckets.arm(last_pass=False)
+            images, labels, *_ = batch
+            loss = self.loss(replica.forward(images, groups_in_step(point, self.group)), labels)
+            (loss / point.global_batch).backward()
+            replica.buckets.end_pass()
+            replica.end_pass()
+        return [t.clone() for t in replica.buckets.local_sums()]
+
+
+def check_workers(bench: Bench, batches: Mapping[int, Batch], apart: Mapping[int, list[torch.Tensor]]) -> Check:
+    """Workers 0 and 1 apart, both in one step, and each on another rank."""
+    engine = bench.replica.engine
+    both = bench.share(batches)
+    wrong = unequal([a + b for a, b in zip(apart[0], apart[1], strict=True)], both)
+    if not wrong and engine.size > 1:
+        mine = apart.get(engine.rank) or [torch.zeros_like(t) for t in both]
+        handles = [engine.start_sum(t, f"preflight.{i}") for i, t in enumerate(mine)]
+        for handle in handles:
+            engine.wait(handle)
+        wrong = unequal(mine, both)
+        wrong = wrong and f"over ranks 0 and 1: {wrong}"
+    problems = [p for p in engine.gather(wrong and f"rank {engine.rank} on {socket.gethostname()}: {wrong}") if p]
+    if problems:
+        return Check("workers", False, f"workers 0 and 1 apart are not both together: {problems[0]}")
+    where = "here and over two ranks" if engine.size > 1 else "on one rank"
+    exact = "to the bit" if not both[0].is_floating_point() else "within rounding"
+    return Check("workers", True, f"two workers add up {exact}, {where}")
+
+
+def unequal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> str | None:
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if not a.is_floating_point():
+            wrong = int((a != b).sum())
+            if wrong:
+                return f"{wrong} of {a.numel()} sums in bucket {i} have other bits (a model that draws by itself?)"
+            continue
+        worst, largest = (a - b).abs().max().item(), b.abs().max().item()
+        if not worst <= (1e-9 if a.dtype == torch.float64 else 1e-4) * largest + 1e-30:
+            return f"sums in bucket {i} differ by {worst:.2g} of {largest:.2g} (a model that draws by itself?)"
+    return None
+
+
+def facts_of_rank(replica: Replica) -> dict:
+    """What decides a rank's bits."""
+    return {
+        "host": socket.gethostname(),
+        "weights": weights_sha256(replica.model),
+        "device": replica.device.type
+        if replica.device.type == "cpu"
+        else torch.cuda.get_device_name(replica.device),
+        "threads": torch.get_num_threads() if replica.device.type == "cpu" else 0,
+        "cpu": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+    }
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# What is compared, in this order: the first that differs is the reason for those after it
+COMPARED = {
+    "weights": "its starting weights are others: the model's initial values must come from torch's generator",
+    "threads": "it computes with another number of threads",
+    "torch": "it has another torch",
+    "batch": "it decodes worker 0's samples to other pixels (another decoder or library)",
+    "gradient": "it computes another gradient from the same batch (other kernels, instruction set or library)",
+}
+
+
+def check_ranks(everyone: list[dict], begun: dict | None) -> Check:
+    for key, meaning in COMPARED.items():
+        common = Counter(facts[key] for facts in everyone).most_common(1)[0][0]
+        other = [rank for rank, facts in enumerate(everyone) if facts[key] != common]
+        if other:
+            facts = everyone[other[0]]
+            named = ", ".join(f"{rank} on {everyone[rank]['host']}" for rank in other[:8])
+            more = f" and {len(other) - 8} more" if len(other) > 8 else ""
+            return Check(
+                "ranks",
+                False,
+                f"rank {named}{more}: {meaning}; {key} {shown(facts[key])}, others {shown(common)} ({facts['cpu']})",
+            )
+    now = everyone[0]
+    for key in ("weights", "batch", "gradient"):
+        if begun and begun.get(key, now[key]) != now[key]:
+            return Check(
+                "ranks",
+                False,
+                f"since the run's first start, {key} has other bits here: it was begun on {begun['device']} "
+                f"({begun['cpu']}, torch {begun['torch']}), and this is {now['device']} ({now['cpu']}, torch "
+                f"{now['torch']}). The run would no longer be the recipe's to the bit; train.preflight = false goes on",
+            )
+    since = ", as at the first start" if begun else ""
+    return Check("ranks", True, f"{len(everyone)} computed worker 0 to the same bits{since}")
+
+
+def shown(value) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def digest(tensors: Sequence[torch.Tensor]) -> str:
+    """SHA-256 of tensors' bytes."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        value = tensor.detach().cpu().contiguous()
+        found.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return found.hexdigest()

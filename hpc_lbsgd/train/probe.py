@@ -1,0 +1,238 @@
+"""The model as its author wrote it, beside the one that trains: what wrapping it may not change.
+
+Runs on one rank before the first step, on a few samples. Imports no engine.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.train.losses import Loss
+from hpc_lbsgd.train.statistics import RunningStatistics
+from hpc_lbsgd.train.workers import PassContext, VirtualDropout, make_virtual
+
+SAMPLES = 8  # at most: one BatchNorm group
+# Where a changed last bit shows as more than this share of the largest value, two models that differ by it are not
+# told apart: a floor and a ceiling for what a repeat with perturbed input allows.
+FLOOR = {torch.float64: 1e-11, torch.float32: 1e-5}
+CEILING = {torch.float64: 1e-6, torch.float32: 0.03}
+
+
+class Seen(NamedTuple):
+    """What one forward and backward of a model showed."""
+
+    values: dict[str, torch.Tensor]  # outputs, losses, gradients and buffers by name
+    calls: Counter  # of BatchNorm layers, by name
+    changed: list[str]  # parameters and buffers that forward changed, and that are not BatchNorm's
+    draws: bool  # forward drew from torch's generator
+
+
+class Call(NamedTuple):
+    """How to run a model: its inputs and labels, and what Replica does around a forward."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    loss: Loss
+    outputs: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    key: int  # for torch's generator
+
+    def perturbed(self) -> Call:
+        if not self.images.is_floating_point():
+            return self
+        unit = 2.0**-40 if self.images.dtype == torch.float64 else 2.0**-18
+        return self._replace(images=self.images * (1 + unit))
+
+
+def look(model: nn.Module, call: Call) -> Seen:
+    """Forward and backward of a model as it is, in training, dropout off."""
+    calls: Counter = Counter()
+    norms = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    hooks = [m.register_forward_hook(lambda m, _i, _o: calls.update([norms[m]])) for m in norms]
+    state = {name: value.clone() for name, value in everything(model)}
+    model.train()
+    model.zero_grad(set_to_none=True)
+    with without_dropout(model):
+        torch.manual_seed(call.key)
+        before = torch.get_rng_state()
+        outputs = call.outputs(model, call.images)
+        draws = not torch.equal(before, torch.get_rng_state())
+        changed = [n for n, value in everything(model) if not torch.equal(state[n], value) and not of_norm(n, norms)]
+        loss = call.loss(outputs, call.labels)
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return Seen(values(model, outputs, loss, norms), calls, changed, draws)
+
+
+def everything(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and all buffers, also those that are not in the state dict."""
+    yield from ((n, p.detach()) for n, p in model.named_parameters())
+    yield from model.named_buffers()
+
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def of_norm(name: str, norms: dict[nn.Module, str]) -> bool:
+    """Whether this is a buffer of a BatchNorm layer that its training changes."""
+    owner, _, last = name.rpartition(".")
+    return last in STATISTICS and owner in norms.values()
+
+
+def values(model: nn.Module, outputs, loss: torch.Tensor, norms: dict) -> dict[str, torch.Tensor]:
+    found = {f"output {i}": t.detach() for i, t in enumerate(tensors(outputs))} | {"loss": loss.detach()}
+    found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return found | {f"buffer {n}": b.clone() for n, b in model.named_buffers() if of_norm(n, norms)}
+
+
+def tensors(outputs) -> Iterator[torch.Tensor]:
+    """The tensors of a model's outputs, whatever holds them."""
+    if isinstance(outputs, torch.Tensor):
+        yield outputs
+    elif isinstance(outputs, dict):
+        for value in outputs.values():
+            yield from tensors(value)
+    elif isinstance(outputs, (tuple, list)):
+        for value in outputs:
+            yield from tensors(value)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    layers = [(m, m.p) for m in model.modules() if isinstance(m, _DropoutNd)]
+    for layer, _ in layers:
+        layer.p = 0.0
+    try:
+        yield
+    finally:
+        for layer, p in layers:
+            layer.p = p
+
+
+# ---------------------------------------------------------------- what is found
+
+
+def refuse_state(model: nn.Module, seen: Seen) -> None:
+    """Raise RequestError where forward changes what is not accounted for."""
+    if not seen.changed:
+        return
+    name = seen.changed[0]
+    owner, _, last = name.rpartition(".")
+    more = f" (and {len(seen.changed) - 1} more)" if len(seen.changed) > 1 else ""
+    raise RequestError(
+        f"model: {name} of {owner or 'the model'} ({type(model.get_submodule(owner)).__name__}) is changed by each "
+        f"forward{more}. Every rank and every pass would change it by itself, and the result would depend on their "
+        "number: only BatchNorm's statistics may change in a forward. Leave that layer out, or freeze it"
+    )
+
+
+class VirtualModel:
+    """A model made virtual as in training, run on one group, without an engine."""
+
+    def __init__(self, model: nn.Module, seed: int, calls: Counter, dtype: torch.dtype, device: torch.device):
+        self.model = model
+        self.context = PassContext(seed, SAMPLES)
+        self.running = RunningStatistics(make_virtual(model, self.context), calls, dtype, device)
+        self.norms = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+    def look(self, call: Call) -> dict[str, torch.Tensor]:
+        model, sums = self.model.train(), self.running.flat.new_zeros(self.running.size)
+        with without_dropout(model):
+            self.context.begin(0, [0], [len(call.labels)])
+            torch.manual_seed(call.key)
+            self.running.begin_pass(1)
+            outputs = call.outputs(model, call.images)
+            self.running.end_forward(sums, 1, 1)
+            loss = call.loss(outputs, call.labels)
+            loss.backward()
+            self.context.end()
+        self.running.update(sums)
+        return values(model, outputs, loss, self.norms)
+
+
+def difference(own: dict, virtual: dict, perturbed: dict) -> str | None:
+    """What the virtual model has otherwise than the author's; None where they are equal, up to what a small change of
+    the input does."""
+    for name in own.keys() | virtual.keys():
+        if name not in own or name not in virtual:
+            return f"{name} is only in {'ours' if name in virtual else 'the model as it was written'}"
+    scale = {}
+    for name, value in own.items():
+        kind = name.split()[0]
+        if value.is_floating_point():
+            scale[kind] = max(scale.get(kind, 0.0), value.abs().max().item() if value.numel() else 0.0)
+    for name, value in own.items():
+        if not value.is_floating_point():
+            if not torch.equal(value, virtual[name]):
+                return f"{name} is {virtual[name].tolist()}, not {value.tolist()}"
+            continue
+        dtype = value.dtype if value.dtype in FLOOR else torch.float32
+        largest = max(value.abs().max().item() if value.numel() else 0.0, 1e-3 * scale[name.split()[0]])
+        allowed = 8 * (perturbed[name] - value).abs().max().item() if name in perturbed and value.numel() else 0.0
+        allowed = min(max(allowed, FLOOR[dtype] * largest), CEILING[dtype] * largest)
+        worst = (virtual[name] - value).abs().max().item() if value.numel() else 0.0
+        if not worst <= allowed:  # NaN is a difference
+            return f"{name} differs by {worst:.2g}, where {allowed:.2g} is allowed (largest value {largest:.2g})"
+    return None
+
+
+def first_module(own: nn.Module, virtual: VirtualModel, call: Call) -> str:
+    """The first module, in the order of the author's forward, whose output is another one in the virtual model."""
+    recorded: list[list[tuple[str, torch.Tensor]]] = [[], []]
+    with record(own.train(), recorded[0]), without_dropout(own):
+        torch.manual_seed(call.key)
+        call.outputs(own, call.images)
+    with record(virtual.model, recorded[1]):
+        virtual.look(call)
+    for (name, a), (other, b) in zip(*recorded, strict=False):
+        if name != other:
+            return f"{name} (calls come in another order)"
+        tolerance = 1e-3 if a.dtype != torch.float64 else 1e-8
+        if a.shape != b.shape or not (a - b).abs().max() <= tolerance * a.abs().max() + 1e-30:
+            return f"{name} ({type(own.get_submodule(name)).__name__})"
+    return "none: outputs of all modules are equal, what follows from them is not"
+
+
+@contextmanager
+def record(model: nn.Module, into: list) -> Iterator[None]:
+    """Outputs of modules without children, as they come."""
+
+    def hook(name: str):
+        return lambda _m, _i, output: into.extend((name, t.detach().double().clone()) for t in tensors(output))
+
+    hooks = [m.register_forward_hook(hook(n)) for n, m in model.named_modules() if n and not list(m.children())]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def wrong_mask(virtual: VirtualModel, device: torch.device) -> str | None:
+    """The first dropout layer whose masks have another rate than its own, or do not differ by call and worker."""
+    x = torch.ones(1, 16, 16, 16, device=device)  # of one sample: a rate can be seen in 16 channels and 256 places
+    context = virtual.context
+    for layer in context.layers:
+        if not isinstance(layer, VirtualDropout) or not 0 < layer.module.p < 1:
+            continue
+        drawn = []
+        for worker, call in ((0, 0), (0, 1), (1, 0)):
+            context.begin(0, [worker], [256])
+            drawn.append(layer.mask(x.expand(256, -1, -1, -1) if layer.shared_dims else x, call) != 0)
+        context.end()
+        kept, count = drawn[0].float().mean().item(), drawn[0].numel()
+        p = layer.module.p
+        if abs(kept - (1 - p)) > 6 * (p * (1 - p) / count) ** 0.5:
+            return f"{layer.name} keeps {kept:.3f} for p = {p}"
+        if any(torch.equal(drawn[0], other) for other in drawn[1:]):
+            return f"{layer.name} draws one mask for two calls or workers"
+    return None
