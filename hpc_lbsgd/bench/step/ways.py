@@ -67,18 +67,18 @@ class Ours:
         kn = batch * self.size
         self.point = Point(0, 0, 0, LR, MOMENTUM, self.size, batch, 0, kn)
         self.stepper = Stepper(self.replica, recipe, repeat(pictures))
-        self.forward, self.mark, self.update = self.stepper._forward, self.stepper.mark, self.replica.update
+        self.loss, self.mark, self.update = self.stepper.loss, self.stepper.mark, self.replica.update
 
     def step(self) -> None:
         self.stepper.run(self.point)
 
     def step_in_parts(self, clock: Clock) -> None:
-        """Between the trainer's own marks: backward ends where it starts to wait for sums."""
+        """Between the trainer's own marks: forward ends with the loss, backward where it starts to wait for sums."""
 
-        def forward(*args):
-            loss = self.forward(*args)
+        def loss(*args):
+            found = self.loss(*args)
             clock.lap("forward_s")
-            return loss
+            return found
 
         def mark(phase, step):
             if phase == "sum":
@@ -89,10 +89,10 @@ class Ours:
             self.update(*args)
             clock.lap("optimizer_s")
 
-        self.stepper._forward, self.stepper.mark, self.replica.update = forward, mark, update
+        self.stepper.loss, self.stepper.mark, self.replica.update = loss, mark, update
         clock.start()
         self.stepper.run(self.point)
-        self.stepper._forward, self.stepper.mark, self.replica.update = self.forward, self.mark, self.update
+        self.stepper.loss, self.stepper.mark, self.replica.update = self.loss, self.mark, self.update
 
     def slowest(self, value: float) -> float:
         return max(self.engine.gather(value))
