@@ -144,6 +144,11 @@ def add_runs(command) -> None:
     with_json(p)
 
 
+    p = command("preflight", preflight, help="does this model, data and machine keep the promise? train asks it first")
+    with_recipe(p)
+    with_json(p)
+
+
 def add_jobs(command) -> None:
     p = command("launch", launch, help="compose and run the mpirun line of a job: launch --np 8 -- train RECIPE ...")
     p.add_argument("--np", type=positive, required=True, dest="ranks", help="ranks")
@@ -295,6 +300,15 @@ def train(args) -> int:
     from hpc_lbsgd.train import job
 
     return job.train(Path(args.recipe).stem, recipe, args.run, args.resume, args.json)
+
+
+def preflight(args) -> int:
+    from hpc_lbsgd import recipe as recipes
+
+    recipe = recipes.read(args.recipe, [*args.settings, "train.preflight=true"])
+    from hpc_lbsgd.train import job
+
+    return job.preflight(recipe, args.json)
 
 
 def reproduce(args) -> int:

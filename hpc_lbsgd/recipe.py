@@ -254,6 +254,22 @@ class Machine(Section):
     """no step for so long: the stalest ranks are named and the job ends"""
 
 
+# Machine keys that change bits: part of the result where bits are promised
+BIT_KEYS = {
+    "off": (),
+    "same-ranks": (
+        "channels_last",
+        "compile",
+        "threads",
+        "workers_per_pass",
+        "engine",
+        "bucket_mb",
+        "first_bucket_mb",
+    ),
+    "any-ranks": ("channels_last", "compile"),
+}
+
+
 class Decision(NamedTuple):
     """An adaptive-batch run's choice at the end of an epoch: what holds from `epoch` on."""
 
@@ -351,8 +367,15 @@ class Recipe(Section):
             return self
         return self.model_copy(update={"batch": self.batch.model_copy(update={"workers": ranks})})
 
+    def with_threads(self, cores: int) -> Recipe:
+        """The recipe with the compute threads of a CPU rank settled, where their number is part of the result."""
+        if self.machine.threads or "threads" not in BIT_KEYS[self.determinism]:
+            return self
+        return self.model_copy(update={"machine": self.machine.model_copy(update={"threads": cores})})
+
     def result_part(self) -> dict:
-        """What decides the weights. Paths and sizes of data are left out: the data is fingerprinted apart."""
+        """What decides the weights. Paths and sizes of data are left out: the data is fingerprinted apart. Where bits
+        are promised, keys of the machine that change bits belong to it."""
         part = self.model_dump(
             mode="json",
             exclude={
@@ -363,6 +386,7 @@ class Recipe(Section):
             },
         )
         part["batch"]["bn_group"] = self.batch.group
+        part["machine"] = {key: getattr(self.machine, key) for key in BIT_KEYS[self.determinism]}
         return part
 
     def fingerprint(self) -> str:

@@ -6,18 +6,22 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import traceback
 
 import torch
 
-from hpc_lbsgd.errors import EXIT_FAILED, EXIT_REQUEST, RequestError, RunError
+from hpc_lbsgd.data import loader as loaders
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel import world as worlds
-from hpc_lbsgd.parallel.agree import agree
+from hpc_lbsgd.parallel.agree import agree, together
 from hpc_lbsgd.parallel.memory import keep_freed_memory
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
-from hpc_lbsgd.train.prepare import prepare
+from hpc_lbsgd.train.parts import build
+from hpc_lbsgd.train.preflight import Check
+from hpc_lbsgd.train.prepare import open_data, prepare
 from hpc_lbsgd.train.trainer import Trainer
 
 
@@ -57,6 +61,43 @@ def train(name: str, recipe: Recipe, run: str | None = None, resume: bool = Fals
     except BaseException as problem:
         fail(engine, folder, where, f"{type(problem).__name__}: {problem}", traceback.format_exc())
     return EXIT_FAILED
+
+
+def preflight(recipe: Recipe, as_json: bool = False) -> int:
+    """Check model, data and ranks of `recipe` without training; returns the process's exit code: 1 where a check fails.
+    Collective, as `train`."""
+    device = prepare_process(recipe)
+    engine = engines.create(recipe.machine, recipe.determinism, device)
+
+    def request() -> tuple[dict, str, str | None]:
+        with tempfile.TemporaryDirectory() as folder:
+            train, evaluation, settled = open_data(recipe.with_workers(engine.size), RunFolder(folder))
+            return settled.model_dump(mode="json"), str(train.path), evaluation and str(evaluation.path)
+
+    seconds = 0.0
+    try:
+        content, *paths = agree(engine, request)
+        settled = Recipe.model_validate(content)
+        sets = together(engine, lambda: [path and loaders.open_set(settled, path) for path in paths])
+        schedule = together(engine, lambda: settled.build_schedule(len(sets[0])))
+    except RequestError as problem:
+        if engine.rank == 0:
+            print(f"hpc-lbsgd: {problem}", file=sys.stderr)
+        engine.close()
+        return EXIT_REQUEST
+    try:
+        parts = build(settled, schedule, *sets, engine, device, None)
+        checks, seconds = parts.checks, parts.preflight_s
+    except RequestError as problem:
+        checks = [Check("start", False, str(problem))]
+    if engine.rank == 0:
+        if as_json:
+            print(json.dumps({"checks": [c._asdict() for c in checks], "seconds": round(seconds, 3)}))
+        else:
+            for c in checks:
+                print(f"{'ok    ' if c.ok else 'FAILED'}  {c.check:8s} {c.what}")
+    engine.close()
+    return EXIT_DONE if all(c.ok for c in checks) else EXIT_FAILED
 
 
 def fail(engine, folder: RunFolder | None, where: str, message: str, trace: str = "") -> None:

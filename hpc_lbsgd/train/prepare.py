@@ -18,6 +18,7 @@ from hpc_lbsgd.data.loader import check_sizes
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.user import UserSet
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
 from hpc_lbsgd.theory.schedule import Schedule
@@ -65,7 +66,7 @@ def prepare(name: str, recipe: Recipe, run: str | None, resume: bool, ranks: int
             )
         recipe = settle_again(recipe, recipes.load_resolved(folder.recipe))
     else:
-        recipe = recipe.with_workers(ranks)
+        recipe = recipe.with_workers(ranks).with_threads(worlds.cores_per_rank(worlds.from_environment().local_size))
     train, evaluation, recipe = open_data(recipe, folder)
     schedule = recipe.build_schedule(len(train))  # refuses what cannot be scheduled
     if recipe.machine.engine == "ddp":
@@ -121,9 +122,10 @@ def refuse_idle_ranks(recipe: Recipe, schedule: Schedule, ranks: int) -> None:
 
 
 def settle_again(asked: Recipe, before: Recipe) -> Recipe:
-    """The recipe to resume with: the run's own k, and no other difference in the result part."""
-    if asked.batch.workers == "per_rank":
-        asked = asked.with_workers(before.batch.workers)
+    """The recipe to resume with: the run's own k and threads, and no other difference in the result part."""
+    asked = asked.with_workers(before.batch.workers)
+    if before.machine.threads:
+        asked = asked.with_threads(before.machine.threads)
     old, new = flatten(before.result_part()), flatten(asked.result_part())
     changed = [
         f"{key} = {new.get(key)} (the run has {old.get(key)})"

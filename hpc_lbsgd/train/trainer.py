@@ -43,6 +43,8 @@ class Trainer:
     def __init__(self, name: str, found: Prepared, engine, device: torch.device):
         self.name, self.found, self.engine, self.device = name, found, engine, device
         self.recipe = recipe = Recipe.model_validate(found.recipe)
+        if recipe.machine.threads and device.type == "cpu":
+            torch.set_num_threads(recipe.machine.threads)  # as the run's first start settled it
         self.folder = RunFolder(found.run)
         self.lead = engine.rank == 0
         sets = (found.train_set, found.eval_set)

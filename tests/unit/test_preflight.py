@@ -1,0 +1,229 @@
+"""Preflight over models nobody here wrote: equal to what their authors wrote, or refused by name."""
+
+import pytest
+import torch
+from test_layers import NormRelu
+from test_workers import CPU, engine, small_recipe  # noqa: F401
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.theory.schedule import Point
+from hpc_lbsgd.train import models, preflight, probe, workers
+from hpc_lbsgd.train.losses import loss_function
+from hpc_lbsgd.train.replica import Replica, outputs
+
+ZOO = {
+    "timm": {
+        64: "resnet18 resnet26d resnetblur18 seresnet18 skresnet18 ecaresnet26t resnest14d dla34 hrnet_w18_small "
+        "ese_vovnet19b_dw ghostnet_050 ghostnetv2_100 mobilenetv2_050 mobilenetv3_small_050 mobilenetv3_large_075 "
+        "mobilenetv4_conv_small_050 lcnet_050 tinynet_e fbnetc_100 spnasnet_100 efficientnet_b0 efficientnet_lite0 "
+        "mixnet_s hardcorenas_a semnasnet_075 mnasnet_small rexnet_100 repvgg_a0 mobileone_s0 regnetx_002 regnety_002 "
+        "densenet121 resnetv2_50 resnetv2_50x1_bit cspresnet50 darknet17 gernet_s lambda_resnet26t convnextv2_atto "
+        "edgenext_xx_small mobilevit_xxs mobilevitv2_050 fastvit_t8 repvit_m0_9 efficientvit_b0 poolformer_s12 "
+        "starnet_s1 inception_next_tiny tresnet_m",
+        96: "xception41 legacy_xception inception_v3",
+        139: "inception_resnet_v2",
+        224: "levit_128s efficientvit_m0 pit_ti_224 visformer_tiny xcit_nano_12_p16_224 mixer_s32_224",
+    },
+    "torchvision": {64: "resnet50 squeezenet1_1 mobilenet_v2 shufflenet_v2_x0_5 convnext_tiny swin_t", 96: "googlenet"},
+}
+NAMED = [
+    (library, name, size) for library, sizes in ZOO.items() for size, names in sizes.items() for name in names.split()
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small pictures: threads would wait for one another longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def from_zoo(library, name):
+    if library == "timm":
+        import timm
+
+        return timm.create_model(name, num_classes=10, drop_rate=0.1)
+    import torchvision
+
+    more = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    return getattr(torchvision.models, name)(num_classes=10, **more)
+
+
+def checks_of(make, size=12, channels=3, samples=4):
+    """{check: None or what is wrong} of a model on random pictures."""
+
+    def build():
+        torch.manual_seed(0)
+        return make()
+
+    generator = torch.Generator().manual_seed(1)
+    call = probe.Call(
+        torch.randn(samples, channels, size, size, generator=generator),
+        torch.randint(0, 10, (samples,), generator=generator),
+        loss_function(recipes.Train()),
+        lambda model, images: outputs(model, images, torch.float32, CPU, False),
+        7,
+    )
+    seen = probe.look(build(), call)
+    recipe = small_recipe()
+    found = preflight.compare(recipe, build, call, seen, torch.float32, CPU)
+    return {c.check: None if c.ok else c.what for c in found}, seen
+
+
+def test_the_zoo_is_large_enough():
+    assert len(NAMED) >= 60
+
+
+@pytest.mark.parametrize("library, name, size", NAMED, ids=[f"{n}" for _, n, _ in NAMED])
+def test_models_train_as_their_authors_wrote_them(library, name, size):
+    found, seen = checks_of(lambda: from_zoo(library, name), size)
+    assert found == {"model": None, "masks": None}
+    assert not seen.changed
+
+
+# ---------------------------------------------------------------- what is refused, and why
+
+
+class Codebook(nn.Module):
+    """Its table follows what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(3), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.table.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+        return x - self.table.view(1, -1, 1, 1)
+
+
+def with_layer(layer):
+    return nn.Sequential(nn.Conv2d(3, 3, 3), layer, nn.Flatten(), nn.Linear(300, 10))
+
+
+REFUSED = {
+    "spectral_norm, as a parametrization": (
+        lambda: with_layer(parametrizations.spectral_norm(nn.Conv2d(3, 3, 1))),
+        r"1\.parametrizations\.weight\.0\._u of .*\(_SpectralNorm\) is changed by each forward",
+    ),
+    "spectral_norm, the older way": (
+        lambda: with_layer(nn.utils.spectral_norm(nn.Conv2d(3, 3, 1))),
+        r"1\.weight_u of 1 \(Conv2d\) is changed by each forward",
+    ),
+    "a buffer written in forward": (lambda: with_layer(Codebook()), r"1\.table of 1 \(Codebook\) is changed"),
+}
+
+
+@pytest.mark.parametrize("make, says", REFUSED.values(), ids=REFUSED)
+def test_state_that_nobody_accounts_for_is_refused(make, says):
+    seen_model = make()
+    call = probe.Call(torch.randn(4, 3, 12, 12), torch.zeros(4, dtype=torch.int64), loss_function(recipes.Train()),
+                      lambda m, x: m(x), 7)  # fmt: skip
+    seen = probe.look(seen_model, call)
+    with pytest.raises(RequestError, match=says):
+        probe.refuse_state(seen_model, seen)
+
+
+# ---------------------------------------------------------------- it sees what it is for
+
+
+def norm_net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), NormRelu(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
+                         nn.Flatten(), nn.Linear(256, 10))  # fmt: skip
+
+
+def lose_activation(self, x, group, mean, variance, training):
+    return nn.functional.batch_norm(x, mean, variance, self.module.weight, self.module.bias, training, 1.0)
+
+
+def lose_statistics(self, sums, share=1.0):
+    pass
+
+
+def test_it_names_the_first_module_that_we_changed(monkeypatch):
+    assert checks_of(norm_net)[0] == {"model": None, "masks": None}
+    with monkeypatch.context() as changed_here:
+        changed_here.setattr(workers.VirtualNorm, "_run_own", lose_activation)
+        assert "the first module that differs: 1" in checks_of(norm_net)[0]["model"]
+    with monkeypatch.context() as changed_here:
+        changed_here.setattr("hpc_lbsgd.train.statistics.RunningStatistics.update", lose_statistics)
+        assert "buffer" in checks_of(norm_net)[0]["model"]
+
+
+def test_it_sees_wrong_masks(monkeypatch):
+    net = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.3), nn.Flatten(), nn.Linear(400, 10))  # noqa: E731
+    assert checks_of(net)[0]["masks"] is None
+    monkeypatch.setattr(workers, "stream_key", lambda *parts: 5)
+    assert checks_of(net)[0]["masks"] == "1 draws one mask for two calls or workers"
+
+
+class OwnGenerator(nn.Module):
+    """Noise that no seed of ours reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.generator = nn.Linear(144, 5), torch.Generator().manual_seed(3)
+
+    def forward(self, x):
+        return self.net(x.flatten(1) + torch.randn(144, generator=self.generator))
+
+
+@pytest.mark.parametrize("determinism", ["off", "any-ranks"])
+def test_a_model_that_draws_by_itself_is_refused(engine, monkeypatch, determinism):  # noqa: F811
+    monkeypatch.setitem(models.MODELS, "own", lambda section, channels, classes: OwnGenerator())
+    base = small_recipe(determinism=determinism)
+    recipe = base.model_copy(update={"model": base.model.model_copy(update={"name": "own"})})
+    found = checks_on_replica(engine, recipe)
+    assert "a model that draws by itself?" in found["workers"]
+    assert checks_on_replica(engine, base)["workers"] is None
+
+
+def checks_on_replica(engine, recipe, begun=None):  # noqa: F811
+    replica = Replica(recipe, 5, engine, CPU)
+    torch.manual_seed(0)
+    batches = {j: (torch.randn(8, 1, 12, 12), torch.randint(0, 5, (8,)), 0) for j in (0, 1)}
+    point = Point(0, 0, 0, 0.1, 0.9, 4, 8, 0, 32)
+    found, facts = preflight.after(replica, recipe, point, batches, begun)
+    checks_on_replica.facts = facts
+    assert not any(b.gradients.any() for b in replica.buckets.buckets)
+    return {c.check: None if c.ok else c.what for c in found}
+
+
+def test_other_hardware_at_a_resume_is_named(engine):  # noqa: F811
+    recipe = small_recipe(determinism="any-ranks")
+    assert checks_on_replica(engine, recipe) == {"workers": None, "ranks": None}
+    facts = dict(checks_on_replica.facts)
+    assert checks_on_replica(engine, recipe, facts)["ranks"] is None
+    other = facts | {"gradient": "0" * 64, "cpu": "Another CPU, AVX512"}
+    assert "begun on cpu (Another CPU, AVX512" in checks_on_replica(engine, recipe, other)["ranks"]
+
+
+def test_ranks_that_differ_are_named():
+    same = {"host": "a", "weights": "w", "threads": 1, "torch": "2", "batch": "b", "gradient": "g", "cpu": "c",
+            "device": "cpu"}  # fmt: skip
+    assert preflight.check_ranks([same] * 4, None).ok
+    for key, value, says in (("threads", 2, "another number of threads"), ("batch", "x", "decodes worker 0's samples"),
+                             ("gradient", "x", "computes another gradient"), ("weights", "x", "torch's generator")):
+        check = preflight.check_ranks([same, same, same | {key: value, "host": "bad"}, same], None)
+        assert not check.ok and "rank 2 on bad" in check.what and says in check.what
+
+
+def test_shared_draws_are_refused_for_several_workers_a_pass():
+    class Noisy(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x + torch.rand_like(x))
+
+    recipe = small_recipe(machine__workers_per_pass=2)
+    batch = (torch.randn(4, 3, 12, 12), torch.zeros(4, dtype=torch.int64), 0)
+    models.MODELS["noisy"] = lambda section, channels, classes: Noisy(nn.Flatten(), nn.Linear(432, 10))
+    try:
+        named = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": "noisy"})})
+        found = preflight.before(named, 10, {0: batch}, CPU, torch.contiguous_format, True)
+    finally:
+        del models.MODELS["noisy"]
+    assert any(not c.ok and "workers_per_pass = 2 would let workers share" in c.what for c in found.checks)
