@@ -17,7 +17,7 @@ help:
 	@echo "make setup [MPI=wheel|system]  Python environment in $(VENV), with Horovod built for it (7 GB)"
 	@echo "make train                     get Fashion-MNIST and train it with mpirun on every core"
 	@echo "make test                      all tests"
-	@echo "make lint                      ruff"
+	@echo "make lint                      ruff, and who may import whom (pyproject.toml)"
 	@echo "make module PREFIX=DIR         modulefiles for this environment [PREREQ=\"gcc/12 openmpi/4.1\"] [CONFLICT=...]"
 
 setup: $(VENV)/.ready-$(MPI)
@@ -41,12 +41,12 @@ train: setup
 	$(BIN)/hpc-lbsgd data fetch fashion-mnist
 	$(BIN)/hpc-lbsgd launch --np $(NP) --oversubscribe -- train fashion-mnist
 
-test: setup
-	$(BIN)/ruff check .
+test: lint
 	$(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
 
 module:
 	@$(PYTHON) tools/make_module.py --environment "$(VENV)" --prereq "$(PREREQ)" --conflict "$(CONFLICT)" "$(PREFIX)"

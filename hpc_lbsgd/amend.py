@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd import yaml12
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Decision, Recipe
 from hpc_lbsgd.theory.schedule import Schedule, Segments
@@ -35,8 +36,15 @@ def parse(settings: list[str]) -> dict:
         key, equals, value = setting.partition("=")
         if not equals or key.strip() not in AMENDABLE:
             raise RequestError(f"--amend {setting}: expected KEY=VALUE with one of {', '.join(AMENDABLE)}")
-        changes[key.strip()] = recipes.parse_value(value)
+        changes[key.strip()] = yaml12.parse(value, f"--amend {setting}")
     return changes
+
+
+def of_request(settings: list[str], resume: str | None) -> dict:
+    """The changes that a start asks for: only a resume has any."""
+    if settings and not resume:
+        raise RequestError(f"--amend {settings[0]}: only with --resume; a run that starts has its recipe, and --set")
+    return parse(settings)
 
 
 def amended(recipe: Recipe, changes: dict) -> Recipe:

@@ -114,3 +114,10 @@ def with_run(p):
         (RESUME_IF_EXISTS, "the same if there is a run in --run, else start it: for batch scripts"),
     ):
         flags.add_argument(flag, dest="resume", action="store_const", const=flag, help=what)
+    p.add_argument(
+        "--amend",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="--resume: change a key from here on (learning rate, milestones ahead, epochs, scales); journaled",
+    )

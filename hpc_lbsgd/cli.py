@@ -299,12 +299,14 @@ def plan(args) -> int:
 
 
 def train(args) -> int:
+    from hpc_lbsgd import amend
     from hpc_lbsgd import recipe as recipes
 
     recipe = recipes.read(args.recipe, args.settings)
+    changes = amend.of_request(args.amend, args.resume)
     from hpc_lbsgd.train import job
 
-    return job.train(Path(args.recipe).stem, recipe, args.run, args.resume, args.json)
+    return job.train(Path(args.recipe).stem, recipe, args.run, args.resume, args.json, changes)
 
 
 def preflight(args) -> int:

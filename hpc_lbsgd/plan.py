@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from hpc_lbsgd.bench.workload import layers_of, model_without_storage
+from hpc_lbsgd.bench.simulate import workload
 from hpc_lbsgd.data.order import passes_of_rank
 from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import RequestError
@@ -24,11 +24,17 @@ JOB_NODES = (1, 2, 4, 8, 16, 32)
 
 
 def model_costs(recipe: Recipe, classes: int) -> tuple[int, float]:
-    """(parameters, forward + backward FLOP an image), counted on a model without storage."""
+    """(parameters, forward + backward FLOP an image): of stored layers, else counted on a model without storage."""
+    if layers := workload.known(recipe, classes):
+        # backward multiplies twice as often, but for the first layer, whose inputs need no gradient
+        flop = 3 * sum(layer.flop for layer in layers) - layers[0].flop
+        return sum(layer.parameters for layer in layers), float(flop)
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = model_without_storage(recipe, classes)
+    from hpc_lbsgd.train import models
+
+    model = models.without_storage(recipe, classes)
     with torch.device("meta"):
         images = torch.empty(2, recipe.data.channels, recipe.data.image_size, recipe.data.image_size)
         with FlopCounterMode(display=False) as counter:
@@ -153,7 +159,7 @@ def demands(recipe: Recipe, classes: int, images_per_s: float | None) -> dict:
 def predicted(recipe: Recipe, classes: int, preset: str, nodes: int, gpus_per_node: int, known: dict) -> dict:
     """The busiest rank's step on a preset's cluster, simulated; efficiency is against one node that does the same work
     a rank. Only the last pass's backward can hide the sum, so all before it counts as forward."""
-    from hpc_lbsgd.bench import simulate as bench
+    from hpc_lbsgd.bench.simulate import run as bench
     from hpc_lbsgd.theory import simulate
 
     chosen = bench.choose(preset, ranks_per_node=gpus_per_node, bucket_mb=recipe.machine.bucket_mb).system
@@ -163,9 +169,9 @@ def predicted(recipe: Recipe, classes: int, preset: str, nodes: int, gpus_per_no
     last_pass = min(samples, recipe.machine.workers_per_pass * recipe.batch.samples_per_worker)
     rate = known["images_per_s_per_rank"]
     backward_s = BACKWARD_SHARE * last_pass / rate
-    layers = layers_of(model_without_storage(recipe, classes), recipe.data.channels, recipe.data.image_size)
-    workload = simulate.Workload(layers, samples, samples / rate - backward_s, backward_s)
-    run = replace(chosen, workload=workload, method=method)
+    layers = workload.layers(recipe, classes)
+    work = simulate.Workload(layers, samples, samples / rate - backward_s, backward_s)
+    run = replace(chosen, workload=work, method=method)
     outcome = simulate.step(run, nodes)
     knee = simulate.knee(run, gpus_per_node)
     return {

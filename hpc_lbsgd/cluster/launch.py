@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from hpc_lbsgd import amend
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, RequestError
 from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, exported, find_mpirun
@@ -25,10 +26,13 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
     if layout.hostfile and not Path(layout.hostfile).is_file():
         raise RequestError(f"--hostfile {layout.hostfile}: no such file")
     recipes.read(job.recipe, job.settings)  # refuses a wrong recipe here, before any rank starts
+    amend.of_request(job.amend, job.resume)
     folder = choose_run(Path(job.recipe).stem, job.run, job.resume)
     program = [sys.executable, "-m", "hpc_lbsgd.cli", "train", job.recipe, "--run", str(folder.path)]
     for setting in job.settings:
         program += ["--set", setting]
+    for change in job.amend:
+        program += ["--amend", change]
     program += [flag for flag, wanted in ((job.resume, job.resume), ("--json", job.json)) if wanted]
     mpirun = find_mpirun()
     launcher = choose(mpirun, flavour)

@@ -15,8 +15,8 @@ from importlib import resources
 from pathlib import Path
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench import scaling
-from hpc_lbsgd.bench.scaling_results import Folder
+from hpc_lbsgd.bench.scaling import run as scaling
+from hpc_lbsgd.bench.scaling.results import Folder
 from hpc_lbsgd.cluster import sites
 from hpc_lbsgd.cluster.sites import Site
 from hpc_lbsgd.data.who import samples_and_classes

@@ -16,8 +16,8 @@ import torch
 
 from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.finish import Finish
-from hpc_lbsgd.data.loader import Batch, Fetched, Source
 from hpc_lbsgd.data.manifest import decode
+from hpc_lbsgd.data.source import Batch, Fetched, Source
 from hpc_lbsgd.data.storage import READERS, Request, SampleError
 from hpc_lbsgd.errors import RequestError, RunError
 

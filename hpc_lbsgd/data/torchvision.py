@@ -11,7 +11,7 @@ from PIL import Image
 
 from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.finish import Finish
-from hpc_lbsgd.data.loader import Batch, Fetched, Source
+from hpc_lbsgd.data.source import Batch, Fetched, Source
 from hpc_lbsgd.data.storage import READERS, Request, SampleError
 
 

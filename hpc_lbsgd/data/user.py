@@ -18,6 +18,7 @@ import torch
 
 from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.order import stream_key
+from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.imports import load
@@ -55,22 +56,22 @@ class UserLoader:
         self.dataset, self.seed, self.threads, self.device = data.dataset, seed, threads, device
         self.ahead, self.channels_last = max(prefetch, threads), channels_last
 
-    def batches(self, requests: Iterable[Request]) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         for batch in ahead(self._make, requests, self.ahead, self.threads):
             yield self._place(batch)
 
-    def _make(self, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+    def _make(self, request: Request) -> Batch:
         pairs = [self._sample(int(i), request.epoch) for i in request.samples]
         inputs, labels = (torch.stack([torch.as_tensor(p[k]) for p in pairs]) for k in (0, 1))
-        return inputs, labels
+        return Batch(inputs, labels)
 
     def _sample(self, index: int, epoch: int):
         if hasattr(self.dataset, "sample"):
             return self.dataset.sample(index, np.random.default_rng(stream_key("user", self.seed, epoch, index)))
         return self.dataset[index]
 
-    def _place(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:
-        inputs, labels = batch
+    def _place(self, batch: Batch) -> Batch:
+        inputs = batch.images
         if self.channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return inputs.to(self.device), labels.to(self.device), 0  # a user's own samples are never replaced
+        return Batch(inputs.to(self.device), batch.labels.to(self.device))

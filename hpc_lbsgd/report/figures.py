@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 DPI = 110
@@ -13,6 +14,14 @@ def panels(columns: int, size: tuple[float, float]):
 
     figure = Figure(figsize=size)
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def stack(axis, positions: Sequence, parts: Mapping[str, Sequence[float]]) -> None:
+    """A bar at each position, made of parts: heights by label, from the bottom up."""
+    bottom = [0.0] * len(positions)
+    for label, heights in parts.items():
+        axis.bar(positions, heights, bottom=bottom, label=label)
+        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
 
 
 def save(figure, path: Path) -> None:

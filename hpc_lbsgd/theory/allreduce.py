@@ -1,8 +1,8 @@
 """The papers' allreduce algorithms as message schedules: who sends which part to whom, in which order. Pure.
 
 A program is one rank's list of steps; the messages of a step are under way together. Every algorithm exists once,
-here: `bench/collectives.py` runs the programs over MPI, tests run them in memory, and `theory/collectives.py` has the
-closed forms that their counted messages must equal.
+here: `bench/allreduce/collectives.py` runs the programs over MPI, tests run them in memory, and
+`theory/collectives.py` has the closed forms that their counted messages must equal.
 """
 
 from __future__ import annotations

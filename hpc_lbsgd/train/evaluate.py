@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from hpc_lbsgd.data.loader import Loader
+from hpc_lbsgd.data.source import Loader
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.train.losses import Loss
 from hpc_lbsgd.train.replica import Replica

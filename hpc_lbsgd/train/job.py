@@ -24,7 +24,14 @@ from hpc_lbsgd.train.prepare import RUNS, open_data, prepare
 from hpc_lbsgd.train.trainer import Trainer
 
 
-def train(name: str, recipe: Recipe, run: str | None = None, resume: str | None = None, as_json: bool = False) -> int:
+def train(
+    name: str,
+    recipe: Recipe,
+    run: str | None = None,
+    resume: str | None = None,
+    as_json: bool = False,
+    amend: dict | None = None,
+) -> int:
     """Train `recipe` on all ranks of this job; returns the process's exit code.
 
     name: of the recipe, for the run folder (default: runs/NAME-TIME). resume: as for `choose_run`. as_json: rank 0
@@ -35,7 +42,7 @@ def train(name: str, recipe: Recipe, run: str | None = None, resume: str | None 
     folder = None
     where = f"rank {engine.rank} on {socket.gethostname()}"
     try:
-        found = agree(engine, lambda: prepare(name, recipe, run, resume, engine.size))
+        found = agree(engine, lambda: prepare(name, recipe, run, resume, engine.size, amend))
         folder = RunFolder(found.run)
         code = Trainer(name, found, engine, device).run()
         if as_json and engine.rank == 0:

@@ -145,6 +145,12 @@ def build(section, channels: int, classes: int, seed: int, dtype: torch.dtype = 
     return model.to(dtype)
 
 
+def without_storage(recipe, classes: int) -> nn.Module:
+    """The model of a recipe on device meta: shapes and names only."""
+    with torch.device("meta"):
+        return build(recipe.model, recipe.data.channels, classes, recipe.seed)
+
+
 def initialise(model: nn.Module, zero_gamma: bool) -> None:
     """He's for convolutions, N(0, 0.01^2) for the classifier, gamma = 1; with zero_gamma, gamma = 0 in each
     residual block's last BatchNorm, so that blocks start as identity (Goyal et al. 2017, section 5.1)."""

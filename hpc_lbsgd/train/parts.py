@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from hpc_lbsgd.data import loader as loaders
-from hpc_lbsgd.data.loader import Batch, Loader
 from hpc_lbsgd.data.order import Permutation, worker_samples
+from hpc_lbsgd.data.source import Batch, Loader
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import world as worlds

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import torch
 
-from hpc_lbsgd.data.loader import Batch
 from hpc_lbsgd.data.order import stream_key
+from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import models, probe
 from hpc_lbsgd.train.losses import loss_function

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hpc_lbsgd.data.loader import Batch
 from hpc_lbsgd.data.order import Permutation, passes_of_rank, worker_samples
+from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.theory import noise
 from hpc_lbsgd.theory.schedule import Point, Schedule

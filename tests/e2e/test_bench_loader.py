@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import changed, command, mpirun, write_images, write_recipe
 
-from hpc_lbsgd.bench import loader
+from hpc_lbsgd.bench.loader import measure
 from hpc_lbsgd.data import manifest, pack
 from hpc_lbsgd.recipe import Data
 
@@ -31,10 +31,10 @@ def test_peers_make_pictures_of_the_same_shape_and_scale(tmp_path):
     m = manifest.index(write_images(tmp_path / "d", 12, 48, suffix=".jpg"), processes=1)
     data = Data(image_size=32)
     for native in (False, True):
-        image, label = loader.Pictures(m, data, native)[3]
+        image, label = measure.Pictures(m, data, native)[3]
         assert image.shape == (3, 32, 32) and image.dtype.is_floating_point and abs(float(image.mean())) < 3
         assert label == m.labels[3]
-    for contestant in loader.contestants([str(m.path)], data, 4, peers=True):
+    for contestant in measure.contestants([str(m.path)], data, 4, peers=True):
         source = contestant.start(1)
         assert [next(source) for _ in range(5)] == [4] * 5
         source.close()

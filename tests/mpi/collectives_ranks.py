@@ -8,7 +8,7 @@ import json
 import numpy as np
 from mpi4py import MPI
 
-from hpc_lbsgd.bench import collectives
+from hpc_lbsgd.bench.allreduce import collectives
 from hpc_lbsgd.theory import collectives as formulas
 
 NODE_SIZES = (1, 4, 8)

@@ -13,7 +13,8 @@ from pathlib import Path
 from conftest import command, mpirun
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench import allreduce, choices
+from hpc_lbsgd.bench.allreduce import choices
+from hpc_lbsgd.bench.allreduce.run import summarise
 from hpc_lbsgd.parallel.horovod_engine import environment
 
 
@@ -81,7 +82,7 @@ def test_a_benchmark_that_is_ended_ends_its_ranks():
         [sys.executable, "-m", "hpc_lbsgd.cli", *words], env=environment, stderr=subprocess.DEVNULL
     )
     try:
-        assert wait_for(lambda: sum("step_ranks" in line for line in marked(mark)) >= 3, 60)  # mpirun and 2 ranks
+        assert wait_for(lambda: sum("bench.step.measure" in line for line in marked(mark)) >= 3, 60)  # mpirun, 2 ranks
         process.terminate()
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
         assert wait_for(lambda: not marked(mark), 30), marked(mark)
@@ -117,7 +118,7 @@ def test_open_mpi_follows_the_written_choices(tmp_path, monkeypatch):
     times = {("mpi-tuned", size): [1.0] * 3 for size in (1024, 16384)}
     times |= {("mpi-ring", 1024): [2.0] * 3, ("mpi-ring", 16384): [0.5] * 3}
     rules = tmp_path / "allreduce.rules"
-    written = choices.write(rules, allreduce.summarise(4, times, 1e-9, {}, 3, 2))
+    written = choices.write(rules, summarise(4, times, 1e-9, {}, 3, 2))
 
     def bits(settings):
         with monkeypatch.context() as patch:

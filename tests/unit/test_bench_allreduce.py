@@ -6,7 +6,8 @@ import pytest
 from conftest import command
 
 from hpc_lbsgd import arguments
-from hpc_lbsgd.bench import allreduce, choices, launches
+from hpc_lbsgd.bench.allreduce import choices, run, show
+from hpc_lbsgd.bench.core import launches
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.theory import collectives
 from hpc_lbsgd.theory.collectives import Link
@@ -26,7 +27,7 @@ def timed(ranks=8, rounds=3):
 
 
 def test_rows_fits_and_choices():
-    result = allreduce.summarise(8, timed(), 0.2e-9, {}, rounds=3, node_size=2)
+    result = run.summarise(8, timed(), 0.2e-9, {}, rounds=3, node_size=2)
     row = next(r for r in result["rows"] if r["algorithm"] == "reference-ring" and r["bytes"] == 2**22)
     assert row["busbw_bytes_per_s"] == pytest.approx(row["algbw_bytes_per_s"] * 2 * 7 / 8)
     assert row["seconds_low"] < row["seconds"] < row["seconds_high"]
@@ -37,17 +38,17 @@ def test_rows_fits_and_choices():
     assert [b["algorithm"] for b in result["best"]] == ["mpi-recursive-doubling", "reference-ring", "reference-ring"]
     (crossing,) = result["crossovers"]
     assert 2**10 < crossing["bytes"] < 2**16
-    assert "best by size" in allreduce.show(result)
+    assert "best by size" in show.show(result)
 
 
 def test_a_best_that_overlaps_is_marked():
     times = {("mpi", 1024): [1.0, 1.2, 1.4], ("horovod", 1024): [1.1, 1.3, 1.5]}
-    (best,) = allreduce.summarise(2, times, 1e-9, {}, 3, 2)["best"]
+    (best,) = run.summarise(2, times, 1e-9, {}, 3, 2)["best"]
     assert best["algorithm"] == "mpi" and not best["clear"]
 
 
 def chosen(times, rounds=3):
-    result = allreduce.summarise(4, times, 1e-9, {}, rounds, 2)
+    result = run.summarise(4, times, 1e-9, {}, rounds, 2)
     return choices.rules(result), result
 
 
@@ -79,9 +80,9 @@ def test_what_the_rules_cost_is_said():
 
 
 def test_sizes_and_contenders():
-    assert allreduce.sizes(2**20) == [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]
-    assert "reference-halving-doubling" not in allreduce.choose(None, 3)
-    ring = allreduce.contender("mpi-ring", 2, SIZES, 0.1, 2)
+    assert run.sizes(2**20) == [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]
+    assert "reference-halving-doubling" not in run.choose(None, 3)
+    ring = run.contender("mpi-ring", 2, SIZES, 0.1, 2)
     assert ring.settings["OMPI_MCA_coll_tuned_allreduce_algorithm"] == "4" and ring.task["via"] == "mpi"
 
 
@@ -107,9 +108,9 @@ def test_a_contender_starts_without_the_callers_engine_settings(monkeypatch):
 )
 def test_wrong_requests(changes, said):
     asked = {"ranks": 2, "listed": None, "largest": 1024, "names": None, "rounds": 1, "seconds": 0.1, "node_size": 2,
-             "timeout_s": 10, "oversubscribe": True, "rules": None, "picture": None, "as_json": True}  # fmt: skip
+             "timeout_s": 10, "oversubscribe": True, "rules": None}  # fmt: skip
     with pytest.raises(RequestError, match=said):
-        allreduce.allreduce(**asked | changes)
+        run.allreduce(**asked | changes)
 
 
 def test_the_command_line_reads_sizes():

@@ -7,11 +7,11 @@ import pytest
 from conftest import command, write_recipe
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench import scaling, scaling_ranks, scaling_report, scaling_results
-from hpc_lbsgd.bench.launches import Contender, Place, environment
-from hpc_lbsgd.bench.rates import StepTime, Timed
-from hpc_lbsgd.bench.scaling import Request
-from hpc_lbsgd.bench.scaling_results import Folder, summarise
+from hpc_lbsgd.bench.core.launches import Contender, Place, environment
+from hpc_lbsgd.bench.core.timing import StepTime, Timed
+from hpc_lbsgd.bench.scaling import measure, results, run, show
+from hpc_lbsgd.bench.scaling.results import Folder, summarise
+from hpc_lbsgd.bench.scaling.run import Request
 from hpc_lbsgd.errors import RequestError
 
 
@@ -32,7 +32,7 @@ def launch(ranks, number, images_per_s, end_to_end=None, per_node=8, mode="weak"
 
 
 def asked(ranks):
-    return scaling.question("r", recipes.validate({}), ranks, ["weak"])
+    return run.question("r", recipes.validate({}), ranks, ["weak"])
 
 
 def rows(result):
@@ -53,8 +53,8 @@ def test_efficiency_is_per_rank_round_by_round_against_a_stated_baseline():
     assert result["baseline_ranks"] == 1 and "1 rank" in result["baseline"]
     other = summarise(asked([1, 4, 16]), launches, 4)
     assert rows(other)["weak", 16]["efficiency"] == pytest.approx(0.75 / 0.9)
-    assert "4 ranks" in other["baseline"] and "4 ranks" in scaling_report.table(other)
-    assert all("baseline_ranks=4" in line for line in scaling_report.lines(other))
+    assert "4 ranks" in other["baseline"] and "4 ranks" in show.table(other)
+    assert all("baseline_ranks=4" in line for line in show.lines(other))
 
 
 def test_percentiles_are_over_the_steps_of_all_rounds():
@@ -66,11 +66,11 @@ def test_percentiles_are_over_the_steps_of_all_rounds():
 def test_the_slowest_rank_is_named_by_its_own_work():
     """A rank that waits long for others is not slow. One bad round does not make a rank the slowest."""
     own = [[0.1, 0.1, 0.12, 0.1], [0.1, 0.1, 0.12, 0.5], [0.1, 0.1, 0.12, 0.1]]
-    found = scaling_results.slowest(own, ["a", "a", "b", "b"])
+    found = results.slowest(own, ["a", "a", "b", "b"])
     assert (found["slowest_rank"], found["slowest_host"]) == (2, "b")
     assert found["slowest_over_median"] == pytest.approx(0.2)
     fast, slow = [StepTime(1.0, 0.0, 0.6)] * 2, [StepTime(1.0, 0.3, 0.1)] * 2
-    merged = scaling_ranks.of_all_ranks(Timed(8.0, fast), [fast, slow])
+    merged = measure.of_all_ranks(Timed(8.0, fast), [fast, slow])
     assert merged["own_s"] == pytest.approx([0.4, 0.9]) and merged["step_s"] == [1.0, 1.0]
     assert (merged["data_wait_share"], merged["exposed_comm_share"]) == pytest.approx((0.15, 0.35))
 
@@ -80,8 +80,8 @@ def test_the_three_rates_stand_together_where_there_is_data_and_their_absence_is
     row = rows(result)["weak", 2]
     assert row["rates"] == {"synthetic": 190, "loader": 200, "end-to-end": 100}
     assert row["end_to_end_efficiency"] == pytest.approx(100 / 160) and row["data_wait_share"] == 0.25
-    assert "end-to-end, images/s" in scaling_report.table(result)
-    assert "synthetic pictures only" in scaling_report.table(summarise(asked([1]), [launch(1, 0, 100)]))
+    assert "end-to-end, images/s" in show.table(result)
+    assert "synthetic pictures only" in show.table(summarise(asked([1]), [launch(1, 0, 100)]))
 
 
 # ---------------------------------------------------------------- the folder
@@ -96,7 +96,7 @@ def test_pieces_of_jobs_that_know_nothing_of_each_other_make_one_report(tmp_path
         Folder(folder.path).claim(asked([ranks]))
         folder.add(0, two_rounds)
     assert [(x["ranks"], x["round"]) for x in folder.launches()] == [(8, 0), (8, 1), (16, 0), (16, 1)]
-    result = scaling_report.report(folder.path, None)
+    result = show.report(folder.path, None)
     assert [(r["ranks"], r["nodes"], r["rounds"]) for r in result["rows"]] == [(8, 1, 2), (16, 2, 2)]
     assert result["missing_ranks"] == [32] and "no result on 32 ranks" in folder.table.read_text()
     assert json.loads(folder.results.read_text()) == result and folder.plot.stat().st_size > 1000
@@ -107,7 +107,7 @@ def test_pieces_of_jobs_that_know_nothing_of_each_other_make_one_report(tmp_path
 def test_a_folder_of_something_else_is_refused(tmp_path):
     folder = Folder(tmp_path)
     folder.claim(asked([1]))
-    other = scaling.question("r", recipes.validate({"precision": "bf16"}), [1], ["weak"])
+    other = run.question("r", recipes.validate({"precision": "bf16"}), [1], ["weak"])
     with pytest.raises(RequestError, match=r"recipe.precision = bf16 \(there: float32\)"):
         folder.claim(other)
 
@@ -117,7 +117,7 @@ def test_the_line_for_scripts_is_what_the_manual_says():
 
     page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
     pattern = re.search(r"^    (\^?scaling: mode=.*)$", page, re.MULTILINE).group(1)
-    lines = scaling_report.lines(summarise(asked([1, 2]), [launch(1, 0, 100), launch(2, 0, 190)]))
+    lines = show.lines(summarise(asked([1, 2]), [launch(1, 0, 100), launch(2, 0, 190)]))
     found = re.search(pattern, lines[1])
     assert found.groups() == ("weak", "2", "1", "190.0", "0.9500", "1")
 
@@ -127,29 +127,29 @@ def test_the_line_for_scripts_is_what_the_manual_says():
 
 def test_strong_scaling_has_one_global_batch():
     recipe = recipes.validate({"machine": {"workers_per_pass": 2}})
-    question = scaling.question("r", recipe, [1, 4], None)
+    question = run.question("r", recipe, [1, 4], None)
     settled = recipes.validate(question["recipe"])
-    batches = {mode: [scaling_ranks.with_workers(settled, mode, ranks).batch.workers for ranks in (1, 4)]
+    batches = {mode: [measure.with_workers(settled, mode, ranks).batch.workers for ranks in (1, 4)]
                for mode in ("weak", "strong")}  # fmt: skip
     assert batches == {"weak": [2, 8], "strong": [8, 8]}
     # one size alone cannot know the others' k: only weak scaling is measured, unless the recipe says k
-    assert scaling.task_of(scaling.question("r", recipe, [4], None), Request(), 1)["modes"] == ["weak"]
+    assert run.task_of(run.question("r", recipe, [4], None), Request(), 1)["modes"] == ["weak"]
     fixed = recipes.validate({"batch": {"workers": 8}})
-    assert scaling.task_of(scaling.question("r", fixed, [4], None), Request(), 1)["modes"] == ["weak", "strong"]
+    assert run.task_of(run.question("r", fixed, [4], None), Request(), 1)["modes"] == ["weak", "strong"]
 
 
 def test_steps_are_alike():
     recipe = recipes.read("smith-imagenet-increasing-batch")
-    one = scaling_ranks.with_workers(recipe, "weak", 4)
+    one = measure.with_workers(recipe, "weak", 4)
     schedule = one.build_schedule(1000)
     assert len({(schedule.at(s).lr, schedule.at(s).count) for s in range(200)}) == 1
 
 
 def test_threads_of_a_rank_do_not_change_with_their_number(monkeypatch):
-    monkeypatch.setattr(scaling.worlds, "cores", lambda: 16)
-    assert scaling.threads_of(Request(), [1, 8]) == 2
-    assert scaling.threads_of(Request(ranks_per_node=4), [4, 32]) == 4
-    assert scaling.threads_of(Request(place=Place(hosts="a:8,b:8")), [1, 16]) == 2
+    monkeypatch.setattr(run.worlds, "cores", lambda: 16)
+    assert run.threads_of(Request(), [1, 8]) == 2
+    assert run.threads_of(Request(ranks_per_node=4), [4, 32]) == 4
+    assert run.threads_of(Request(place=Place(hosts="a:8,b:8")), [1, 16]) == 2
 
 
 def test_what_says_which_network_there_is_belongs_to_no_contender(monkeypatch):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import command
 
-from hpc_lbsgd.bench import step, step_ranks, ways
+from hpc_lbsgd.bench.core.task import PARTS
+from hpc_lbsgd.bench.step import measure, run, show, ways
 from hpc_lbsgd.errors import RequestError
 
 CPU = torch.device("cpu")
@@ -30,9 +31,9 @@ def test_ours_and_the_peers_loop_make_the_same_updates():
 
 @pytest.mark.parametrize("way", [ways.Ours, ways.Peer])
 def test_parts_are_timed_and_leave_the_way_as_it_was(way):
-    found = step_ranks.time_batch(way(TASK, CPU), 4, TASK, CPU)
+    found = measure.time_batch(way(TASK, CPU), 4, TASK, CPU)
     assert found["batch"] == 4 and found["step_s"] > 0
-    assert all(found[f"{part}_s"] >= 0 for part in ways.PARTS)
+    assert all(found[part] >= 0 for part in PARTS)
     assert found["forward_s"] > 0 and found["backward_s"] > 0 and found["optimizer_s"] > 0
 
 
@@ -45,22 +46,22 @@ def test_rows_and_ratios():
     """Ratios are taken inside each round, where the machine's drift is the same for both."""
     found = {("hpc_lbsgd", 8): [launched(1.0), launched(2.0), launched(4.0)],
              ("ddp", 8): [launched(1.5), launched(2.0), launched(6.0)]}  # fmt: skip
-    result = step.summarise(found, TASK, 3, {})
+    result = run.summarise(found, TASK, 3, {})
     ours = next(r for r in result["rows"] if r["way"] == "hpc_lbsgd")
     assert (ours["images_per_s"], ours["images_per_s_low"], ours["images_per_s_high"]) == (8.0, 4.0, 16.0)
     assert ours["exposed_comm_share"] == pytest.approx(0.1) and ours["default"] is True
     (ratio,) = result["ratios"]
     assert (ratio["over"], ratio["ratio"], ratio["ratio_low"], ratio["ratio_high"]) == ("ddp", 1.5, 1.0, 1.5)
-    assert "conclude nothing" in step.show(result)
+    assert "conclude nothing" in show.show(result)
 
 
 def test_stock_is_stock_and_tuned_has_our_settings():
-    assert step.contender("horovod-stock", 2, TASK, False).settings == {}
-    tuned = step.contender("horovod-tuned", 2, TASK, False)
+    assert run.contender("horovod-stock", 2, TASK, False).settings == {}
+    tuned = run.contender("horovod-tuned", 2, TASK, False)
     assert tuned.settings["HOROVOD_CYCLE_TIME"] == "0.1" and tuned.settings["OMPI_MCA_mpi_yield_when_idle"] == "1"
-    assert step.contender("none", 4, TASK, False).ranks == 1
+    assert run.contender("none", 4, TASK, False).ranks == 1
     with pytest.raises(RequestError, match="--engines magic: allowed are hpc_lbsgd"):
-        step.choose(["magic"])
+        run.choose(["magic"])
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,20 @@ import pytest
 
 from hpc_lbsgd import cli
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench import step, tune
-from hpc_lbsgd.bench.tune import Launched, Verdict
+from hpc_lbsgd.bench.core.task import PARTS
+from hpc_lbsgd.bench.step.run import task_of
+from hpc_lbsgd.bench.step.tune import run as tune
+from hpc_lbsgd.bench.step.tune import search as searches
+from hpc_lbsgd.bench.step.tune import show
+from hpc_lbsgd.bench.step.tune.search import Launched, Search, Trial, Verdict, judge, most_launches
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel.horovod_engine import environment
 
-TASK = step.task_of(2, [8], "resnet20", 32, "float32", 1, 1, 1) | {"mode": "buckets"}
+TASK = task_of(2, [8], "resnet20", 32, "float32", 1, 1, 1) | {"mode": "buckets"}
 
 
 def launched(*seconds, batches=(8,)):
-    parts = dict.fromkeys(step.PARTS, 0.25)
+    parts = dict.fromkeys(PARTS, 0.25)
     return [Launched({b: {"batch": b, "step_s": s, "ranks": 2, **parts} for b in batches}, {}) for s in seconds]
 
 
@@ -28,17 +32,17 @@ def launched(*seconds, batches=(8,)):
     ],
 )
 def test_a_setting_wins_by_more_than_the_spread(after, wins):
-    assert tune.judge(launched(*[1.0] * len(after)), launched(*after)).wins is wins
+    assert judge(launched(*[1.0] * len(after)), launched(*after)).wins is wins
 
 
 def test_drift_that_both_meet_is_no_spread():
-    assert tune.judge(launched(1.0, 2.0, 4.0), launched(0.9, 1.8, 3.6)) == pytest.approx((1 / 0.9, 1 / 0.9, 1 / 0.9, 3))
+    assert judge(launched(1.0, 2.0, 4.0), launched(0.9, 1.8, 3.6)) == pytest.approx((1 / 0.9, 1 / 0.9, 1 / 0.9, 3))
 
 
 def test_several_batches_count_alike():
     before, after = launched(1.0, batches=(8, 128)), launched(0.5, batches=(8, 128))
     after[0].rows[128]["step_s"] = 2.0  # twice as fast at one, twice as slow at the other
-    assert tune.judge(before, after).ratio == pytest.approx(1.0)
+    assert judge(before, after).ratio == pytest.approx(1.0)
 
 
 class Machine:
@@ -53,7 +57,7 @@ class Machine:
 
 
 def search(machine, groups=None, rounds=5):
-    return tune.search(groups or tune.choose(["all"], False, 1), rounds, machine, tune.effect_of(TASK, False))
+    return searches.search(groups or tune.choose(["all"], False, 1), rounds, machine, tune.effect_of(TASK, False))
 
 
 def test_the_best_of_each_group_is_kept_and_confirmed():
@@ -72,7 +76,7 @@ def test_luck_in_a_group_does_not_outlive_the_confirmation():
     found = search(Machine(lambda setting: 1.0, luck={"cycle": 0.8}))
     assert found.best == {} and found.trials[-1].group == "confirmation"
     result = tune.summarise(found, TASK, 2, 5)
-    assert "the defaults stay" in tune.show(result) and "machine: {}" in tune.to_yaml(result)
+    assert "the defaults stay" in show.show(result | {"file": "tuned.yaml"}) and "machine: {}" in show.to_yaml(result)
 
 
 def test_only_settings_that_do_something_are_tried():
@@ -83,7 +87,7 @@ def test_only_settings_that_do_something_are_tried():
     assert {"bucket_mb": 50.0} not in tried and {"first_bucket_mb": 0.25} in tried
     assert [s["fusion_threshold_mb"] for s in tried if "reduction" in s] == [128.0]
     assert {"cycle_time_ms": 0.1} not in tried and {"yield_when_idle": True} not in tried
-    assert sum(len(settings) * rounds for _, settings, rounds in machine.asked) <= tune.most_launches(tune.GROUPS, 5)
+    assert sum(len(settings) * rounds for _, settings, rounds in machine.asked) <= most_launches(tune.GROUPS, 5)
 
 
 def test_fusion_drops_the_buckets_keys():
@@ -106,10 +110,10 @@ def test_no_setting_touches_the_result_part():
 
 
 def written(tmp_path, best):
-    trials = [tune.Trial("confirmation", best, Verdict(1.25, 1.2, 1.3, 5), launched(*[0.8] * 5))]
-    trials.insert(0, tune.Trial("confirmation", {}, Verdict(1.0, 1.0, 1.0, 5), launched(*[1.0] * 5)))
+    trials = [Trial("confirmation", best, Verdict(1.25, 1.2, 1.3, 5), launched(*[0.8] * 5))]
+    trials.insert(0, Trial("confirmation", {}, Verdict(1.0, 1.0, 1.0, 5), launched(*[1.0] * 5)))
     path = tmp_path / "tuned.yaml"
-    path.write_text(tune.to_yaml(tune.summarise(tune.Search(best, trials), TASK, 2, 5)))
+    path.write_text(show.to_yaml(tune.summarise(Search(best, trials), TASK, 2, 5)))
     return path
 
 

@@ -9,8 +9,9 @@ from conftest import command
 
 from hpc_lbsgd import plan
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.bench import presets, simulate, workload
-from hpc_lbsgd.bench.presets import PRESETS, PUBLISHED
+from hpc_lbsgd.bench.simulate import presets, show, workload
+from hpc_lbsgd.bench.simulate import run as simulate
+from hpc_lbsgd.bench.simulate.presets import PRESETS, PUBLISHED
 from hpc_lbsgd.theory import collectives
 from hpc_lbsgd.theory import simulate as model
 from hpc_lbsgd.theory.scaling import required_gbit_per_s
@@ -127,7 +128,7 @@ def test_errors_against_the_published_are_within_the_goals():
 
     The two of one node with real data are what the model does not have (docs/results/simulate.md): reported, no goal.
     """
-    found = [row for row in simulate.against_published() if row["preset"].startswith(("goyal", "horovod"))]
+    found = [row for row in simulate.against_published()["rows"] if row["preset"].startswith(("goyal", "horovod"))]
     for row in found:
         assert abs(row["error_points"]) <= (3 if row["preset"].startswith("goyal") else 6), row
     assert sum(not row["used"] for row in found) == 3
@@ -176,15 +177,31 @@ def test_every_constant_has_a_source(name):
 
 
 def test_stored_layers_are_the_models():
-    assert workload.published_models() == workload.stored()
+    assert workload.count_all() == workload.stored()
     assert sum(layer.parameters for layer in workload.stored()["resnet50"]) == 25_557_032
+
+
+@pytest.mark.parametrize("name", ["bench-resnet20", "fashion-mnist", "goyal-resnet50", "smith-cifar10-original"])
+def test_stored_layers_cost_what_is_counted_for_any_number_of_classes(name, monkeypatch):
+    recipe = recipes.read(name)
+    stored = [plan.model_costs(recipe, classes) for classes in (10, 1000)]
+    monkeypatch.setattr(workload, "known", lambda recipe, classes: None)
+    assert stored == [plan.model_costs(recipe, classes) for classes in (10, 1000)]
+
+
+@pytest.mark.parametrize(
+    "setting", ["data.image_size=64", "model.name=torchvision.models:resnet18", "model={name: resnet8, stem: pool}"]
+)
+def test_a_model_that_is_not_stored_is_counted(setting):
+    recipe = recipes.read("goyal-resnet50", [setting])
+    assert workload.known(recipe, 10) is None
 
 
 def test_the_documented_predictions_are_the_codes():
     page = (Path(__file__).parents[2] / "docs" / "results" / "simulate.md").read_text()
-    assert simulate.show_published(simulate.against_published()) in page
+    assert show.show_published(simulate.against_published()) in page
     for name, nodes in (("goyal-p100-50gbe", [1, 2, 4, 8, 16, 32, 44, 128, 4096]), ("h100-ndr", simulate.NODES)):
-        assert simulate.show(simulate.predict(name, simulate.choose(name), nodes)) in page
+        assert show.show(simulate.predict(name, simulate.choose(name), nodes)) in page
 
 
 def test_plan_predicts_the_run():

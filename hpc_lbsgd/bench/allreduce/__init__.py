@@ -1,0 +1,7 @@
+"""`bench allreduce`: what a sum over ranks costs here, by size and by who does it.
+
+collectives.py runs the algorithms of theory/allreduce.py over mpi4py; choices.py writes the fastest of Open MPI's as
+a file for a site.
+
+For: the command line. Imports core, parallel, theory and report.
+"""

@@ -1,0 +1,13 @@
+"""What benchmarks have in common.
+
+launches.py   contenders that mpirun starts in turn, their environment, and how a launch ends
+turns.py      who goes when
+spread.py     medians with their lowest and highest; ratios taken round by round
+output.py     a result as JSON or for a person, and drawn
+task.py       the training that is timed where no recipe is named
+pictures.py   synthetic pictures
+timing.py     a recipe's step with batches in memory, its loader alone, and both together, on the ranks of a job
+
+For: the packages of benchmarks beside it. It knows none of them. It may import train, report and all below;
+pictures.py and timing.py load torch, the others do not.
+"""

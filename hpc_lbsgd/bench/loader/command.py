@@ -1,0 +1,34 @@
+"""`bench loader`: parse, call, print. No logic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpc_lbsgd.arguments import counts, positive, with_json
+from hpc_lbsgd.bench.core.output import give
+from hpc_lbsgd.errors import EXIT_DONE
+
+
+def add(benches) -> None:
+    p = benches.add_parser("loader", help="images a second of our loader and its peers, taking turns in one run")
+    p.add_argument("sets", nargs="+", help="image-file sets, for us and the peers; packed sets, for us")
+    p.add_argument("--image-size", type=positive, default=224, help="pixels (default: %(default)s)")
+    p.add_argument("--batch", type=positive, default=64, help="images a batch (default: %(default)s)")
+    p.add_argument("--threads", type=counts, default=[1, 2], help="decoding threads, such as 1,2,4 (default: 1,2)")
+    p.add_argument("--rounds", type=positive, default=5, help="measurements of each (default: %(default)s)")
+    p.add_argument("--images", type=positive, default=1000, help="images a measurement (default: %(default)s)")
+    p.add_argument("--no-peers", action="store_true", help="only ours")
+    p.add_argument("--plot", type=Path, help="PNG to write")
+    p.add_argument("--ffcv", action="store_true", help="FFCV too, if it is installed: JPEG and raw of its own format")
+    with_json(p).set_defaults(function=run)
+
+
+def run(args) -> int:
+    from hpc_lbsgd.bench.loader.run import loader
+    from hpc_lbsgd.bench.loader.show import plot, show
+
+    result = loader(
+        args.sets, args.image_size, args.batch, args.threads, args.rounds, args.images, not args.no_peers, args.ffcv
+    )
+    give(result, show, args.json, args.plot, plot)
+    return EXIT_DONE

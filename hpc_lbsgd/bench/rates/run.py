@@ -1,0 +1,58 @@
+"""The three rates of a recipe on the ranks of this job, in turn. Under mpirun or srun every process is a rank."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import median
+
+from tqdm import tqdm
+
+from hpc_lbsgd.bench.core.spread import by_round
+from hpc_lbsgd.bench.core.timing import RATES, Bench, measured, training_set
+from hpc_lbsgd.bench.core.turns import there_and_back
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.parallel import engine as engines
+from hpc_lbsgd.parallel.agree import together
+from hpc_lbsgd.recipe import Recipe
+from hpc_lbsgd.train.job import prepare_process
+
+
+def rates(recipe: Recipe, rounds: int, steps: int) -> dict | None:
+    """Medians and spread of the three rates over `rounds` of `steps` steps; on rank 0, None elsewhere. Collective."""
+    if training_set(recipe) is None:
+        raise RequestError("data.train is not set: name a folder of class folders, or a manifest")
+    device = prepare_process(recipe)
+    engine = engines.create(recipe.machine, recipe.determinism, device)
+    recipe = measured(recipe.with_workers(engine.size))
+    try:
+        bench = together(engine, lambda: Bench(recipe, engine, device))
+        bench.replica.synchronise()
+        values: dict[str, list[float]] = {what: [] for what in RATES}
+        with tqdm(total=rounds * len(RATES), unit="run", disable=None if engine.rank == 0 else True) as bar:
+            for number in range(rounds):
+                for what in there_and_back(RATES, number):
+                    values[what].append(bench.time(what, steps).images_per_s)
+                    bar.update(1)
+        if engine.rank:
+            return None
+        return summary(recipe, engine, device, steps, values)
+    finally:
+        sys.stdout.flush()
+        engine.close()
+
+
+def summary(recipe: Recipe, engine, device, steps: int, values: dict[str, list[float]]) -> dict:
+    return {
+        "data": recipe.data.dataset or str(Path(recipe.data.train)),
+        "engine": engine.name,
+        "ranks": engine.size,
+        "device": str(device),
+        "global_batch": recipe.batch.workers * recipe.batch.samples_per_worker,
+        "steps_a_round": steps,
+        "rates": {
+            what: {"images_per_s": median(v), "lowest": min(v), "highest": max(v), "values": v}
+            for what, v in values.items()
+        },
+        "end_to_end_over_synthetic": median(by_round(values["end-to-end"], values["synthetic"])),
+    }

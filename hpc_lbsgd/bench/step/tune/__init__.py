@@ -1,0 +1,6 @@
+"""`bench step --tune`: one search over the machine keys of the gradient path, for a file that recipes include.
+
+search.py is the search, pure; run.py launches step/measure.py for it; show.py writes the table and the file.
+
+For: step/command.py. Imports step/run.py, core, train and all below.
+"""

@@ -1,0 +1,111 @@
+"""The seam of loaders: what they are given (requests, and a source that knows their bytes, windows and labels), and
+what they give (batches). loader.py chooses one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from hpc_lbsgd.data import augment
+from hpc_lbsgd.data.finish import cut
+from hpc_lbsgd.data.manifest import Manifest
+from hpc_lbsgd.data.order import stream_key
+from hpc_lbsgd.data.storage import Request, SampleError, open_storage
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor  # (B, C, H, W) float32, normalised
+    labels: torch.Tensor  # (B,) int64
+    replaced: int = 0  # samples that could not be had, with others in their place
+
+
+class Fetched(NamedTuple):
+    """A request with its bytes."""
+
+    asked: Request
+    given: Request  # the same, with other samples in place of those that cannot be had
+    contents: list[np.ndarray]  # a sample each
+
+    @property
+    def replaced(self) -> int:
+        return int((self.asked.samples != self.given.samples).sum())
+
+
+class Loader(Protocol):
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """One batch a request, in order, made ahead of time. To be drained before it is called again.
+
+        Images may lie in memory that is used again: they are good until the next batch is asked for.
+        """
+
+
+class Source:
+    """One part of a data set with its recipe: which bytes, windows and labels a request means."""
+
+    def __init__(self, data, manifest: Manifest, seed: int, train: bool):
+        self.data, self.manifest, self.seed, self.train = data, manifest, seed, train
+        self.storage = open_storage(manifest)
+        self.raw = manifest.raw_channels is not None
+        self._bad: set[int] = set()
+
+    # ------------------------------------------------------------ samples and their bytes
+
+    def fetch(self, request: Request) -> Fetched:
+        """The bytes of a request; a sample known to be bad is replaced, one that cannot be read becomes known."""
+        given, contents = [], []
+        for sample in request.samples.tolist():
+            while True:
+                candidate = self.stand_in(request.epoch, sample)
+                try:
+                    contents.append(self.storage.read(candidate))
+                    break
+                except SampleError as problem:
+                    self.refuse(problem)
+            given.append(candidate)
+        return Fetched(request, Request(request.epoch, np.array(given, np.int64)), contents)
+
+    def refuse(self, problem: SampleError) -> None:
+        """A sample cannot be read or decoded: end the run (data.on_bad_image = error), or never ask for it again."""
+        if self.data.on_bad_image == "error" or not self.train:
+            raise problem
+        self._bad.add(problem.sample)
+        if len(self._bad) == len(self.manifest):
+            raise problem
+
+    def stand_in(self, epoch: int, sample: int) -> int:
+        """`sample`, or where it is bad the first good one of a sequence that depends on (seed, epoch, sample) alone:
+        the same on any rank, in any batch."""
+        candidate, attempt = sample, 0
+        while candidate in self._bad:
+            attempt += 1
+            candidate = stream_key("stand-in", self.seed, epoch, sample, attempt) % len(self.manifest)
+        return candidate
+
+    # ------------------------------------------------------------ what is made of them
+
+    @property
+    def resizes(self) -> bool:
+        return self.data.augment == "resized-crop" if self.train else self.data.eval_resize > 0
+
+    @property
+    def crops(self) -> bool:
+        """A window differs from the image."""
+        return self.resizes or (self.train and self.data.augment == "pad-crop")
+
+    def windows(self, request: Request) -> augment.Windows:
+        width, height = (c[request.samples].astype(np.int64) for c in (self.manifest.widths, self.manifest.heights))
+        return augment.windows(self.data, self.seed, request.epoch, request.samples, width, height, self.train)
+
+    def cut(self, request: Request, images: list[np.ndarray]) -> list[np.ndarray]:
+        """The windows of decoded images, each uint8 (h, w, C)."""
+        if not self.crops:
+            return images
+        w = self.windows(request)
+        places = zip(images, w.x.tolist(), w.y.tolist(), w.w.tolist(), w.h.tolist(), strict=True)
+        return [cut(*place) for place in places]
+
+    def labels(self, request: Request) -> np.ndarray:
+        return self.manifest.labels[request.samples].astype(np.int64)

@@ -1,0 +1,80 @@
+"""What answers at once does not load what takes seconds: torch, Horovod and DALI are imported where they are used."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SLOW = ("torch", "torchvision", "horovod", "nvidia", "matplotlib", "mpi4py", "tensorboard")
+# modules and packages that are about tensors: they import torch at their top. Nothing else does, not even indirectly.
+WITH_TORCH = (
+    "hpc_lbsgd.train",
+    "hpc_lbsgd.parallel.buckets",
+    "hpc_lbsgd.parallel.ddp_engine",
+    "hpc_lbsgd.parallel.engine",
+    "hpc_lbsgd.parallel.horovod_engine",
+    "hpc_lbsgd.data.dali",
+    "hpc_lbsgd.data.finish",
+    "hpc_lbsgd.data.loader",
+    "hpc_lbsgd.data.source",
+    "hpc_lbsgd.data.torchvision",
+    "hpc_lbsgd.data.user",
+    "hpc_lbsgd.bench.core.pictures",
+    "hpc_lbsgd.bench.core.timing",
+    "hpc_lbsgd.bench.loader.measure",
+    "hpc_lbsgd.bench.loader.run",
+    "hpc_lbsgd.bench.rates.run",
+    "hpc_lbsgd.bench.scaling.measure",
+    "hpc_lbsgd.bench.step.measure",
+    "hpc_lbsgd.bench.step.ways",
+    "hpc_lbsgd.cluster.launch",  # asks train.prepare for the run folder
+)
+
+COMMAND = """
+import json, sys
+from hpc_lbsgd import cli
+try:
+    code = cli.main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+sys.stderr.write(json.dumps([code, sorted(sys.modules)]))
+"""
+
+EACH = """
+import importlib, json, pkgutil, sys
+import hpc_lbsgd
+with_torch, found = tuple(sys.argv[1:]), {}
+for module in pkgutil.walk_packages(hpc_lbsgd.__path__, "hpc_lbsgd."):
+    if not any(f"{module.name}.".startswith(f"{name}.") for name in with_torch):
+        before = set(sys.modules)
+        importlib.import_module(module.name)
+        found[module.name] = sorted({name.split(".")[0] for name in set(sys.modules) - before})
+print(json.dumps(found))
+"""
+
+
+def python(code: str, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60, check=True)
+
+
+@pytest.mark.parametrize(
+    "words, most_modules",
+    [
+        (["--help"], 250),  # were 127, most of them Python's own
+        (["bench", "step", "--help"], 250),
+        (["plan", "goyal-resnet50", "--nodes", "32"], 1000),
+        (["plan", "smith-imagenet-m90", "--nodes", "4", "--system", "a100-hdr"], 1000),
+        (["bench", "simulate", "--preset", "a100-hdr"], 1000),
+    ],
+)
+def test_commands_that_only_reckon_load_little(words, most_modules):
+    code, modules = json.loads(python(COMMAND, *words).stderr)
+    assert code == 0 and len(modules) < most_modules
+    assert not {name.split(".")[0] for name in modules} & set(SLOW)
+
+
+def test_only_what_is_about_tensors_imports_torch_at_its_top():
+    found = json.loads(python(EACH, *WITH_TORCH).stdout)
+    slow = {module: sorted(set(loaded) & {"torch", "horovod", "nvidia"}) for module, loaded in found.items()}
+    assert len(found) > 50 and {module: names for module, names in slow.items() if names} == {}
