@@ -1,7 +1,8 @@
 """Amendments: what a person changes in a run that is under way, as decisions of that step.
 
 An amendment opens a segment of the schedule. Steps before it do not move, so that the run stays a function of (recipe,
-decisions), and anyone can plan it again. Kept in the checkpoint, journaled in metrics.jsonl.
+decisions), and anyone can plan it again. amendments.json in the run folder holds them from before they take effect;
+metrics.jsonl journals them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ AMENDABLE = (
     "fixed_point_bits",
 )
 
-Amendment = Sequence  # [step, {key: value}], as a checkpoint keeps it
+# These hold from the start of a process on; the others act through the schedule, at their step
+AT_START = ("train.on_bad_step", "train.bad_steps_limit", "wire_scale_bits", "fixed_point_bits")
+
+Amendment = Sequence  # [step, {key: value}], as amendments.json has it
 
 
 def parse(settings: list[str]) -> dict:
@@ -59,9 +63,28 @@ def amended(recipe: Recipe, changes: dict) -> Recipe:
     return recipes.validate(content, f"--amend {' '.join(f'{k}={v}' for k, v in changes.items())}")
 
 
-def recipe_now(recipe: Recipe, amendments: Sequence[Amendment]) -> Recipe:
-    """The recipe after all amendments."""
-    for _, changes in amendments:
+def added(amendments: Sequence[Amendment], step: int, changes: dict, decided: bool) -> list[Amendment]:
+    """The amendments with `changes` from `step` on. decided: an adaptive batch has decided on learning rates."""
+    rates = [key for key in changes if key.startswith(("optim.", "schedule."))]
+    if decided and rates:
+        raise RequestError(
+            f"--amend {rates[0]}: an adaptive batch has decided on batch and learning rate since, and goes on from "
+            "those; start another run from the weights"
+        )
+    here = [c for s, c in amendments if s == step]
+    merged = {key: value for part in [*here, changes] for key, value in part.items()}
+    return sorted([*(list(a) for a in amendments if a[0] != step), [step, merged]])
+
+
+def recipe_now(recipe: Recipe, amendments: Sequence[Amendment], step: int) -> Recipe:
+    """The recipe of a process that goes on at `step`. Refuses where a later amendment would have to wait."""
+    for amended_at, changes in amendments:
+        late = [key for key in changes if key in AT_START]
+        if amended_at > step and late:
+            raise RequestError(
+                f"the run goes back to step {step}, before {late[0]} was amended at step {amended_at}: say it again from "
+                f"here on (--amend {late[0]}={changes[late[0]]}) after taking it out of amendments.json"
+            )
         recipe = amended(recipe, changes)
     return recipe
 

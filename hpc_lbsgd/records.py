@@ -3,6 +3,7 @@ benchmarks all read these.
 
     recipe.yaml         the recipe, settled (k no longer `per_rank`)
     environment.json    versions, hosts, devices, job id; one entry a start
+    amendments.json     what `--amend` changed, by step; written before it takes effect
     preflight.json      digests of the first start's first batch and gradient; a resume must compute the same
     metrics.jsonl       one JSON object a line: kind = start|step|epoch|eval|checkpoint|event|end
     metrics.lost.jsonl  lines after the checkpoint that a resume went back to
@@ -24,6 +25,8 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+
+from hpc_lbsgd.errors import RequestError
 
 FLUSH_S = 1.0
 
@@ -69,6 +72,7 @@ class RunFolder:
         self.status_file = self.path / "status.json"
         self.environment = self.path / "environment.json"
         self.preflight = self.path / "preflight.json"
+        self.amendments = self.path / "amendments.json"
         self.checkpoints = self.path / "checkpoints"
         self.heartbeats = self.path / "heartbeats"
         self.stop_file = self.path / "stop"
@@ -106,6 +110,18 @@ class RunFolder:
         shutil.rmtree(self.heartbeats, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: it was there before
             self.path.rmdir()
+
+    def read_amendments(self) -> list[list]:
+        """What was amended so far: [step, {key: value}], by step."""
+        try:
+            return json.loads(self.amendments.read_text())
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as problem:
+            raise RequestError(f"{self.amendments}: {problem}") from None
+
+    def write_amendments(self, amendments: list[list]) -> None:
+        write_atomically(self.amendments, json.dumps(amendments, indent=1) + "\n")
 
     def read_preflight(self) -> dict | None:
         """What the first start's preflight computed, or None."""

@@ -31,8 +31,10 @@ class View:
     offset: int
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """The parameter's part of a flat buffer, in its own shape and memory format."""
-        return flat.as_strided(self.parameter.shape, self.parameter.stride(), self.offset)
+        """The parameter's part of a flat buffer, in its own shape and memory format; without gaps, where it is a slice
+        of something larger."""
+        dense = torch.empty_like(self.parameter, device="meta", memory_format=torch.preserve_format)
+        return flat.as_strided(self.parameter.shape, dense.stride(), self.offset)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Buckets:
                 torch.zeros(b.layout.size if b.layout.compress else 0, dtype=torch.float16, device=device)
                 for b in self.buckets
             ]
-        self._places = sorted((name, place) for b in self.buckets for name, place in b.places.items())
+        self.places = sorted((name, place) for b in self.buckets for name, place in b.places.items())
         self._last_pass = self._measured = self._apart = False
         self._digest: Digest | None = None
         self._held: list[torch.Tensor] | None = None  # sums of passes while each is measured by itself
@@ -249,7 +251,7 @@ class Buckets:
 
     def square(self) -> torch.Tensor:
         """|gradient|^2 over all parameters, float64 scalar on the device; whatever the buckets' layout."""
-        norms = [torch.linalg.vector_norm(place, dtype=torch.float64) for _, place in self._places]
+        norms = [torch.linalg.vector_norm(place, dtype=torch.float64) for _, place in self.places]
         return torch.stack(norms).square().sum()
 
     def join_idle(self) -> None:
@@ -314,8 +316,12 @@ class Buckets:
     # ---------------------------------------------------------------- beside the step
 
     def local_sums(self) -> list[torch.Tensor]:
-        """What this rank's passes of a step that has not left added up to: int64 totals, or gradients."""
-        return [self.totals[b.index] if self.bits is not None else b.gradients for b in self.buckets]
+        """What this rank's passes of a step that has not left added up to: int64 totals, or statistics and gradients
+        apart."""
+        if self.bits is not None:
+            return [self.totals[b.index] for b in self.buckets]
+        halves = ((b.gradients[: b.layout.statistics], b.gradients[b.layout.statistics :]) for b in self.buckets)
+        return [part for both in halves for part in both if part.numel()]
 
     def clear(self) -> None:
         """Leave no gradients behind."""

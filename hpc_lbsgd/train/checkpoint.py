@@ -38,7 +38,6 @@ class State:
     best_score: float | None = None  # accuracy, of the averaged weights where there are any; else minus the loss
     best_step: int | None = None
     decisions: list[list] = field(default_factory=list)  # adaptive batch: [epoch, workers, learning rate]
-    amendments: list[list] = field(default_factory=list)  # [step, {key: value}], see hpc_lbsgd/amend.py
     skipped: list[int] = field(default_factory=list)  # steps that changed nothing (train.on_bad_step = skip)
     noise: list[list[float]] = field(default_factory=list)  # the last measurements: [trace, square]
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 by file name

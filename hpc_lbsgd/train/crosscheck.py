@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-LANES = 8  # int64 in 64 bytes: buckets are whole multiples of it
 _MIX = 0x9E3779B97F4A7C15 - 2**64  # odd
 
 
@@ -66,15 +66,20 @@ def pair_at(point, every: int, partners: Sequence[int]) -> Pair | None:
 
 
 def digest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """An int64 scalar that any flipped bit changes. Sizes must be multiples of 64 bytes."""
+    """An int64 scalar on the device that follows from every bit of the tensors and its place."""
     return mixed(_digest(tensor) for tensor in tensors if tensor.numel())
 
 
 def _digest(tensor: torch.Tensor) -> torch.Tensor:
-    lanes = tensor.view(torch.int64).view(-1, LANES)
-    odd = torch.arange(len(lanes), device=lanes.device).mul_(2 * _MIX % 2**63).add_(1)
-    column = torch.arange(LANES, device=lanes.device).mul_(2).add_(1)
-    return ((lanes * odd[:, None]).sum(0) * column).sum()
+    content = tensor.contiguous().view(-1).view(torch.uint8)
+    if len(content) % 8:
+        content = F.pad(content, (0, -len(content) % 8))
+    words = content.view(torch.int64)
+    # each word is mixed with its place before they are added: a sum of products would let changes cancel
+    words = words + torch.arange(len(words), device=words.device).mul_(_MIX)
+    for shift in (29, 32):
+        words = (words ^ (words >> shift & (1 << 64 - shift) - 1)) * _MIX
+    return (words ^ (words >> 31 & (1 << 33) - 1)).sum()
 
 
 def mixed(digests: Iterable[torch.Tensor]) -> torch.Tensor:

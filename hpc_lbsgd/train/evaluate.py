@@ -35,7 +35,8 @@ def evaluate(replica: Replica, loader: Loader, samples: int, batch: int, loss: L
         for number, (images, labels, _) in zip(mine, batches, strict=True):
             outputs = replica.outputs(images)
             sums[3 + number] = loss(outputs, labels)
-            if labels.dim() == 1 and not labels.is_floating_point() and outputs.dim() == 2:
+            scores = isinstance(outputs, torch.Tensor) and outputs.dim() == 2
+            if scores and labels.dim() == 1 and not labels.is_floating_point():
                 sums[0] += (outputs.argmax(1) == labels).sum()
                 sums[2] += len(labels)
             sums[1] += len(labels)

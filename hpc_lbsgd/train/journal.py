@@ -26,7 +26,7 @@ class Journal:
         first, plan = state.step, outline(recipe, schedule, engine.size)
         resumed = f", resumed at step {first}" if found.attempt else ""
         lines = [render(name, plan, recipe), f"  run folder     {self.folder.path}{resumed}"]
-        for step, changes in state.amendments:
+        for step, changes in found.amendments:
             lines.append(f"  amended        at step {step}: {', '.join(f'{k} = {v}' for k, v in changes.items())}")
         if parts.checks:
             lines.append(f"  preflight      {len(parts.checks)} checks in {parts.preflight_s:.1f} s: all hold")
@@ -60,8 +60,7 @@ class Journal:
         if found.attempt:
             self.event("resume", attempt=found.attempt, step=first, checkpoint=found.checkpoint)
         if found.amended:
-            step, changes = state.amendments[-1]
-            self.event("amendment", step=step, changes=changes)
+            self.event("amendment", step=first, changes=dict(found.amendments)[first])
 
     def write(self, kind: str, **fields) -> None:
         if self.metrics:

@@ -167,6 +167,18 @@ def initialise(model: nn.Module, zero_gamma: bool) -> None:
                 nn.init.zeros_(last.weight)
 
 
+def frozen_in(model: nn.Module) -> list[nn.Module]:
+    """Modules that their author has put into evaluation, in a model that trains: they stay so."""
+    return [m for m in model.modules() if not m.training] if model.training else []
+
+
+def train(model: nn.Module, frozen: list[nn.Module]) -> None:
+    """Into training, as the author's own `train` has it, but for what is frozen."""
+    model.train()
+    for module in frozen:
+        module.training = False
+
+
 def compile_stages(model: nn.Module, context: PassContext) -> None:
     """torch.compile a residual stage at a time: one compiled whole would delay every gradient to backward's
     end, and communication could not overlap it.

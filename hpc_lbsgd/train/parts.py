@@ -55,16 +55,17 @@ def build(recipe, schedule: Schedule, train_set, eval_set, engine, device: torch
     )
     started = time.perf_counter()
     full = recipe.train.preflight
-    batches = first_batches(recipe, schedule, train_loader)
+    batches, again = first_batches(recipe, schedule, train_loader)
     found = agree(engine, lambda: preflight.before(recipe, classes, batches, device, memory_format, full))
     seconds = time.perf_counter() - started
     replica = together(engine, lambda: Replica(recipe, classes, engine, device, found.calls))
     if not full:
         return Parts(replica, train_loader, eval_loader, [], None, seconds)
     started = time.perf_counter()
-    checks, facts = preflight.after(replica, recipe, schedule.at(0), batches, begun)
+    checks, facts = preflight.after(replica, recipe, schedule.at(0), batches, begun, found.weights)
+    data = preflight.check_data(batches[0], again, engine)
     seconds += time.perf_counter() - started
-    return Parts(replica, train_loader, eval_loader, [*found.checks, *checks], facts, seconds)
+    return Parts(replica, train_loader, eval_loader, [data, *found.checks, *checks], facts, seconds)
 
 
 def make_loaders(recipe, train_set, eval_set, memory_format, engine, device) -> tuple[Loader, Loader | None]:
@@ -77,14 +78,15 @@ def make_loaders(recipe, train_set, eval_set, memory_format, engine, device) -> 
     return train, evaluation or None
 
 
-def first_batches(recipe, schedule: Schedule, loader: Loader) -> dict[int, Batch]:
-    """What workers 0 and 1 get at the first step, or 0 alone, decoded on this rank."""
+def first_batches(recipe, schedule: Schedule, loader: Loader) -> tuple[dict[int, Batch], Batch]:
+    """What workers 0 and 1 get at the first step, or 0 alone, decoded on this rank; and 0's once more."""
     point, permutation = schedule.at(0), Permutation(schedule.samples, recipe.seed, 0)
     samples = {j: worker_samples(permutation, point, j) for j in (0, 1)}
     samples = {j: found for j, found in samples.items() if len(found)}
-    made = loader.batches(Request(0, found) for found in samples.values())
+    made = loader.batches(Request(0, found) for found in (*samples.values(), samples[0]))
     # a loader's memory is used again
-    return {j: (images.clone(), labels.clone(), n) for j, (images, labels, n) in zip(samples, made, strict=True)}
+    *batches, again = [(images.clone(), labels.clone(), n) for images, labels, n in made]
+    return dict(zip(samples, batches, strict=True)), again
 
 
 def recompute(recipe, schedule: Schedule, train_set, replica: Replica, point: Point, worker: int) -> int:

@@ -1,8 +1,10 @@
 """Preflight: before the first step a run checks its own promise, on its own model, data and ranks.
 
+    data       decoded twice, a sample is the same
     state      forward changes nothing but BatchNorm's statistics
     model      the model as its author wrote it and as it trains give the same outputs, gradients and statistics
     masks      dropout has its rate, and differs by call and worker
+    groups     where a pass holds several BatchNorm groups: they do not meet
     workers    two workers computed apart add up to both in one step, here and over two ranks
     ranks      under any-ranks, every rank decodes and computes worker 0 to the same bits, as at the run's first start
 
@@ -23,11 +25,12 @@ import torch
 
 from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.source import Batch
+from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import models, probe
 from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.replica import DTYPES, Replica, outputs, weights_sha256
-from hpc_lbsgd.train.workers import groups_in_step
+from hpc_lbsgd.train.workers import groups_in_step, refuse
 
 
 class Check(NamedTuple):
@@ -41,6 +44,7 @@ class Before(NamedTuple):
 
     calls: dict[str, int]  # of BatchNorm layers in a forward
     checks: list[Check]
+    weights: str  # SHA-256 of the author's model at its start
 
 
 def before(
@@ -64,7 +68,18 @@ def before(
         stream_key("model", recipe.seed, 0, 0),
     )
     own = build()
-    seen = probe.look(own, call)
+    for name, module in own.named_modules():
+        refuse(name, module)
+    weights = weights_sha256(own)
+    try:
+        seen = probe.look(own, call)
+    except ValueError as problem:
+        if "more than 1 value per channel" not in str(problem):
+            raise
+        raise RequestError(
+            f"batch.samples_per_worker = {recipe.batch.samples_per_worker}: BatchNorm gets one value a channel, and "
+            f"has nothing to normalise by ({problem}); use more samples a worker"
+        ) from None
     probe.refuse_state(own, seen)
     checks = [Check("state", True, "forward changes nothing but BatchNorm's statistics")]
     if full:
@@ -78,7 +93,7 @@ def before(
                     f"{recipe.machine.workers_per_pass} would let workers share what it draws; allowed: 1",
                 )
             )
-    return Before(dict(seen.calls), checks)
+    return Before(dict(seen.calls), checks, weights)
 
 
 def compare(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device) -> list[Check]:
@@ -90,30 +105,58 @@ def compare(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device) ->
         wrong += f"; the first module that differs: {probe.first_module(build(), again, call)}"
     count = len(call.labels)
     mask = probe.wrong_mask(virtual, device)
-    return [
+    checks = [
         Check("model", not wrong, wrong or f"trains as it was written ({count} samples, {len(seen.values)} tensors)"),
         Check("masks", not mask, mask or "dropout differs by call and worker"),
     ]
+    several = recipe.batch.group < recipe.batch.samples_per_worker or recipe.machine.workers_per_pass > 1
+    if several and count >= 4 and not seen.draws:
+        checks.append(compare_groups(recipe, build, call, seen, dtype, device))
+    return checks
+
+
+def compare_groups(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device) -> Check:
+    """Two BatchNorm groups in one pass, against the author's model on one after the other."""
+    group = len(call.labels) // 2
+    call = call._replace(images=call.images[: 2 * group], labels=call.labels[: 2 * group])
+    perturbed = probe.in_groups(build, call.perturbed(), group)
+    try:
+        found = probe.VirtualModel(build(), recipe.seed, seen.calls, dtype, device).look(call, group)
+    except RunError as problem:
+        return Check("groups", False, str(problem))
+    own = probe.in_groups(build, call, group)
+    wrong = probe.difference(own, {k: v for k, v in found.items() if k in own}, perturbed)
+    advice = "samples of two groups meet outside BatchNorm: set machine.workers_per_pass = 1 and leave bn_group out"
+    return Check("groups", not wrong, f"{wrong}; {advice}" if wrong else "two groups in a pass do not meet")
 
 
 # ---------------------------------------------------------------- on the replica, over ranks
 
 
-def after(replica: Replica, recipe, point: Point, worker_batches: Mapping[int, Batch], begun: dict | None):
+def after(
+    replica: Replica,
+    recipe,
+    point: Point,
+    worker_batches: Mapping[int, Batch],
+    begun: dict | None,
+    weights: str | None = None,
+):
     """Checks on this rank's replica at its starting weights; collective.
 
     worker_batches: batches of workers 0 and 1 of the first step (0 alone where there is one), decoded by this rank.
-    begun: the facts of the run's first start, at a resume. Returns (checks, facts of this start); both equal on all
-    ranks.
+    begun: the facts of the run's first start, at a resume. weights: SHA-256 of the author's model. Returns (checks,
+    facts of this start); both equal on all ranks.
     """
     engine = replica.engine
     bench = Bench(replica, recipe, point)
     facts = facts_of_rank(replica)
     shares = {worker: bench.share({worker: batch}) for worker, batch in worker_batches.items()}
     facts["batch"] = digest(worker_batches[0][:2])
-    facts["gradient"] = digest(shares[0])
+    facts["gradient"] = digest(bench.gradients(0, worker_batches[0]))
     everyone = engine.gather(facts)
     checks = []
+    if weights and everyone[0]["weights"] != weights:
+        checks.append(Check("model", False, "its starting weights in buckets are not those that its author gave it"))
     if len(worker_batches) > 1:
         checks.append(check_workers(bench, worker_batches, shares))
     if recipe.determinism == "any-ranks":
@@ -127,17 +170,33 @@ class Bench:
 
     def __init__(self, replica: Replica, recipe, point: Point):
         self.replica, self.point, self.group = replica, point, recipe.batch.group
-        self.loss = loss_function(recipe.train)
+        self.loss, self.workers_per_pass = loss_function(recipe.train), recipe.machine.workers_per_pass
 
     def share(self, batches: Mapping[int, Batch]) -> list[torch.Tensor]:
         """What these workers add to a step's sums: int64 under any-ranks, else floating."""
+        return self._run([{worker: batch} for worker, batch in batches.items()])
+
+    def share_in_one_pass(self, batches: Mapping[int, Batch]) -> list[torch.Tensor]:
+        """The same, in one pass."""
+        return self._run([batches])
+
+    def gradients(self, worker: int, batch: Batch) -> list[torch.Tensor]:
+        """A worker's gradients as computed, by name: whatever the buckets and the fixed point."""
+        bits, self.replica.buckets.bits = self.replica.buckets.bits, None
+        try:
+            self._run([{worker: batch}])
+            return [place.clone() for _, place in self.replica.buckets.places]
+        finally:
+            self.replica.buckets.bits = bits
+
+    def _run(self, passes: list[Mapping[int, Batch]]) -> list[torch.Tensor]:
         replica, point = self.replica, self.point
-        replica.model.train()
+        replica.train()
         replica.buckets.begin(point.workers)
-        for worker, batch in batches.items():
-            replica.begin_pass(point.step, [worker], [len(batch[1])])
+        for batches in passes:
+            replica.begin_pass(point.step, list(batches), [len(labels) for _, labels, *_ in batches.values()])
             replica.buckets.arm(last_pass=False)
-            images, labels, *_ = batch
+            images, labels = (torch.cat([b[i] for b in batches.values()]) for i in (0, 1))
             loss = self.loss(replica.forward(images, groups_in_step(point, self.group)), labels)
             (loss / point.global_batch).backward()
             replica.buckets.end_pass()
@@ -145,11 +204,29 @@ class Bench:
         return [t.clone() for t in replica.buckets.local_sums()]
 
 
+def check_data(first: Batch, again: Batch, engine) -> Check:
+    """Worker 0's batch, decoded twice on this rank."""
+    same = all(torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num()))
+               for a, b in zip(first[:2], again[:2], strict=True))  # fmt: skip
+    wrong = [rank for rank, equal in enumerate(engine.gather(same)) if not equal]
+    if wrong:
+        return Check(
+            "data",
+            False,
+            f"decoded twice, worker 0's samples are others each time (rank {wrong[0]}): what is random in a data set "
+            "must come from the generator that sample(index, rng) is given",
+        )
+    return Check("data", True, "decoded twice, a sample is the same")
+
+
 def check_workers(bench: Bench, batches: Mapping[int, Batch], apart: Mapping[int, list[torch.Tensor]]) -> Check:
     """Workers 0 and 1 apart, both in one step, and each on another rank."""
     engine = bench.replica.engine
     both = bench.share(batches)
     wrong = unequal([a + b for a, b in zip(apart[0], apart[1], strict=True)], both)
+    if not wrong and bench.workers_per_pass > 1:
+        wrong = unequal(bench.share_in_one_pass(batches), both)
+        wrong = wrong and f"in one pass (machine.workers_per_pass = {bench.workers_per_pass}): {wrong}"
     if not wrong and engine.size > 1:
         mine = apart.get(engine.rank) or [torch.zeros_like(t) for t in both]
         handles = [engine.start_sum(t, f"preflight.{i}") for i, t in enumerate(mine)]

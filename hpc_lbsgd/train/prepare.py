@@ -10,8 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+from hpc_lbsgd import amend as amends
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.amend import schedule_of
 from hpc_lbsgd.data import archive, stage
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.loader import check_sizes
@@ -37,7 +37,8 @@ class Prepared(NamedTuple):
     state: dict | None
     attempt: int  # 0 at the first start of this run folder
     notes: list[str]
-    amended: bool  # this start brought an amendment
+    amendments: list[list]  # [step, {key: value}]
+    amended: bool  # this start brought one
 
 
 def prepare(
@@ -67,12 +68,12 @@ def prepare(
                 f"data.train = {recipe.data.train}: not the data that {folder.path} was trained on; "
                 "resume with the same data, or start a new run"
             )
+    step = state.step if state else 0
+    amendments = folder.read_amendments() if folder.exists() else []
     if amend:
-        if state is None:
-            raise RequestError("--amend: there is no checkpoint to go on from; change the recipe, or use --set")
-        state.amendments = [*(a for a in state.amendments if a[0] < state.step), [state.step, merged(state, amend)]]
-    if state:
-        schedule_of(recipe, len(train), [Decision(*d) for d in state.decisions], state.amendments)
+        amendments = amends.added(amendments, step, amend, bool(state and state.decisions))
+    amends.recipe_now(recipe, amendments, step)
+    amends.schedule_of(recipe, len(train), [Decision(*d) for d in state.decisions] if state else [], amendments)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         attempt = sum(1 for r in read_metrics(folder.metrics) if r["kind"] == "start")
@@ -81,6 +82,8 @@ def prepare(
         if attempt:
             cut_metrics(folder, state.step if state else 0)
         write_atomically(folder.recipe, recipe.to_yaml())
+        if amend:
+            folder.write_amendments(amendments)
     except OSError as problem:
         raise RequestError(f"--run {folder.path}: cannot be written: {problem.strerror or problem}") from None
     return Prepared(
@@ -92,14 +95,9 @@ def prepare(
         vars(state) if state else None,
         attempt,
         notes,
+        amendments,
         bool(amend),
     )
-
-
-def merged(state: checkpoint.State, changes: dict) -> dict:
-    """With what was amended at this step before: one step has one amendment."""
-    before = [found for step, found in state.amendments if step == state.step]
-    return {k: v for found in [*before, changes] for k, v in found.items()}
 
 
 def refuse_idle_ranks(recipe: Recipe, schedule: Schedule, ranks: int) -> None:

@@ -13,7 +13,7 @@ from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.parallel.buckets import Buckets, plan_layouts
 from hpc_lbsgd.parallel.engine import Engine
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train import models, optim
+from hpc_lbsgd.train import crosscheck, models, optim
 from hpc_lbsgd.train.statistics import RunningStatistics
 from hpc_lbsgd.train.workers import PassContext, make_virtual
 
@@ -39,6 +39,7 @@ class Replica:
         dtype, machine = DTYPES[recipe.precision], recipe.machine
         self.dtype = dtype
         model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
+        self.frozen = models.frozen_in(model)
         memory_format = memory_format_of(recipe, model, device)
         self.channels_last = memory_format == torch.channels_last
         self.model: nn.Module = model.to(device, memory_format=memory_format)
@@ -70,6 +71,11 @@ class Replica:
             models.compile_stages(self.model, self.context)
         self.bucket_mb = machine.bucket_mb
         self.training_model = self.model  # what a pass calls
+
+    def train(self) -> None:
+        """Into training, where it is not."""
+        if not self.model.training:  # it visits every module
+            models.train(self.model, self.frozen)
 
     def begin_pass(self, step: int, workers: list[int], counts: list[int]) -> None:
         """Before a forward: its workers, and how many samples each has."""
@@ -124,13 +130,33 @@ class Replica:
                 self.engine.broadcast(flat, f"optimizer.{kind}.{i}")
         for i, flat in enumerate(self.average.flats if self.average else ()):
             self.engine.broadcast(flat, f"average.{i}")
-        done = {flat.untyped_storage().data_ptr() for flat in (*self.flats(), self.running.batches)}
-        for name, tensor in self.model.state_dict().items():
-            if tensor.untyped_storage().data_ptr() not in done:  # counters, frozen parameters, the user's buffers
-                whole = tensor.contiguous()  # a frozen convolution lies channels last, and engines want it in order
-                self.engine.broadcast(whole, f"state.{name}")
-                tensor.copy_(whole)
+        for name, tensor in self._others():
+            whole = tensor.contiguous()  # a frozen convolution lies channels last, and engines want it in order
+            self.engine.broadcast(whole, f"state.{name}")
+            tensor.copy_(whole)
+        self.others = self.digests_of_others()
         self.check_equal("start")
+
+    def _others(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the model holds and no step changes: frozen parameters, the user's buffers."""
+        ours = {flat.untyped_storage().data_ptr() for flat in (*self.flats(), self.running.batches)}
+        named = (*self.model.named_parameters(), *self.model.named_buffers())
+        return ((n, t.detach()) for n, t in named if t.numel() and t.untyped_storage().data_ptr() not in ours)
+
+    def digests_of_others(self) -> dict[str, torch.Tensor]:
+        return {name: crosscheck.digest([tensor]) for name, tensor in self._others()}
+
+    def check_others(self) -> None:
+        """Raise RunError where training changed what it does not account for. Not collective."""
+        now = self.digests_of_others()
+        changed = [n for n in self.others if n not in now or now[n] != self.others[n]]
+        changed += [n for n in now if n not in self.others]
+        if changed:
+            raise RunError(
+                f"{changed[0]} was changed since the start, and no step of the trainer does that: forward must change "
+                "BatchNorm's statistics alone, for every rank and pass would change other state by itself, and the "
+                "result would depend on their number. Weights since the last checkpoint are not the recipe's"
+            )
 
     def check_equal(self, when: str) -> str:
         """SHA-256 of the weights and running statistics; refuses to go on where ranks differ."""
@@ -148,6 +174,10 @@ class Replica:
     def flats(self) -> list[torch.Tensor]:
         """Weights and running statistics as they lie in memory."""
         return [self.running.flat, *(bucket.weights for bucket in self.buckets.buckets)]
+
+    def digest(self) -> torch.Tensor:
+        """Of all that the model holds: an int64 scalar."""
+        return crosscheck.digest([*self.flats(), *(tensor for _, tensor in self._others())])
 
     def averaged(self) -> dict[str, torch.Tensor]:
         """The averages of weights and BatchNorm statistics, as views, by all names of the state dict that they have

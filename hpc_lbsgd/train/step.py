@@ -120,15 +120,14 @@ class Stepper:
         previous_lr: of the update before (0: there was none), for optimizers that absorb the learning rate.
         """
         replica, buckets = self.replica, self.replica.buckets
-        if not replica.model.training:  # it visits every module
-            replica.model.train()
+        replica.train()
         work, measured, k = self.passes.at(point), point.measured, point.workers
         groups, pair = groups_in_step(point, self.bn_group), self.passes.pair_at(point)
         end = WORKERS + 2 * k
         control = torch.zeros(end + (self.slots.length if pair else 0), dtype=torch.float64, device=replica.device)
         losses, squares = control[WORKERS : WORKERS + k], control[WORKERS + k : end]
         if pair:
-            self.slots.write(control[end:], self.engine.rank, crosscheck.digest(replica.flats()))
+            self.slots.write(control[end:], self.engine.rank, replica.digest())
         data_wait_s, replaced = 0.0, 0
         buckets.begin(k, count_flushed=point.step % COUNT_FLUSHED_EVERY == 0)
         for i, (workers, counts, again) in enumerate(work):

@@ -36,7 +36,8 @@ class Trainer:
     def __init__(self, name: str, found: Prepared, engine, device: torch.device):
         self.name, self.found, self.engine, self.device = name, found, engine, device
         self.written = Recipe.model_validate(found.recipe)  # as the run folder has it
-        self.recipe = recipe = recipe_now(self.written, (found.state or {}).get("amendments", ()))
+        first = found.state["step"] if found.state else 0
+        self.recipe = recipe = recipe_now(self.written, found.amendments, first)
         if recipe.machine.threads and device.type == "cpu":
             torch.set_num_threads(recipe.machine.threads)  # as the run's first start settled it
         self.folder = RunFolder(found.run)
@@ -87,7 +88,7 @@ class Trainer:
 
     def _schedule_from_decisions(self) -> None:
         decisions = [Decision(*d) for d in self.state.decisions]
-        self.schedule = schedule_of(self.written, len(self.train_set), decisions, self.state.amendments)
+        self.schedule = schedule_of(self.written, len(self.train_set), decisions, self.found.amendments)
 
     def _prepare(self) -> None:
         self.stops.listen()
@@ -220,6 +221,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.watchdog.enter("checkpoint", self.state.step)
+        self.replica.check_others()
         if self.lead:
             before = time.perf_counter()
             path = self.folder.checkpoints / checkpoint.name_of(self.state.step)
@@ -235,7 +237,8 @@ class Trainer:
         """A step that is not finite or out of range changed nothing. The run goes on without it or ends, as
         train.on_bad_step says, the same on every rank."""
         skipped = self.state.skipped
-        facts = {"step": point.step, "rank": outcome.bad_rank, "ranks": outcome.bad_ranks, "lr": point.lr}
+        one = outcome.bad_rank if outcome.bad_ranks == 1 else None
+        facts = {"step": point.step, "rank": one, "ranks": outcome.bad_ranks, "lr": point.lr}
         if verdict.may_skip(self.recipe.train, point.step, skipped):
             skipped.append(point.step)
             self.replica.optimizer.skipped = len(skipped)
@@ -265,7 +268,8 @@ class Trainer:
         self.journal.event("cross-check", step=point.step, worker=pair.worker, what=who)
         self._give_up(
             f"step {point.step}, cross-check: {who}. The step was not taken. Start again with --resume without that "
-            "node; what was written since the cross-check before may be wrong too"
+            "node; one worker is compared at a time, so it may have been wrong for longer: go back to a checkpoint that "
+            "you trust"
         )
 
     def _give_up(self, message: str) -> None:
@@ -285,6 +289,7 @@ class Trainer:
 
     def _end(self, stopped: bool, seconds: float) -> int:
         self.watchdog.enter("end", self.state.step)
+        self.replica.check_others()
         digest = self.replica.check_equal("end")
         status = "stopped" if stopped else "done"
         facts = {"weights_sha256": digest, **self.last_eval}

@@ -336,5 +336,11 @@ def refuse(name: str, module: nn.Module) -> None:
         raise RequestError(
             f"{what} has running statistics, which each rank would keep for itself; set track_running_stats=False"
         )
+    hooks = {type(h).__name__ for h in module._forward_pre_hooks.values()}
+    if type(module).__name__ == "_SpectralNorm" or "SpectralNorm" in hooks:  # torch has it twice, both private
+        raise RequestError(
+            f"{what} is spectral_norm, whose vectors are changed by each forward: every rank and pass would change "
+            "them by itself; leave it out"
+        )
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         raise RequestError(f"{what} has no weights before its first forward; run one in the function that makes it")
