@@ -156,6 +156,10 @@ class Optim(Section):
 
 
 GROWING = ("hybrid", "increasing-batch", "adaptive-batch")  # schedules whose batch changes
+ONE_WORKER = (
+    "batch.workers = 1 with schedule.kind = adaptive-batch, which follows the noise scale: one worker cannot measure "
+    "it; allowed: at least 2"
+)
 
 
 class ScheduleSection(Section):
@@ -368,6 +372,13 @@ class Recipe(Section):
                 "train.noise_scale_steps = 0 with schedule.kind = adaptive-batch, which follows the "
                 "measured noise scale; allowed: at least 1"
             )
+        if self.schedule.kind == "adaptive-batch" and self.optim.decay_in == "loss":
+            raise ValueError(
+                "optim.decay_in = loss with schedule.kind = adaptive-batch: no noise scale is measured then, for "
+                "weight decay would be part of it; allowed: gradient"
+            )
+        if self.schedule.kind == "adaptive-batch" and self.batch.workers == 1:
+            raise ValueError(ONE_WORKER)
         if self.train.loss != "cross-entropy" and self.train.label_smoothing:
             raise ValueError(
                 f"train.label_smoothing = {self.train.label_smoothing}: only with train.loss = cross-entropy"
@@ -416,6 +427,8 @@ class Recipe(Section):
 
         decisions: what an adaptive-batch run has decided so far.
         """
+        if self.schedule.kind == "adaptive-batch" and self.batch.workers == 1:  # per_rank, on one rank
+            raise RequestError(ONE_WORKER)
         n, kn = self.batch.samples_per_worker, self.batch.workers * self.batch.samples_per_worker
         stages = [*self._stages(), *(schedules.Stage(d.epoch, d.workers, d.lr, self.optim.momentum) for d in decisions)]
         largest = max(s.workers for s in stages) * n
