@@ -27,7 +27,7 @@ from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import models, probe
 from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.replica import DTYPES, Replica, outputs, weights_sha256
-from hpc_lbsgd.train.workers import groups_in_step
+from hpc_lbsgd.train.workers import groups_in_step, refuse
 
 
 class Check(NamedTuple):
@@ -55,6 +55,8 @@ def before(
 
     def build() -> torch.nn.Module:
         model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
+        for name, module in model.named_modules():  # by name, before torch trips over a layer without weights
+            refuse(name, module)
         return model.to(device, memory_format=memory_format)
 
     call = probe.Call(
