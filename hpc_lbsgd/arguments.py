@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hpc_lbsgd.records import RESUME, RESUME_IF_EXISTS
+from hpc_lbsgd.runs import RESUME, RESUME_IF_EXISTS
 
 
 def positive(text: str) -> int:

@@ -24,7 +24,7 @@ from hpc_lbsgd.arguments import (
 from hpc_lbsgd.bench import commands as bench
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import world
-from hpc_lbsgd.records import RESUME
+from hpc_lbsgd.runs import RESUME
 
 LATER_S = 10.0
 

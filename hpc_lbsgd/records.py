@@ -26,9 +26,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 FLUSH_S = 1.0
-# What a start says about its run; one that says neither makes a new one
-RESUME = "--resume"  # the run is there
-RESUME_IF_EXISTS = "--resume-if-exists"  # it may be there: for the first start of a batch script, and all later ones
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -132,14 +132,16 @@ def train_on(ranks: int, recipe: Path, run: Path, *more, timeout: float = 240) -
     return mpirun(ranks, "-m", "hpc_lbsgd.cli", "train", recipe, "--run", run, *more, timeout=timeout)
 
 
-def train_many(ranks: int, recipes: dict[str, dict], root: Path, timeout: float = 400) -> dict[str, Path]:
+def train_many(
+    ranks: int, recipes: dict[str, dict], root: Path, timeout: float = 400, resume: str | None = None
+) -> dict[str, Path]:
     """Train all of {name: recipe} one after another on the same ranks; returns {name: run folder}.
 
     The engine is started for the first: what it reads once (HOROVOD_FUSION_THRESHOLD) holds for all.
     """
     runs = {name: root / f"{name}-on-{ranks}" for name in recipes}
     listed = [
-        [str(write_recipe(root / f"{run.name}.yaml", recipe)), str(run)]
+        [str(write_recipe(root / f"{run.name}.yaml", recipe)), str(run), resume]
         for run, recipe in zip(runs.values(), recipes.values(), strict=True)
     ]
     jobs = root / f"jobs-{next(iter(recipes))}-on-{ranks}.json"

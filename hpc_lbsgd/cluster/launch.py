@@ -14,7 +14,7 @@ from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, RequestError
 from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, exported, find_mpirun
 from hpc_lbsgd.records import RunFolder
-from hpc_lbsgd.train.prepare import choose_run
+from hpc_lbsgd.runs import choose_run
 
 END_GRACE_S = 30.0  # for a launcher to notice that its ranks have ended
 

@@ -22,9 +22,8 @@ from hpc_lbsgd.cluster.sites import Site
 from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import EXIT_DONE, RequestError, RunError
 from hpc_lbsgd.recipe import Recipe
-from hpc_lbsgd.records import RESUME
+from hpc_lbsgd.runs import RESUME, choose_run
 from hpc_lbsgd.theory.schedule import Schedule
-from hpc_lbsgd.train.prepare import choose_run
 
 BEGIN, END = "# ---- the site's part", "# ---- end of the site's part"
 SBATCH_TIMEOUT_S = 60

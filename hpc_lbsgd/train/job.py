@@ -18,9 +18,10 @@ from hpc_lbsgd.parallel.agree import agree, together
 from hpc_lbsgd.parallel.memory import keep_freed_memory
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.runs import RUNS
 from hpc_lbsgd.train.parts import build
 from hpc_lbsgd.train.preflight import Check
-from hpc_lbsgd.train.prepare import RUNS, open_data, prepare
+from hpc_lbsgd.train.prepare import open_data, prepare
 from hpc_lbsgd.train.trainer import Trainer
 
 

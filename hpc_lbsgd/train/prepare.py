@@ -7,8 +7,6 @@ import os
 import platform
 import socket
 import subprocess
-from datetime import datetime
-from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +20,10 @@ from hpc_lbsgd.data.user import UserSet
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.recipe import Decision, Recipe
-from hpc_lbsgd.records import RESUME, RESUME_IF_EXISTS, RunFolder, cut_metrics, read_metrics, write_atomically
+from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
+from hpc_lbsgd.runs import choose_run
 from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train import checkpoint
-
-RUNS = Path("runs")
-TIME = "%Y%m%d-%H%M%S"
-LIKE_TIME = "-".join(("[0-9]" * 8, "[0-9]" * 6))
 
 
 class Prepared(NamedTuple):
@@ -43,32 +38,6 @@ class Prepared(NamedTuple):
     attempt: int  # 0 at the first start of this run folder
     notes: list[str]
     amended: bool  # this start brought an amendment
-
-
-def choose_run(name: str, run: str | None, resume: str | None, runs: Path = RUNS) -> RunFolder:
-    """The run folder: as asked for, the newest of this recipe (to resume), or a new one.
-
-    resume: RESUME, RESUME_IF_EXISTS or None. Refuses to resume what is not there, and to start what is.
-    """
-    if run:
-        folder = RunFolder(run)
-        if resume == RESUME and not folder.exists():
-            raise RequestError(
-                f"--resume: no run in {run} (no recipe.yaml); name one that is there, or start it without --resume "
-                f"(a batch script: with {RESUME_IF_EXISTS})"
-            )
-        if not resume and folder.exists():
-            raise RequestError(f"--run {run}: a run is there already; continue it with --resume, or name another")
-        return folder
-    if resume == RESUME_IF_EXISTS:  # the newest may be another job's
-        raise RequestError(f"{RESUME_IF_EXISTS}: say which run with --run")
-    if resume:
-        found = (p for p in runs.glob(f"{escape(name)}-{LIKE_TIME}") if RunFolder(p).exists())
-        newest = max(found, key=lambda p: p.stat().st_mtime, default=None)
-        if newest is None:
-            raise RequestError(f"--resume: no run of {name} in {runs}/; name it with --run")
-        return RunFolder(newest)
-    return RunFolder(runs / f"{name}-{datetime.now():{TIME}}")
 
 
 def prepare(

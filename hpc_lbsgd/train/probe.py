@@ -164,6 +164,9 @@ class VirtualModel:
 def difference(own: dict, virtual: dict, perturbed: dict) -> str | None:
     """What the virtual model has otherwise than the author's; None where they are equal, up to what a small change of
     the input does."""
+    endless = next((n for n, v in own.items() if v.is_floating_point() and not torch.isfinite(v).all()), None)
+    if endless:
+        return f"{endless} is not finite on the first samples, in the model as it was written"
     for name in own.keys() | virtual.keys():
         if name not in own or name not in virtual:
             return f"{name} is only in {'ours' if name in virtual else 'the model as it was written'}"

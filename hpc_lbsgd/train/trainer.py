@@ -1,9 +1,7 @@
-"""A run from its first step to its end, on one rank of many: step, record, evaluate, decide, checkpoint."""
+"""A run on one rank of many: prepare, loop, end."""
 
 from __future__ import annotations
 
-import math
-import signal
 import socket
 import sys
 import time
@@ -16,26 +14,20 @@ from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import stage as stages
 from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError, RunError
-from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import agree, together
 from hpc_lbsgd.recipe import Decision, Recipe
-from hpc_lbsgd.records import Metrics, RunFolder, now, read_metrics
-from hpc_lbsgd.theory import noise
+from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train import checkpoint, crosscheck
-from hpc_lbsgd.train.display import Display, TensorBoard
+from hpc_lbsgd.train import checkpoint, crosscheck, decide, verdict
 from hpc_lbsgd.train.evaluate import evaluate
+from hpc_lbsgd.train.journal import Journal
 from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.parts import build, recompute
-from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, software_facts, stage_folder
+from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, stage_folder
 from hpc_lbsgd.train.step import Outcome, Passes, Stepper
+from hpc_lbsgd.train.stops import Stops
 from hpc_lbsgd.train.watchdog import Watchdog
-
-STOP_FILE_EVERY_S = 1.0  # a look at a parallel file system is not free
-# Shares of gradients that fixed point makes zero: from where it is said, and from where a run is not begun
-FLUSHED_WARN, FLUSHED_STOP = 0.01, 0.5
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not USR1, which NCCL may take
 
 
 class Trainer:
@@ -49,23 +41,36 @@ class Trainer:
             torch.set_num_threads(recipe.machine.threads)  # as the run's first start settled it
         self.folder = RunFolder(found.run)
         self.lead = engine.rank == 0
-        sets = (found.train_set, found.eval_set)
-        self.train_set, self.eval_set = together(
-            engine, lambda: [loaders.open_set(recipe, path) if path else None for path in sets]
-        )
-        folder = together(engine, lambda: stage_folder(recipe))
-        if folder:
-            self._stage(folder)
+        self.journal, self.stops = Journal(self.folder), Stops(self.folder, self.lead)
+        self._open_sets()
         fresh = checkpoint.State(0, self.written.fingerprint(), data_fingerprint(self.train_set, self.eval_set))
         self.state = checkpoint.State(**found.state) if found.state else fresh
         self._schedule_from_decisions()
         self.adaptive = recipe.schedule.kind == "adaptive-batch"
         self.first_step = self.state.step
-        self.stop_asked = False
-        self.looked_for_stop_file = time.monotonic()
         self.last_checkpoint = time.monotonic()
         self.last_eval: dict = {}
         self.flushed_said = 0.0
+
+    def run(self) -> int:
+        """From the start to the end; returns the process's exit code. Collective."""
+        self._prepare()
+        started = time.monotonic()
+        stopped = self._train()
+        if self.first_step == self.state.step and self.eval_set and self.first_step:
+            self._evaluate(self.schedule.at(self.first_step - 1).epoch + 1)  # nothing was left to do
+        return self._end(stopped, time.monotonic() - started)
+
+    # ---------------------------------------------------------------- prepare
+
+    def _open_sets(self) -> None:
+        paths = (self.found.train_set, self.found.eval_set)
+        self.train_set, self.eval_set = together(
+            self.engine, lambda: [loaders.open_set(self.recipe, path) if path else None for path in paths]
+        )
+        folder = together(self.engine, lambda: stage_folder(self.recipe))
+        if folder:
+            self._stage(folder)
 
     def _stage(self, folder: str) -> None:
         """Read packed sets from node-local copies: the first rank of each node makes them, the others wait."""
@@ -84,40 +89,33 @@ class Trainer:
         decisions = [Decision(*d) for d in self.state.decisions]
         self.schedule = schedule_of(self.written, len(self.train_set), decisions, self.state.amendments)
 
-    # ---------------------------------------------------------------- the run
-
-    def run(self) -> int:
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
-        machine = self.recipe.machine
-        self.watchdog = Watchdog(
-            self.folder, self.engine.rank, self.engine.size, machine.stall_timeout_s, self._on_stall
-        )
-        self._build()
-        if self.found.checkpoint:
-            agree(self.engine, lambda: checkpoint.load(Path(self.found.checkpoint), self.replica))
-        self.replica.optimizer.skipped = len(self.state.skipped)
-        self.replica.synchronise()
-        self._open_records()
-        started = time.monotonic()
-        stopped = self._train()
-        if self.first_step == self.state.step and self.eval_set and self.first_step:
-            self._evaluate(self.schedule.at(self.first_step - 1).epoch + 1)  # nothing was left to do
-        return self._end(stopped, time.monotonic() - started)
-
-    def _build(self) -> None:
+    def _prepare(self) -> None:
+        self.stops.listen()
+        timeout_s = self.recipe.machine.stall_timeout_s
+        self.watchdog = Watchdog(self.folder, self.engine.rank, self.engine.size, timeout_s, self._on_stall)
         begun = agree(self.engine, self.folder.read_preflight)
-        sets = (self.train_set, self.eval_set)
         try:
-            parts = build(self.recipe, self.schedule, *sets, self.engine, self.device, begun)
+            parts = build(
+                self.recipe, self.schedule, self.train_set, self.eval_set, self.engine, self.device, begun
+            )
             parts.refuse()
         except RequestError:
             self.watchdog.stop()
             raise
         self.replica, self.train_loader, self.eval_loader = parts.replica, parts.train_loader, parts.eval_loader
-        self.preflight = parts
-        if self.lead and parts.facts and not begun:
-            self.folder.write_preflight(parts.facts)
+        if self.found.checkpoint:
+            agree(self.engine, lambda: checkpoint.load(Path(self.found.checkpoint), self.replica))
+        self.replica.optimizer.skipped = len(self.state.skipped)
+        self.replica.synchronise()
+        ranks = self.engine.gather(environment_facts(self.device))
+        self.hosts, self.devices = [r["host"] for r in ranks], [r["device"] for r in ranks]
+        if self.lead:
+            if parts.facts and not begun:
+                self.folder.write_preflight(parts.facts)
+            run = (self.name, self.found, self.recipe, self.schedule, self.state, self.engine)
+            self.journal.open(*run, ranks, parts)
+
+    # ---------------------------------------------------------------- loop
 
     def _train(self) -> bool:
         """All steps that are left; True if the run was stopped on the way.
@@ -138,55 +136,72 @@ class Trainer:
             next(batches, None)  # drains the loader
         return False
 
+    def _mark(self, phase: str, number: int) -> None:
+        compiling = self.recipe.machine.compile != "none" and number == self.first_step
+        self.watchdog.enter("compile" if compiling else phase, number)
+
     def _step(self, stepper: Stepper, number: int) -> bool:
         """One step and what follows it; True if the job is to stop here."""
-        point = self.schedule.at(number)
-        before = time.perf_counter()
-        minutes = self.recipe.checkpoint.minutes
+        point, recipe = self.schedule.at(number), self.recipe
+        before, minutes = time.perf_counter(), recipe.checkpoint.minutes
         due = self.lead and minutes is not None and time.monotonic() - self.last_checkpoint > 60 * minutes
-        self._look_for_stop_file()
-        outcome = stepper.run(point, self._previous_lr(number), self.stop_asked, due)
+        outcome = stepper.run(point, self._previous_lr(number), self.stops.asked(), due)
         if outcome.mismatch:
             self._name_wrong_rank(point, outcome.mismatch)
         if not outcome.finite:
-            self._refuse(point, outcome)
+            self._pass_over(point, outcome)
         # All that decides the next step is settled before a checkpoint of this one is written.
         self.state.step = done = number + 1
         self._record(point, outcome, time.perf_counter() - before)
         epoch_ends = done == self.schedule.first_step(point.epoch + 1)
         if epoch_ends:
-            self._write_epoch(point.epoch)
+            self.journal.epoch(done, point.epoch)
             if self.adaptive and point.epoch + 1 < self.schedule.epochs:
                 self._decide(point.epoch + 1)
-        last = done == self.schedule.steps
-        best = False
-        if self.eval_set and (last or (epoch_ends and (point.epoch + 1) % self.recipe.train.eval_epochs == 0)):
+        last, best = done == self.schedule.steps, False
+        if self.eval_set and (last or (epoch_ends and (point.epoch + 1) % recipe.train.eval_epochs == 0)):
             best = self._evaluate(point.epoch + 1)
-        steps = self.recipe.checkpoint.steps
-        if last or best or outcome.stop or outcome.checkpoint or (steps and done % steps == 0):
+        every = recipe.checkpoint.steps
+        if last or best or outcome.stop or outcome.checkpoint or (every and done % every == 0):
             self._save()
         return outcome.stop and not last
 
     def _previous_lr(self, number: int) -> float:
         """The learning rate of the last step that was taken; 0: there was none."""
-        taken = number - 1
-        while taken in self.state.skipped:
-            taken -= 1
+        taken = number - 1 - verdict.in_a_row(number, self.state.skipped)
         return self.schedule.at(taken).lr if taken >= 0 else 0.0
+
+    def _record(self, point: Point, outcome: Outcome, seconds: float) -> None:
+        more = {}
+        if outcome.measurement:
+            self.state.noise = [*self.state.noise, list(outcome.measurement)][-self.recipe.train.noise_scale_window :]
+            scale = decide.noise_scale(self.recipe, self.state.noise)
+            if scale:
+                more = {"noise_scale": scale.value, "noise_scale_low": scale.low, "noise_scale_high": scale.high}
+        self.journal.step(point, outcome, seconds, **more)
+        if outcome.flushed and outcome.flushed > max(verdict.FLUSHED_WARN, 2 * self.flushed_said):
+            self._say_lost(point, outcome.flushed)
+
+    def _decide(self, epoch: int) -> None:
+        """An adaptive batch, logged, and kept in the next checkpoint."""
+        measured = decide.noise_scale(self.recipe, self.state.noise)
+        decision = decide.batch_from(self.recipe, self.schedule, epoch, measured)
+        if decision is None:
+            return
+        self.state.decisions.append(list(decision))
+        self._schedule_from_decisions()
+        batch = decision.workers * self.recipe.batch.samples_per_worker
+        facts = {**decision._asdict(), "global_batch": batch, "noise_scale": measured.value}
+        self.journal.event("decision", step=self.state.step, **facts)
 
     def _evaluate(self, epochs: int) -> bool:
         """Evaluate after `epochs` epochs; True if it is the best so far."""
         self.watchdog.enter("evaluation", self.state.step)
         recipe = self.recipe
+        loss = loss_function(recipe.train.model_copy(update={"label_smoothing": 0.0}))
 
         def measure() -> dict:
-            return evaluate(
-                self.replica,
-                self.eval_loader,
-                len(self.eval_set),
-                recipe.machine.eval_batch,
-                loss_function(recipe.train.model_copy(update={"label_smoothing": 0.0})),
-            )
+            return evaluate(self.replica, self.eval_loader, len(self.eval_set), recipe.machine.eval_batch, loss)
 
         result = measure()
         if self.replica.average:
@@ -195,7 +210,7 @@ class Trainer:
             self.replica.average.swap()
             result |= {"ema_loss": average["loss"], "ema_accuracy": average["accuracy"]}
         self.last_eval = result
-        self._write("eval", step=self.state.step, epoch=epochs, **result)
+        self.journal.write("eval", step=self.state.step, epoch=epochs, **result)
         accuracy = result.get("ema_accuracy", result["accuracy"])
         score = -result["loss"] if accuracy is None else accuracy
         best = self.state.best_score is None or score > self.state.best_score
@@ -203,258 +218,85 @@ class Trainer:
             self.state.best_score, self.state.best_step = score, self.state.step
         return best
 
-    def _decide(self, epoch: int) -> None:
-        """The batch from `epoch` on, from the noise scale measured so far (McCandlish et al. 2018, eq. D.6).
-
-        Pure in (recipe, step, measurements), which every rank has; logged, and kept in the next checkpoint.
-        """
-        s, n = self.recipe.schedule, self.recipe.batch.samples_per_worker
-        measured = self._noise_scale()
-        if epoch < self.schedule.warmup.epochs or measured is None or measured.value is None:
-            return
-        now_stage = self.schedule.stages[-1]
-        largest = self.recipe.max_workers() or len(self.train_set) // n
-        wanted = round(noise.adaptive_batch(measured.value, s.noise_factor) / n)
-        workers = min(max(wanted, self.recipe.batch.workers), largest)
-        if workers == now_stage.workers:
-            return
-        lr = {
-            "keep": now_stage.lr,
-            "linear": now_stage.lr * workers / now_stage.workers,
-            "noise": noise.transferred_lr(now_stage.lr, now_stage.workers * n, workers * n, measured.value),
-        }[s.lr_on_batch_change]
-        self.state.decisions.append([epoch, workers, lr])
-        self._schedule_from_decisions()
-        self._write(
-            "event",
-            event="decision",
-            step=self.state.step,
-            epoch=epoch,
-            workers=workers,
-            global_batch=workers * n,
-            lr=lr,
-            noise_scale=measured.value,
-        )
-
-    def _noise_scale(self) -> noise.NoiseScale | None:
-        window = self.state.noise[-self.recipe.train.noise_scale_window :]
-        return noise.noise_scale([noise.Measurement(*m) for m in window])
-
     def _save(self) -> None:
         self.watchdog.enter("checkpoint", self.state.step)
         if self.lead:
             before = time.perf_counter()
             path = self.folder.checkpoints / checkpoint.name_of(self.state.step)
-            self._write("checkpoint", step=self.state.step, path=str(path))
-            self.metrics.sync()
+            self.journal.write("checkpoint", step=self.state.step, path=str(path))
+            self.journal.sync()
             checkpoint.save(self.folder, self.replica, self.state, self.recipe.checkpoint.keep)
-            self._write("event", event="saved", step=self.state.step, seconds=round(time.perf_counter() - before, 3))
+            self.journal.event("saved", step=self.state.step, seconds=round(time.perf_counter() - before, 3))
         self.last_checkpoint = time.monotonic()
+
+    # ---------------------------------------------------------------- steps that were not taken
+
+    def _pass_over(self, point: Point, outcome: Outcome) -> None:
+        """A step that is not finite or out of range changed nothing. The run goes on without it or ends, as
+        train.on_bad_step says, the same on every rank."""
+        skipped = self.state.skipped
+        facts = {"step": point.step, "rank": outcome.bad_rank, "ranks": outcome.bad_ranks, "lr": point.lr}
+        if verdict.may_skip(self.recipe.train, point.step, skipped):
+            skipped.append(point.step)
+            self.replica.optimizer.skipped = len(skipped)
+            self.journal.event("skipped", **facts)
+            return
+        newest = checkpoint.find_newest(self.folder)
+        good = f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written yet"
+        self.journal.event("non-finite", **facts)
+        self._give_up(verdict.bad_step(self.recipe, point, outcome, skipped, self.hosts, good))
+
+    def _say_lost(self, point: Point, flushed: float) -> None:
+        """Gradients below the unit of fixed point are lost, and nothing else shows it."""
+        self.flushed_said, bits = flushed, self.recipe.fixed_point_bits
+        self.journal.event("underflow", step=point.step, flushed=flushed, fixed_point_bits=bits)
+        if flushed > verdict.FLUSHED_STOP and point.step == 0:
+            self._give_up(verdict.lost(flushed, bits))
+
+    def _name_wrong_rank(self, point: Point, mismatch: crosscheck.Mismatch) -> None:
+        """Two ranks computed different bits: both, and a third, decode and compute the worker again; the run ends."""
+        rank, pair = self.engine.rank, mismatch.pair
+        third = next((r for r in range(self.engine.size) if r not in (pair.owner, pair.checker)), None)
+        mine = None
+        if not mismatch.parted and rank in (pair.owner, pair.checker, third):
+            mine = recompute(self.recipe, self.schedule, self.train_set, self.replica, point, pair.worker)
+        again = {r: digest for r, digest in enumerate(self.engine.gather(mine)) if digest is not None}
+        who = crosscheck.culprit(mismatch, again, lambda r: f"rank {r} on {self.hosts[r]} ({self.devices[r]})")
+        self.journal.event("cross-check", step=point.step, worker=pair.worker, what=who)
+        self._give_up(
+            f"step {point.step}, cross-check: {who}. The step was not taken. Start again with --resume without that "
+            "node; what was written since the cross-check before may be wrong too"
+        )
+
+    def _give_up(self, message: str) -> None:
+        """End the run; every rank does, with the same message."""
+        self.journal.sync()
+        self.watchdog.stop()
+        raise RunError(message, everywhere=True)
+
+    def _on_stall(self, message: str, speaks: bool) -> None:
+        """From the watchdog's thread. One rank speaks for those alive, all of them end the job."""
+        if speaks:
+            print(f"hpc-lbsgd: {message}", file=sys.stderr, flush=True)
+            self.folder.claim_failure(rank=self.engine.rank, host=socket.gethostname(), error=message)
+        self.engine.abort(EXIT_FAILED)
+
+    # ---------------------------------------------------------------- end
 
     def _end(self, stopped: bool, seconds: float) -> int:
         self.watchdog.enter("end", self.state.step)
         digest = self.replica.check_equal("end")
         status = "stopped" if stopped else "done"
         facts = {"weights_sha256": digest, **self.last_eval}
-        self._write("end", step=self.state.step, steps=self.state.step, seconds=seconds, status=status, **facts)
+        self.journal.write("end", step=self.state.step, steps=self.state.step, seconds=seconds, status=status, **facts)
         self.engine.barrier()
         if self.lead:
             self.folder.write_status(status, step=self.state.step, **facts)
-            self.metrics.sync()
-            for listener in self.listeners:
-                listener.close()
-            self.metrics.close()
+            self.journal.close()
             self._say_end(stopped, seconds)
         self.watchdog.stop()
         # srun and mpirun kill the other ranks when one exits non-zero; `launch` turns `stopped` into 75
         return EXIT_STOPPED if stopped and self.engine.size == 1 else EXIT_DONE
-
-    # ---------------------------------------------------------------- records
-
-    def _open_records(self) -> None:
-        ranks = self.engine.gather(environment_facts(self.device))
-        self.hosts, self.devices = [r["host"] for r in ranks], [r["device"] for r in ranks]
-        if not self.lead:
-            return
-        recipe, first = self.recipe, self.first_step
-        plan = outline(recipe, self.schedule, self.engine.size)
-        print(render(self.name, plan, recipe), file=sys.stderr)
-        resumed = f", resumed at step {first}" if self.found.attempt else ""
-        print(f"  run folder     {self.folder.path}{resumed}", file=sys.stderr, flush=True)
-        for step, changes in self.state.amendments:
-            named = ", ".join(f"{k} = {v}" for k, v in changes.items())
-            print(f"  amended        at step {step}: {named}", file=sys.stderr)
-        if self.preflight.checks:
-            checks, seconds = self.preflight.checks, self.preflight.preflight_s
-            print(f"  preflight      {len(checks)} checks in {seconds:.1f} s: all hold", file=sys.stderr, flush=True)
-        for note in self.found.notes:
-            print(f"  passed over    {note}", file=sys.stderr)
-        self.folder.add_environment({"time": now(), "attempt": self.found.attempt, **software_facts(), "ranks": ranks})
-        # the steps of the epoch under way, for its mean: a resume may start in the middle
-        epoch = self.schedule.at(min(first, self.schedule.full_steps - 1)).epoch
-        steps = (r for r in read_metrics(self.folder.metrics) if r["kind"] == "step" and r["epoch"] == epoch)
-        self.epoch_steps = [
-            (r["loss"], r["samples"], r["step_s"], r.get("replaced", 0)) for r in steps if not r.get("skipped")
-        ]
-        self.listeners = [
-            Display(self.schedule.steps, first, self.schedule.epochs),
-            TensorBoard(self.folder.path / "tensorboard"),
-        ]
-        self.metrics = Metrics(self.folder, self.listeners)
-        self._write(
-            "start",
-            step=first,
-            engine=self.engine.name,
-            ranks=self.engine.size,
-            attempt=self.found.attempt,
-            global_batch=plan["global_batch"],
-            workers=plan["workers"],
-            device=ranks[0]["device"],
-            recipe_fingerprint=recipe.fingerprint(),
-            data_fingerprint=self.state.data_fingerprint,
-            preflight_s=round(self.preflight.preflight_s, 3),
-        )
-        if self.found.attempt:
-            facts = {"attempt": self.found.attempt, "step": first, "checkpoint": self.found.checkpoint}
-            self._write("event", event="resume", **facts)
-        for step, changes in self.state.amendments:
-            if step == first and self.found.amended:
-                self._write("event", event="amendment", step=step, changes=changes)
-
-    def _record(self, point: Point, outcome: Outcome, seconds: float) -> None:
-        extra = {"replaced": outcome.replaced} if outcome.replaced else {}
-        if not outcome.finite:
-            extra["skipped"] = True
-        if outcome.flushed is not None:
-            extra["flushed"] = outcome.flushed
-            self._warn_of_underflow(point, outcome.flushed)
-        if outcome.measurement:
-            self.state.noise = [*self.state.noise, list(outcome.measurement)][-self.recipe.train.noise_scale_window :]
-            extra |= {"noise_trace": outcome.measurement.trace, "noise_square": outcome.measurement.square}
-            scale = self._noise_scale()
-            if scale:
-                extra |= {"noise_scale": scale.value, "noise_scale_low": scale.low, "noise_scale_high": scale.high}
-        self._write(
-            "step",
-            step=point.step,
-            epoch=point.epoch,
-            loss=outcome.loss,
-            lr=point.lr,
-            momentum=point.momentum,
-            global_batch=point.global_batch,
-            samples=outcome.count,
-            images_per_s=outcome.count / seconds,
-            data_wait_s=outcome.data_wait_s,
-            exposed_comm_s=outcome.exposed_comm_s,
-            step_s=seconds,
-            **extra,
-        )
-        if self.lead and outcome.finite:
-            self.epoch_steps.append((outcome.loss, outcome.count, seconds, outcome.replaced))
-
-    def _warn_of_underflow(self, point: Point, flushed: float) -> None:
-        """Gradients below the unit of fixed point are lost, and nothing else shows it."""
-        if flushed > max(FLUSHED_WARN, 2 * self.flushed_said):
-            self.flushed_said = flushed
-            bits = self.recipe.fixed_point_bits
-            self._write("event", event="underflow", step=point.step, flushed=flushed, fixed_point_bits=bits)
-            if flushed > FLUSHED_STOP and point.step == 0:
-                self.watchdog.stop()
-                raise RunError(
-                    f"step 0: {flushed:.0%} of the gradients that are not zero are below 2^-{bits + 1}, and "
-                    f"determinism any-ranks makes them zero: raise fixed_point_bits (now {bits}, at most 52), or scale "
-                    "the loss up and the learning rate down",
-                    everywhere=True,
-                )
-
-    def _write_epoch(self, epoch: int) -> None:
-        if self.lead:
-            samples, seconds, replaced = (sum(s[k] for s in self.epoch_steps) for k in (1, 2, 3))
-            loss = sum(s[0] * s[1] for s in self.epoch_steps) / samples if samples else math.nan
-            rate = {"samples": samples, "seconds": seconds, "images_per_s": samples / seconds if seconds else 0.0}
-            if replaced:
-                rate["replaced"] = replaced
-            self._write("epoch", step=self.state.step, epoch=epoch, loss=loss, **rate)
-            self.epoch_steps = []
-
-    def _mark(self, phase: str, number: int) -> None:
-        compiling = self.recipe.machine.compile != "none" and number == self.first_step
-        self.watchdog.enter("compile" if compiling else phase, number)
-
-    def _write(self, kind: str, **fields) -> None:
-        if self.lead:
-            self.metrics.write(kind, **fields)
-
-    def _refuse(self, point: Point, outcome: Outcome) -> None:
-        """A step that is not finite or out of range changed nothing. The run goes on without it or ends, as
-        train.on_bad_step says, the same on every rank."""
-        train, skipped = self.recipe.train, self.state.skipped
-        where = self._where(outcome)
-        facts = {"step": point.step, "rank": outcome.bad_rank, "ranks": outcome.bad_ranks, "lr": point.lr}
-        in_a_row = 1
-        while point.step - in_a_row in skipped:
-            in_a_row += 1
-        if train.on_bad_step == "skip" and in_a_row <= train.bad_steps_limit:
-            skipped.append(point.step)
-            self.replica.optimizer.skipped = len(skipped)
-            self._write("event", event="skipped", **facts)
-            return
-        newest = checkpoint.find_newest(self.folder)
-        good = f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written yet"
-        more = f"; {train.bad_steps_limit} steps before it were skipped (train.bad_steps_limit)" if in_a_row > 1 else ""
-        self._write("event", event="non-finite", **facts)
-        if self.lead:
-            self.metrics.sync()
-        self.watchdog.stop()
-        raise RunError(
-            f"step {point.step} (epoch {point.epoch + 1}): {where}{more}. The step was not taken; {good}. "
-            + self._advice(point, outcome),
-            everywhere=True,
-        )
-
-    def _name_wrong_rank(self, point: Point, mismatch: crosscheck.Mismatch) -> None:
-        """Two ranks computed different bits: both, and a third, decode and compute the worker again; the run ends."""
-        rank, pair = self.engine.rank, mismatch.pair
-        busy = {pair.owner, pair.checker}
-        third = next((r for r in range(self.engine.size) if r not in busy), None)
-        mine = None
-        if not mismatch.parted and rank in busy | {third}:
-            mine = recompute(self.recipe, self.schedule, self.train_set, self.replica, point, pair.worker)
-        found = self.engine.gather(mine)
-        again = {r: digest for r, digest in enumerate(found) if digest is not None}
-        who = crosscheck.culprit(mismatch, again, lambda r: f"rank {r} on {self.hosts[r]} ({self.devices[r]})")
-        self._write("event", event="cross-check", step=point.step, worker=pair.worker, what=who)
-        if self.lead:
-            self.metrics.sync()
-        self.watchdog.stop()
-        raise RunError(
-            f"step {point.step}, cross-check: {who}. The step was not taken. Start again with --resume without that "
-            "node; what was written since the cross-check before may be wrong too",
-            everywhere=True,
-        )
-
-    def _where(self, outcome: Outcome) -> str:
-        """What was wrong, and on which ranks."""
-        what = "loss or gradient is not finite"
-        if self.recipe.determinism == "any-ranks":
-            what += f", or beyond the range of fixed_point_bits = {self.recipe.fixed_point_bits}"
-        if outcome.bad_ranks == 1:
-            return f"{what}, on rank {outcome.bad_rank} on {self.hosts[outcome.bad_rank]}"
-        if outcome.bad_ranks:
-            return f"{what}, on {outcome.bad_ranks} ranks"
-        return "the sum of gradients over ranks is not finite (each rank's loss was)"
-
-    def _advice(self, point: Point, outcome: Outcome) -> str:
-        recipe = self.recipe
-        if recipe.wire == "fp16" and not outcome.bad_ranks:
-            return (
-                "Gradients times 2^wire_scale_bits leave float16's range (65504): lower wire_scale_bits "
-                f"(now {recipe.wire_scale_bits}), or set wire = fp32"
-            )
-        lower = f"Try a lower optim.base_lr (learning rate now {point.lr:g}) or a longer schedule.warmup_epochs"
-        if recipe.determinism == "any-ranks":
-            lower += "; or, where gradients and BatchNorm's statistics are finite but large, a lower fixed_point_bits"
-        return lower
 
     def _say_end(self, stopped: bool, seconds: float) -> None:
         what = "stopped at a safe point; start it again with --resume" if stopped else "done"
@@ -465,23 +307,3 @@ class Trainer:
             file=sys.stderr,
             flush=True,
         )
-
-    # ---------------------------------------------------------------- what comes from outside
-
-    def _on_signal(self, number: int, frame) -> None:
-        if self.stop_asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stop_asked = True  # acted upon at the next step's sum, by all ranks together
-
-    def _look_for_stop_file(self) -> None:
-        """Not every launcher passes signals on to its ranks."""
-        if self.lead and time.monotonic() - self.looked_for_stop_file > STOP_FILE_EVERY_S:
-            self.looked_for_stop_file = time.monotonic()
-            self.stop_asked = self.stop_asked or self.folder.stop_file.exists()
-
-    def _on_stall(self, message: str, speaks: bool) -> None:
-        """From the watchdog's thread. One rank speaks for those alive, all of them end the job."""
-        if speaks:
-            print(f"hpc-lbsgd: {message}", file=sys.stderr, flush=True)
-            self.folder.claim_failure(rank=self.engine.rank, host=socket.gethostname(), error=message)
-        self.engine.abort(EXIT_FAILED)

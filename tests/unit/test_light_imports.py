@@ -28,7 +28,6 @@ WITH_TORCH = (
     "hpc_lbsgd.bench.scaling.measure",
     "hpc_lbsgd.bench.step.measure",
     "hpc_lbsgd.bench.step.ways",
-    "hpc_lbsgd.cluster.launch",  # asks train.prepare for the run folder
 )
 
 COMMAND = """

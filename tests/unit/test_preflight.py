@@ -239,3 +239,16 @@ def test_shared_draws_are_refused_for_several_workers_a_pass():
     finally:
         del models.MODELS["noisy"]
     assert any(not c.ok and "workers_per_pass = 2 would let workers share" in c.what for c in found.checks)
+
+
+def test_it_passes_the_models_of_all_shipped_recipes():
+    """Each model of a shipped recipe once, on smaller pictures than the recipe's where those are large."""
+    sizes, found = {"inception-resnet-v2": 139}, {}
+    for name in recipes.shipped():
+        recipe = recipes.read(name)
+        model = recipe.model.model_dump_json()
+        if model in found:
+            continue
+        channels, size = recipe.data.channels, sizes.get(recipe.model.name, min(recipe.data.image_size, 64))
+        found[model], _ = checks_of(lambda r=recipe, c=channels: models.build(r.model, c, 10, r.seed), size, channels)
+    assert len(found) >= 5 and all(checks == {"model": None, "masks": None} for checks in found.values()), found

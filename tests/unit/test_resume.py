@@ -6,8 +6,7 @@ import pytest
 from conftest import command
 
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.records import RESUME, RESUME_IF_EXISTS
-from hpc_lbsgd.train.prepare import choose_run
+from hpc_lbsgd.runs import RESUME, RESUME_IF_EXISTS, choose_run
 
 
 def run_at(folder, seconds=1):

@@ -1,0 +1,120 @@
+"""What a run writes down: one record for each thing that happens, on rank 0; other ranks' journals stay empty."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+from hpc_lbsgd.outline import outline, render
+from hpc_lbsgd.records import Metrics, RunFolder, now, read_metrics
+from hpc_lbsgd.theory.schedule import Point, Schedule
+from hpc_lbsgd.train.display import Display, TensorBoard
+from hpc_lbsgd.train.parts import Parts
+from hpc_lbsgd.train.prepare import Prepared, software_facts
+from hpc_lbsgd.train.step import Outcome
+
+
+class Journal:
+    """metrics.jsonl, with a display and TensorBoard that listen to it. `write` does nothing before `open`."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder, self.metrics = folder, None
+        self.steps: list[tuple] = []  # of the epoch under way: loss, samples, seconds, replaced
+
+    def open(self, name: str, found: Prepared, recipe, schedule: Schedule, state, engine, ranks, parts: Parts) -> None:
+        """Say what begins, and write it down. Rank 0 only. ranks: `environment_facts` of each."""
+        first, plan = state.step, outline(recipe, schedule, engine.size)
+        resumed = f", resumed at step {first}" if found.attempt else ""
+        lines = [render(name, plan, recipe), f"  run folder     {self.folder.path}{resumed}"]
+        for step, changes in state.amendments:
+            lines.append(f"  amended        at step {step}: {', '.join(f'{k} = {v}' for k, v in changes.items())}")
+        if parts.checks:
+            lines.append(f"  preflight      {len(parts.checks)} checks in {parts.preflight_s:.1f} s: all hold")
+        lines += [f"  passed over    {note}" for note in found.notes]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+        self.folder.add_environment({"time": now(), "attempt": found.attempt, **software_facts(), "ranks": ranks})
+        # the steps of the epoch under way, for its mean: a resume may start in the middle
+        epoch = schedule.at(min(first, schedule.full_steps - 1)).epoch
+        steps = (r for r in read_metrics(self.folder.metrics) if r["kind"] == "step" and r["epoch"] == epoch)
+        self.steps = [
+            (r["loss"], r["samples"], r["step_s"], r.get("replaced", 0)) for r in steps if not r.get("skipped")
+        ]
+        self.listeners = [
+            Display(schedule.steps, first, schedule.epochs),
+            TensorBoard(self.folder.path / "tensorboard"),
+        ]
+        self.metrics = Metrics(self.folder, self.listeners)
+        self.write(
+            "start",
+            step=first,
+            engine=engine.name,
+            ranks=engine.size,
+            attempt=found.attempt,
+            global_batch=plan["global_batch"],
+            workers=plan["workers"],
+            device=ranks[0]["device"],
+            recipe_fingerprint=state.recipe_fingerprint,
+            data_fingerprint=state.data_fingerprint,
+            preflight_s=round(parts.preflight_s, 3),
+        )
+        if found.attempt:
+            self.event("resume", attempt=found.attempt, step=first, checkpoint=found.checkpoint)
+        if found.amended:
+            step, changes = state.amendments[-1]
+            self.event("amendment", step=step, changes=changes)
+
+    def write(self, kind: str, **fields) -> None:
+        if self.metrics:
+            self.metrics.write(kind, **fields)
+
+    def event(self, event: str, **fields) -> None:
+        self.write("event", event=event, **fields)
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        if self.metrics:
+            self.metrics.sync()
+
+    def step(self, point: Point, outcome: Outcome, seconds: float, **more) -> None:
+        if outcome.replaced:
+            more["replaced"] = outcome.replaced
+        if outcome.flushed is not None:
+            more["flushed"] = outcome.flushed
+        if not outcome.finite:
+            more["skipped"] = True
+        if outcome.measurement:
+            more |= {"noise_trace": outcome.measurement.trace, "noise_square": outcome.measurement.square}
+        self.write(
+            "step",
+            step=point.step,
+            epoch=point.epoch,
+            loss=outcome.loss,
+            lr=point.lr,
+            momentum=point.momentum,
+            global_batch=point.global_batch,
+            samples=outcome.count,
+            images_per_s=outcome.count / seconds,
+            data_wait_s=outcome.data_wait_s,
+            exposed_comm_s=outcome.exposed_comm_s,
+            step_s=seconds,
+            **more,
+        )
+        if outcome.finite and self.metrics:
+            self.steps.append((outcome.loss, outcome.count, seconds, outcome.replaced))
+
+    def epoch(self, step: int, epoch: int) -> None:
+        """The epoch's mean loss and rate, over the steps that were taken."""
+        samples, seconds, replaced = (sum(s[k] for s in self.steps) for k in (1, 2, 3))
+        loss = sum(s[0] * s[1] for s in self.steps) / samples if samples else math.nan
+        rate = {"samples": samples, "seconds": seconds, "images_per_s": samples / seconds if seconds else 0.0}
+        if replaced:
+            rate["replaced"] = replaced
+        self.write("epoch", step=step, epoch=epoch, loss=loss, **rate)
+        self.steps = []
+
+    def close(self) -> None:
+        if self.metrics:
+            self.metrics.sync()
+            for listener in self.listeners:
+                listener.close()
+            self.metrics.close()

@@ -1,0 +1,67 @@
+"""Steps that were not taken: what to say of them, and whether a run may go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hpc_lbsgd.theory.schedule import Point
+from hpc_lbsgd.train.step import Outcome
+
+# Shares of gradients that fixed point makes zero: from where it is said, and from where a run is not begun
+FLUSHED_WARN, FLUSHED_STOP = 0.01, 0.5
+
+
+def may_skip(train, step: int, skipped: Sequence[int]) -> bool:
+    """Whether a bad step is skipped (`train.on_bad_step`), after those before it."""
+    return train.on_bad_step == "skip" and in_a_row(step, skipped) < train.bad_steps_limit
+
+
+def in_a_row(step: int, skipped: Sequence[int]) -> int:
+    """How many steps just before `step` were skipped."""
+    known, count = set(skipped), 0
+    while step - count - 1 in known:
+        count += 1
+    return count
+
+
+def bad_step(recipe, point: Point, outcome: Outcome, skipped: Sequence[int], hosts: Sequence[str], good: str) -> str:
+    """Why a run ends at a step that is not finite or out of range. good: about the last good checkpoint."""
+    before = in_a_row(point.step, skipped)
+    more = f"; {before} steps before it were skipped (train.bad_steps_limit)" if before else ""
+    return (
+        f"step {point.step} (epoch {point.epoch + 1}): {where(recipe, outcome, hosts)}{more}. The step was not taken; "
+        f"{good}. {advice(recipe, point, outcome)}"
+    )
+
+
+def where(recipe, outcome: Outcome, hosts: Sequence[str]) -> str:
+    """What was wrong, and on which ranks."""
+    if not outcome.bad_ranks:
+        return "the sum of gradients over ranks is not finite (each rank's loss was)"
+    what = "loss or gradient is not finite"
+    if recipe.determinism == "any-ranks":
+        what += f", or beyond the range of fixed_point_bits = {recipe.fixed_point_bits}"
+    if outcome.bad_ranks == 1:
+        return f"{what}, on rank {outcome.bad_rank} on {hosts[outcome.bad_rank]}"
+    return f"{what}, on {outcome.bad_ranks} ranks"
+
+
+def advice(recipe, point: Point, outcome: Outcome) -> str:
+    if recipe.wire == "fp16" and not outcome.bad_ranks:
+        return (
+            "Gradients times 2^wire_scale_bits leave float16's range (65504): lower wire_scale_bits "
+            f"(now {recipe.wire_scale_bits}), or set wire = fp32"
+        )
+    lower = f"Try a lower optim.base_lr (learning rate now {point.lr:g}) or a longer schedule.warmup_epochs"
+    if recipe.determinism == "any-ranks":
+        lower += "; or, where gradients and BatchNorm's statistics are finite but large, a lower fixed_point_bits"
+    return lower
+
+
+def lost(flushed: float, bits: int) -> str:
+    """Why a run is not begun whose gradients fixed point makes zero."""
+    return (
+        f"step 0: {flushed:.0%} of the gradients that are not zero are below 2^-{bits + 1}, and determinism any-ranks "
+        f"makes them zero: raise fixed_point_bits (now {bits}, at most 52), or scale the loss up and the learning rate "
+        "down"
+    )

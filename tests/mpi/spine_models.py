@@ -1,0 +1,69 @@
+"""Data and models of users who bring trouble."""
+
+import os
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+BAD = (17, 90)  # samples that are not finite, of `with_bad_samples`
+
+
+class Vectors:
+    """48 numbers a sample, float64; the class is their largest quarter."""
+
+    classes = ("a", "b", "c", "d")
+
+    def __init__(self, samples, seed, bad=()):
+        rng = np.random.default_rng(seed)
+        self.x = rng.normal(size=(samples, 48))
+        self.y = rng.integers(0, 4, samples)
+        for i, label in enumerate(self.y):
+            self.x[i, 12 * label : 12 * label + 12] += 0.7
+        self.x[list(bad)] = np.nan
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        return self.x[index], int(self.y[index])
+
+
+def vectors(part):
+    return Vectors(150 if part == "train" else 31, part == "eval")
+
+
+def with_bad_samples(part):
+    return Vectors(150, 0, BAD) if part == "train" else Vectors(31, 1)
+
+
+def net(channels, classes):
+    return nn.Sequential(nn.Linear(48, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, classes))
+
+
+def spectral(channels, classes):
+    return nn.Sequential(parametrizations.spectral_norm(nn.Linear(48, 16)), nn.ReLU(), nn.Linear(16, classes))
+
+
+def threads_on_rank_1(channels, classes):
+    if os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
+        torch.set_num_threads(2)
+    return net(channels, classes)
+
+
+class OwnWeights(nn.Module):
+    """Its weights come from a generator that no seed of ours reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(48, 4)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.from_numpy(np.random.default_rng().normal(size=(4, 48)) * 0.1))
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def own_weights(channels, classes):
+    return OwnWeights()

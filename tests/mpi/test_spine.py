@@ -1,0 +1,185 @@
+"""What decides the next step is in the checkpoint; what cannot be kept is refused; a bad step is the same for all."""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import changed, command, records, train_many, train_on, write_recipe
+
+OWN = {
+    "seed": 5,
+    "determinism": "any-ranks",
+    "data": {"dataset": "spine_models:vectors"},
+    "model": {"name": "spine_models:net"},
+    "batch": {"samples_per_worker": 4, "workers": 5},
+    "optim": {"base_lr": 0.05, "base_batch": 20},
+    "schedule": {"kind": "constant", "warmup": "none"},
+    "train": {"epochs": 2},
+}
+ADAPTS = {
+    "schedule__kind": "adaptive-batch", "train__noise_scale_steps": 2, "schedule__noise_factor": 40.0,
+    "schedule__max_batch": 160, "batch__workers": 4, "train__epochs": 4, "schedule__warmup_epochs": 1,
+    "determinism": "any-ranks", "train__max_steps": None, "checkpoint__steps": 1, "checkpoint__keep": 99,
+}  # fmt: skip
+BAD = {"data__dataset": "spine_models:with_bad_samples", "train__on_bad_step": "skip"}
+WAYS = {
+    "sgd": {},
+    "v-form": {"optim__form": "v", "schedule__kind": "cosine", "schedule__warmup": "gradual",
+               "schedule__warmup_epochs": 1, "schedule__warmup_start_lr": 0.01},
+    "adam": {"optim__name": "adam", "optim__base_lr": 0.01},
+    "average": {"train__ema_decay": 0.9, "batch__last_batch": "drop"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_models():
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+
+
+def end_of(run):
+    return records(run, "end")[-1]["weights_sha256"]
+
+
+def back_at(run, step, copy):
+    """A copy of a run as a kill right after the checkpoint of `step` leaves it."""
+    shutil.copytree(run, copy)
+    for path in (copy / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    (copy / "status.json").unlink()
+    return copy
+
+
+def test_a_kill_around_a_decision_changes_nothing(small_recipe, tmp_path):
+    """Adaptive batch: from each checkpoint around the decisions the run goes on to the same weights, on other ranks."""
+    recipe = changed(small_recipe, **ADAPTS)
+    (whole,) = train_many(2, {"whole": recipe}, tmp_path).values()
+    decisions = [r for r in records(whole, "event") if r["event"] == "decision"]
+    assert decisions
+    steps = sorted({d["step"] + i for d in decisions for i in (-2, -1, 0, 1, 2)} & {*range(1, 999)})
+    steps = [s for s in steps if (whole / "checkpoints" / f"step-{s:08d}").exists()]
+    assert set(steps) >= {d["step"] for d in decisions}
+    for s in steps:
+        back_at(whole, s, tmp_path / f"from-{s}-on-3")
+    runs = train_many(3, {f"from-{s}": recipe for s in steps}, tmp_path, resume="--resume")
+    assert {name: end_of(run) for name, run in runs.items()} == {name: end_of(whole) for name in runs}
+    again = [r for r in records(runs[f"from-{steps[0]}"], "event") if r["event"] == "decision"]
+    kept = ("step", "epoch", "workers", "global_batch", "lr", "noise_scale")
+    assert [[d[k] for k in kept] for d in again] == [[d[k] for k in kept] for d in decisions]
+
+
+def test_a_skipped_step_is_skipped_by_all(tmp_path):
+    """Two samples are NaN: their steps change nothing, on 1 and 3 ranks alike, and a resume between them knows."""
+    recipes = {name: changed(OWN, **BAD | more | {"checkpoint__steps": 1, "checkpoint__keep": 99})
+               for name, more in WAYS.items()}  # fmt: skip
+    found = {ranks: train_many(ranks, recipes, tmp_path) for ranks in (1, 3)}
+    for name in WAYS:
+        one, three = (found[ranks][name] for ranks in (1, 3))
+        assert end_of(one) == end_of(three), name
+        skipped = [r["step"] for r in records(one, "event") if r["event"] == "skipped"]
+        assert 2 <= len(skipped) <= 4 and skipped == [r["step"] for r in records(one, "step") if r.get("skipped")]
+        assert skipped == [r["step"] for r in records(three, "event") if r["event"] == "skipped"]
+        state = json.loads(next((one / "checkpoints").glob(f"step-{skipped[0] + 1:08d}/state.json")).read_text())
+        before = json.loads(next((one / "checkpoints").glob(f"step-{skipped[0]:08d}/state.json")).read_text())
+        assert state["weights_sha256"] == before["weights_sha256"] and state["skipped"] == skipped[:1]
+        assert all(r["loss"] is None for r in records(one, "step") if r.get("skipped"))
+    for name, run in found[1].items():
+        back_at(run, [r["step"] for r in records(run, "event") if r["event"] == "skipped"][0] + 1,
+                tmp_path / f"back-{name}-on-2")  # fmt: skip
+    again = train_many(2, {f"back-{name}": recipe for name, recipe in recipes.items()}, tmp_path, resume="--resume")
+    for name, run in again.items():
+        assert end_of(run) == end_of(found[1][name.removeprefix("back-")]), name
+
+
+def test_too_many_bad_steps_end_the_run(tmp_path):
+    recipe = changed(OWN, **BAD | {"optim__base_lr": 1e30, "train__bad_steps_limit": 3, "determinism": "off"})
+    result = train_on(2, write_recipe(tmp_path / "r.yaml", recipe), tmp_path / "run")
+    assert result.returncode == 1 and "3 steps before it were skipped (train.bad_steps_limit)" in result.stderr
+    skipped = [r["step"] for r in records(tmp_path / "run", "event") if r["event"] == "skipped"]
+    assert skipped[-3:] == list(range(skipped[-1] - 2, skipped[-1] + 1))
+
+
+def test_amendments_open_a_segment(tmp_path):
+    """A learning rate changed at step 6 of a v-form run: steps before it stay, and it is kept over more resumes."""
+    more = {"optim__form": "v", "determinism": "any-ranks", "checkpoint__steps": 2, "checkpoint__keep": 99}
+    recipe = write_recipe(tmp_path / "r.yaml", changed(OWN, **more))
+    run = tmp_path / "run"
+    words = ("--resume", "--amend", "optim.base_lr=0.01", "--amend", "train.epochs=3")
+    assert train_on(1, recipe, run, "--set", "train.max_steps=6").returncode == 0
+    assert train_on(2, recipe, run, *words, "--set", "train.max_steps=10").returncode == 0
+    assert train_on(1, recipe, run, "--resume").returncode == 0
+    steps = records(run, "step")
+    assert [s["step"] for s in steps] == list(range(24))
+    assert {s["lr"] for s in steps[:6]} == {0.05} and {s["lr"] for s in steps[6:]} == {0.01}
+    (event,) = [r for r in records(run, "event") if r["event"] == "amendment"]
+    assert event["step"] == 6 and event["changes"] == {"optim.base_lr": 0.01, "train.epochs": 3}
+    # u-form under the same learning rates ends at the same weights up to rounding: v was corrected at the seam
+    other = tmp_path / "u"
+    plain = write_recipe(tmp_path / "u.yaml", changed(OWN, **more | {"optim__form": "u"}))
+    assert train_on(1, plain, other, "--set", "train.max_steps=6").returncode == 0
+    assert train_on(1, plain, other, *words).returncode == 0
+    assert records(other, "step")[-1]["loss"] == pytest.approx(steps[-1]["loss"], rel=1e-4)
+
+
+def test_amendments_that_rewrite_the_past_are_refused(tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", OWN)
+    run = tmp_path / "run"
+    refused = command("train", recipe, "--run", run, "--amend", "optim.base_lr=0.01")
+    assert refused.returncode == 2 and "--amend optim.base_lr=0.01: only with --resume" in refused.stderr
+    assert command("train", recipe, "--run", run, "--set", "train.max_steps=9").returncode == 0
+    for change, says in (("seed=3", "expected KEY=VALUE with one of optim.base_lr"),
+                         ("train.epochs=1", "the run has taken 9 steps, and would have 8"),
+                         ("optim.base_lr=-1", "optim.base_lr"), ("optim.base_lr", "expected KEY=VALUE")):  # fmt: skip
+        result = command("train", recipe, "--run", run, "--resume", "--amend", change)
+        assert result.returncode == 2 and says in result.stderr, result.stderr
+    status = json.loads((run / "status.json").read_text())
+    assert status["status"] == "done"  # a refusal changes nothing
+
+
+def test_compiled_stages_keep_their_bits_over_a_resume(small_recipe, tmp_path):
+    """any-ranks with torch.compile, stopped before a tail, gone on with on two ranks: graphs of whole and tail steps
+    must not depend on which came first."""
+    more = {"determinism": "any-ranks", "machine__compile": "stages", "train__max_steps": 4, "model__dropout": 0.2}
+    recipe = write_recipe(tmp_path / "r.yaml", changed(small_recipe, **more))
+    assert train_on(1, recipe, tmp_path / "whole", timeout=500).returncode == 0
+    assert train_on(1, recipe, tmp_path / "run", "--set", "train.max_steps=1", timeout=500).returncode == 0
+    result = train_on(2, recipe, tmp_path / "run", "--resume", timeout=500)
+    assert result.returncode == 0, result.stderr
+    assert end_of(tmp_path / "run") == end_of(tmp_path / "whole")
+    other = command("train", recipe, "--run", tmp_path / "run", "--resume", "--set", "machine.compile=none")
+    assert other.returncode == 2 and "machine.compile = none (the run has stages)" in other.stderr
+
+
+def test_the_noise_scale_does_not_see_buckets(small_recipe, tmp_path):
+    """A machine key that decides nothing: adaptive batch ends at the same weights with small buckets."""
+    recipes = {f"{mb:g}": changed(small_recipe, **ADAPTS | {"machine__bucket_mb": mb, "machine__first_bucket_mb": mb})
+               for mb in (0.002, 25.0)}  # fmt: skip
+    assert len({end_of(run) for run in train_many(2, recipes, tmp_path).values()}) == 1
+
+
+def test_preflight_refuses_before_anything_is_spent(tmp_path):
+    for model, ranks, says in (
+        ("spectral", 1, "is changed by each forward"),
+        ("threads_on_rank_1", 2, r"it computes with another number of threads; threads 2, others 1"),
+        ("own_weights", 2, "its starting weights are others"),
+    ):
+        recipe = write_recipe(tmp_path / f"{model}.yaml", changed(OWN, model__name=f"spine_models:{model}"))
+        result = train_on(ranks, recipe, tmp_path / model)
+        assert result.returncode == 2 and says in result.stderr, result.stderr
+        assert not (tmp_path / model).exists()
+    asked = command("preflight", tmp_path / "spectral.yaml", "--json", cwd=tmp_path)
+    (check,) = json.loads(asked.stdout)["checks"]
+    assert asked.returncode == 1 and not check["ok"] and "_SpectralNorm" in check["what"]
+    good = command("preflight", write_recipe(tmp_path / "good.yaml", OWN), "--json", cwd=tmp_path)
+    assert good.returncode == 0, good.stderr
+    assert {c["check"] for c in json.loads(good.stdout)["checks"]} == {"state", "model", "masks", "workers", "ranks"}
+
+
+def test_float64_data_is_trained_and_evaluated(tmp_path):
+    run = tmp_path / "run"
+    result = train_on(1, write_recipe(tmp_path / "r.yaml", changed(OWN, train__epochs=6)), run)
+    assert result.returncode == 0, result.stderr
+    assert records(run, "eval")[-1]["accuracy"] > 0.6
+    assert json.loads((run / "preflight.json").read_text())["threads"] == 1
+    assert "checks in" in result.stderr
