@@ -24,6 +24,13 @@ def warnings(recipe, schedule: Schedule, critical_batch: float | None = None) ->
             f"kn = {largest} is more than N/10 = {schedule.samples / 10:.0f}, where noise scale and batch part "
             "company (Smith et al. 2018)"
         )
+    if largest > schedule.samples:
+        found.append(
+            f"kn = {largest} is more than N = {schedule.samples}: an epoch is one tail, whose gradient is its sum over "
+            f"kn, as if the learning rate were {schedule.samples / largest:.3g} of what it is"
+        )
+    if largest == n and recipe.train.noise_scale_steps:
+        found.append("k = 1: the noise scale is not measured (train.noise_scale_steps), it takes two workers")
     if critical_batch and largest > critical_batch:
         found.append(
             f"kn = {largest} is above the critical batch {critical_batch:.0f}: more than twice the fewest examples "

@@ -115,7 +115,7 @@ class Batch(Section):
     bn_group: Count | None = None
     """samples that BatchNorm sees together; divides n (default n)"""
     last_batch: Literal["drop", "partial"] = "partial"
-    """the tail of an epoch: dropped (the papers' step counts), or a smaller step"""
+    """the tail of an epoch: dropped (the papers' step counts), or a step of fewer samples, their sum over kn"""
 
     @model_validator(mode="after")
     def _group_divides(self):
@@ -156,6 +156,10 @@ class Optim(Section):
 
 
 GROWING = ("hybrid", "increasing-batch", "adaptive-batch")  # schedules whose batch changes
+ONE_WORKER = (
+    "batch.workers = 1 with schedule.kind = adaptive-batch, which follows the noise scale: one worker cannot measure "
+    "it; allowed: at least 2"
+)
 
 
 class ScheduleSection(Section):
@@ -206,7 +210,8 @@ class Train(Section):
     """or package.module:function, which takes (outputs, labels) and returns a loss a sample, shape (B,)"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     preflight: bool = True
-    """before the first step, check model, data and ranks against what the run promises; not part of the fingerprint"""
+    """before the first step, check model, data and ranks against what the run promises (see docs/runs.md); not part of
+    the fingerprint"""
     on_bad_step: Literal["stop", "skip"] = "stop"
     """a step that is not finite, or beyond fixed point's range: end the run, or go on without it"""
     bad_steps_limit: Count = 10
@@ -214,7 +219,8 @@ class Train(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """evaluate and keep an exponential moving average of the weights, and of BatchNorm's statistics, too"""
     noise_scale_steps: Annotated[int, Field(ge=0)] = 100
-    """measure the noise scale every so many steps; 0: never"""
+    """measure the noise scale at the first full step of two workers or more at or after each multiple of this; 0:
+    never"""
     noise_scale_window: Annotated[int, Field(ge=2)] = 20
     """measurements that are averaged"""
 
@@ -298,6 +304,7 @@ class Recipe(Section):
     precision: Literal["float64", "float32", "bf16"] = "float32"
     """bf16: autocast; weights, gradients and updates stay float32"""
     determinism: Literal["off", "same-ranks", "any-ranks"] = "off"
+    """same-ranks: the same bits again on as many ranks; any-ranks: on any number"""
     wire: Literal["fp32", "fp16"] = "fp32"
     """gradients on the wire; fp32 means as computed (float64 runs send float64)"""
     wire_scale_bits: Annotated[int, Field(ge=0, le=24)] = 10
@@ -368,6 +375,13 @@ class Recipe(Section):
                 "train.noise_scale_steps = 0 with schedule.kind = adaptive-batch, which follows the "
                 "measured noise scale; allowed: at least 1"
             )
+        if self.schedule.kind == "adaptive-batch" and self.optim.decay_in == "loss":
+            raise ValueError(
+                "optim.decay_in = loss with schedule.kind = adaptive-batch: no noise scale is measured then, for "
+                "weight decay would be part of it; allowed: gradient"
+            )
+        if self.schedule.kind == "adaptive-batch" and self.batch.workers == 1:
+            raise ValueError(ONE_WORKER)
         if self.train.loss != "cross-entropy" and self.train.label_smoothing:
             raise ValueError(
                 f"train.label_smoothing = {self.train.label_smoothing}: only with train.loss = cross-entropy"
@@ -416,6 +430,8 @@ class Recipe(Section):
 
         decisions: what an adaptive-batch run has decided so far.
         """
+        if self.schedule.kind == "adaptive-batch" and self.batch.workers == 1:  # per_rank, on one rank
+            raise RequestError(ONE_WORKER)
         n, kn = self.batch.samples_per_worker, self.batch.workers * self.batch.samples_per_worker
         stages = [*self._stages(), *(schedules.Stage(d.epoch, d.workers, d.lr, self.optim.momentum) for d in decisions)]
         largest = max(s.workers for s in stages) * n

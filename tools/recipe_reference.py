@@ -7,17 +7,23 @@ python tools/recipe_reference.py > docs/recipe.md      (a test compares the two)
 from __future__ import annotations
 
 import re
+import textwrap
 import typing
 
 from pydantic import BaseModel
 
-from hpc_lbsgd import recipe
+from hpc_lbsgd import amend, recipe
 
 HEAD = """# Recipe reference
 
 A recipe is a YAML file. The *result part* decides the weights and is fingerprinted: everything but `machine`,
-`checkpoint`, `train.max_steps` and the paths of data (what the data holds is fingerprinted apart). An unknown key or
-an impossible value is refused before any rank starts work. `--set section.key=value` changes a key on the command line.
+`checkpoint`, `train.max_steps`, `train.preflight` and the paths of data (what the data holds is fingerprinted apart).
+{bits}
+
+A resume with another result part is refused. {amendable}
+
+An unknown key or an impossible value is refused before any rank starts work. `--set section.key=value` changes a key on
+the command line.
 
 Plain words are those of YAML 1.2: only `true` and `false` are booleans (`off`, `on`, `yes` and `no` are words), `1e-4`
 is a number, `0o17` an octal one, `1:30` and `2024-01-01` are words. A key that is twice there is refused, and so are
@@ -26,6 +32,27 @@ anchors, aliases and tags. A boolean is no number, nor is text in quotes; an int
 `machine: FILE` takes the section from a file that holds nothing else, such as `bench step --tune` writes;
 `--set machine=FILE` puts such a file's keys over those of any recipe.
 """
+
+
+def head() -> str:
+    """HEAD with what the code has lists of."""
+    bits = "; ".join(f"with `{kind}`, {named(keys)}" for kind, keys in recipe.BIT_KEYS.items() if keys)
+    return HEAD.format(
+        bits=wrapped(f"Where bits are promised, those keys of `machine` belong to it that change bits: {bits}."),
+        amendable=wrapped(
+            f"With `--resume`, `--amend KEY=VALUE` changes these from there on: {named(amend.AMENDABLE)}.",
+            len("A resume with another result part is refused. "),
+        ),
+    )
+
+
+def named(keys) -> str:
+    return ", ".join(f"`{key}`" for key in keys)
+
+
+def wrapped(text: str, before: int = 0) -> str:
+    """Lines as long as the manual's; the first has `before` characters already."""
+    return textwrap.fill("x" * before + text, 120, break_long_words=False, break_on_hyphens=False)[before:]
 
 
 def type_of(annotation: object) -> str:
@@ -66,7 +93,7 @@ def section(model: type[BaseModel], prefix: str) -> list[str]:
 
 
 def reference() -> str:
-    lines = [HEAD, *section(recipe.Recipe, "")]
+    lines = [head(), *section(recipe.Recipe, "")]
     for name, field in recipe.Recipe.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             lines += ["", f"## {name}", "", *section(field.annotation, f"{name}.")]

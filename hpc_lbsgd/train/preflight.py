@@ -59,6 +59,8 @@ def before(
 
     def build() -> torch.nn.Module:
         model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
+        for name, module in model.named_modules():  # by name, before torch trips over a layer without weights
+            refuse(name, module)
         return model.to(device, memory_format=memory_format)
 
     call = probe.Call(

@@ -39,6 +39,22 @@ def test_refused_with_key_and_value(setting, says):
         recipes.read("goyal-resnet50", ["seed=0", setting])
 
 
+ADAPTIVE = ["schedule.kind=adaptive-batch", "schedule.milestones=[]"]
+
+
+@pytest.mark.parametrize("settings, says", [
+    (["batch.workers=1"], "batch.workers = 1 with schedule.kind = adaptive-batch"),
+    (["batch.workers=2", "optim.decay_in=loss"], "optim.decay_in = loss with schedule.kind = adaptive-batch"),
+    (["batch.workers=2", "train.noise_scale_steps=0"], "train.noise_scale_steps = 0 with schedule.kind"),
+])  # fmt: skip
+def test_a_batch_that_nothing_measured_can_change_is_refused(settings, says):
+    with pytest.raises(RequestError, match=says):
+        recipes.read("goyal-resnet50", ADAPTIVE + settings)
+    alone = recipes.read("goyal-resnet50", [*ADAPTIVE, "batch.workers=per_rank"]).with_workers(1)
+    with pytest.raises(RequestError, match="batch.workers = 1 with schedule.kind = adaptive-batch"):
+        alone.build_schedule(1000)
+
+
 @pytest.mark.parametrize(
     "settings, says",
     [

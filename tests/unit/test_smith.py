@@ -88,6 +88,10 @@ def test_warnings():
     schedule = goyal.build_schedule(IMAGENET)
     assert any("kn = 16384, above 8192" in w for w in warnings(goyal, schedule))
     assert any("above the critical batch 9000" in w for w in warnings(goyal, schedule, 9000))
+    small = recipes.read("goyal-resnet50", ["batch.workers=512", "batch.last_batch=partial"])
+    assert any("kn = 16384 is more than N = 9000" in w for w in warnings(small, small.build_schedule(9000)))
+    alone = recipes.read("goyal-resnet50", ["batch.workers=1"])
+    assert any("k = 1: the noise scale is not measured" in w for w in warnings(alone, alone.build_schedule(IMAGENET)))
     calm = recipes.read("goyal-resnet50", ["batch.workers=256"])
     assert warnings(calm, calm.build_schedule(IMAGENET)) == []
 
