@@ -82,8 +82,8 @@ def recipe_now(recipe: Recipe, amendments: Sequence[Amendment], step: int) -> Re
         late = [key for key in changes if key in AT_START]
         if amended_at > step and late:
             raise RequestError(
-                f"the run goes back to step {step}, before {late[0]} was amended at step {amended_at}: say it again from "
-                f"here on (--amend {late[0]}={changes[late[0]]}) after taking it out of amendments.json"
+                f"the run goes back to step {step}, before {late[0]} was amended at step {amended_at}: take that out "
+                f"of amendments.json, and say it again from here on (--amend {late[0]}={changes[late[0]]})"
             )
         recipe = amended(recipe, changes)
     return recipe

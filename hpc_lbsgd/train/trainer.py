@@ -268,8 +268,8 @@ class Trainer:
         self.journal.event("cross-check", step=point.step, worker=pair.worker, what=who)
         self._give_up(
             f"step {point.step}, cross-check: {who}. The step was not taken. Start again with --resume without that "
-            "node; one worker is compared at a time, so it may have been wrong for longer: go back to a checkpoint that "
-            "you trust"
+            "node; one worker is compared at a time, so it may have been wrong for longer: go back to a checkpoint "
+            "that you trust"
         )
 
     def _give_up(self, message: str) -> None:

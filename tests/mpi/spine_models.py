@@ -67,3 +67,40 @@ class OwnWeights(nn.Module):
 
 def own_weights(channels, classes):
     return OwnWeights()
+
+
+def frozen_net(channels, classes):
+    model = net(channels, classes)
+    model[1].eval()
+    return model
+
+
+class Drifts(nn.Module):
+    """Every 30th forward changes a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.count = nn.Linear(48, 4), 0
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        self.count += self.training
+        if self.count % 30 == 29:
+            self.scale *= 0.97
+        return self.layer(x) * self.scale
+
+
+def drifts(channels, classes):
+    return Drifts()
+
+
+class Drifting(Vectors):
+    """Draws from a generator that is not the sample's."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + np.random.default_rng().normal(size=48), y
+
+
+def drifting_data(part):
+    return Drifting(150, 0)

@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+import torch
 from conftest import changed, command, records, train_many, train_on, write_recipe
 
 OWN = {
@@ -122,6 +123,22 @@ def test_amendments_open_a_segment(tmp_path):
     assert records(other, "step")[-1]["loss"] == pytest.approx(steps[-1]["loss"], rel=1e-4)
 
 
+def test_an_amendment_outlives_a_kill(tmp_path):
+    """Killed before the next checkpoint: the run goes on with it, and with the fixed point that was amended too."""
+    recipe = write_recipe(tmp_path / "r.yaml", changed(OWN, checkpoint__steps=6, checkpoint__keep=99))
+    run = tmp_path / "run"
+    assert train_on(1, recipe, run, "--set", "train.max_steps=6").returncode == 0
+    words = ("--resume", "--amend", "optim.base_lr=0.01", "--amend", "fixed_point_bits=36")
+    result = train_on(2, recipe, run, *words)
+    assert result.returncode == 0, result.stderr
+    killed = back_at(run, 6, tmp_path / "killed")
+    result = train_on(3, recipe, killed, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "at step 6: optim.base_lr = 0.01, fixed_point_bits = 36" in result.stderr
+    assert {r["lr"] for r in records(killed, "step") if r["step"] >= 6} == {0.01}
+    assert end_of(killed) == end_of(run)
+
+
 def test_amendments_that_rewrite_the_past_are_refused(tmp_path):
     recipe = write_recipe(tmp_path / "r.yaml", OWN)
     run = tmp_path / "run"
@@ -160,11 +177,15 @@ def test_the_noise_scale_does_not_see_buckets(small_recipe, tmp_path):
 
 def test_preflight_refuses_before_anything_is_spent(tmp_path):
     for model, ranks, says in (
-        ("spectral", 1, "is changed by each forward"),
+        ("spectral", 1, "spectral_norm, whose vectors are changed by each forward"),
         ("threads_on_rank_1", 2, r"it computes with another number of threads; threads 2, others 1"),
         ("own_weights", 2, "its starting weights are others"),
+        ("drifting_data", 1, r"worker 0's samples are others each time"),
     ):
-        recipe = write_recipe(tmp_path / f"{model}.yaml", changed(OWN, model__name=f"spine_models:{model}"))
+        own = {"model__name": f"spine_models:{model}"}
+        if model.endswith("data"):
+            own = {"data__dataset": f"spine_models:{model}"}
+        recipe = write_recipe(tmp_path / f"{model}.yaml", changed(OWN, **own))
         result = train_on(ranks, recipe, tmp_path / model)
         assert result.returncode == 2 and says in result.stderr, result.stderr
         assert not (tmp_path / model).exists()
@@ -183,3 +204,24 @@ def test_float64_data_is_trained_and_evaluated(tmp_path):
     assert records(run, "eval")[-1]["accuracy"] > 0.6
     assert json.loads((run / "preflight.json").read_text())["threads"] == 1
     assert "checks in" in result.stderr
+
+
+def test_state_that_later_forwards_change_ends_the_run_at_a_checkpoint(tmp_path):
+    """What preflight cannot see: a scale that falls every 30th forward."""
+    recipe = write_recipe(tmp_path / "r.yaml", changed(OWN, model__name="spine_models:drifts", checkpoint__steps=4))
+    result = train_on(2, recipe, tmp_path / "run")
+    assert result.returncode == 1 and "scale was changed since the start" in result.stderr, result.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+
+
+def test_frozen_where_it_was_made_is_frozen_for_the_run(tmp_path):
+    """With preflight or without, over an evaluation and a resume: one hash."""
+    base = changed(OWN, model__name="spine_models:frozen_net", checkpoint__steps=1, checkpoint__keep=99)
+    recipes = {"with": base, "without": changed(base, train__preflight=False)}
+    runs = train_many(2, recipes, tmp_path)
+    for name, run in runs.items():
+        back_at(run, 9, tmp_path / f"{name}-back-on-1")
+    more = train_many(1, {f"{name}-back": recipe for name, recipe in recipes.items()}, tmp_path, resume="--resume")
+    assert len({end_of(run) for run in [*runs.values(), *more.values()]}) == 1
+    state = torch.load(next((runs["with"] / "checkpoints").glob("step-*16")) / "weights.pt", weights_only=True)
+    assert state["1.running_mean"].abs().max() == 0 and state["1.num_batches_tracked"] == 0

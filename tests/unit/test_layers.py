@@ -404,3 +404,56 @@ def test_lost_gradients_are_counted(engine, monkeypatch):  # noqa: F811
         parts = iter([(x[j : j + 8], y[j : j + 8], 0) for j in range(0, 32, 8)])
         shares.append(step.Stepper(replica, recipe, parts).run(point_of()).flushed)
     assert shares[0] < 0.01 and shares[1] > 0.9
+
+
+def test_a_parameter_that_is_a_slice_of_something_larger_keeps_to_its_place(engine, monkeypatch):  # noqa: F811
+    """Its stride has gaps; in a bucket it must not reach into its neighbours."""
+
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(144, 8), nn.Linear(8, 5)
+            self.middle = nn.Parameter(torch.randn(8, 16)[:, :8] * 0.1)
+
+        def forward(self, x):
+            return self.last(self.first(x.flatten(1)) @ self.middle)
+
+    monkeypatch.setitem(models.MODELS, "sliced", lambda section, channels, classes: Sliced())
+    base = small_recipe()
+    recipe = base.model_copy(update={"model": base.model.model_copy(update={"name": "sliced"})})
+    replica = Replica(recipe, 5, engine, CPU)
+    author = models.build(recipe.model, 1, 5, recipe.seed)
+    assert not author.middle.is_contiguous()
+    for name, value in author.state_dict().items():
+        assert torch.equal(replica.model.state_dict()[name], value), name
+
+
+def test_what_its_author_froze_stays_frozen(engine, monkeypatch):  # noqa: F811
+    """eval() where the model is made; through training, an evaluation, and training again."""
+
+    def make(section, channels, classes):
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(400, classes))
+        model[1].eval()
+        return model
+
+    monkeypatch.setitem(models.MODELS, "frozen", make)
+    base = small_recipe()
+    replica = Replica(base.model_copy(update={"model": base.model.model_copy(update={"name": "frozen"})}), 5, engine, CPU)
+    for _ in range(2):
+        replica.train()
+        assert replica.model.training and replica.model[0].training and not replica.model[1].training
+        replica.model.eval()
+
+
+def test_state_that_changes_later_is_noticed(engine):  # noqa: F811
+    """A buffer or a frozen parameter that no step of ours touches."""
+    replica = Replica(small_recipe(), 5, engine, CPU)
+    replica.model.register_buffer("scale", torch.ones(3))
+    replica.model.fc.weight.data = replica.model.fc.weight.data  # in its bucket as before
+    replica.synchronise()
+    replica.check_others()
+    before = int(replica.digest())
+    replica.model.scale[1] *= 0.97
+    with pytest.raises(RunError, match="scale was changed since the start"):
+        replica.check_others()
+    assert int(replica.digest()) != before

@@ -252,3 +252,66 @@ def test_it_passes_the_models_of_all_shipped_recipes():
         channels, size = recipe.data.channels, sizes.get(recipe.model.name, min(recipe.data.image_size, 64))
         found[model], _ = checks_of(lambda r=recipe, c=channels: models.build(r.model, c, 10, r.seed), size, channels)
     assert len(found) >= 5 and all(checks == {"model": None, "masks": None} for checks in found.values()), found
+
+
+def build_and_call(make, samples=8):
+    def build():
+        torch.manual_seed(0)
+        return make()
+
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(samples, 3, 8, 8, generator=generator), torch.randint(0, 10, (samples,), generator=generator)
+    return build, probe.Call(x, y, loss_function(recipes.Train()), lambda m, i: m(i), 7)
+
+
+class OwnNorm(nn.Module):
+    """Normalises over the samples that it gets, and is no BatchNorm."""
+
+    def forward(self, x):
+        return (x - x.mean(0)) / (x.std(0) + 1)
+
+
+class TimeFirst(nn.Module):
+    """A BatchNorm that sees time where samples are expected."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(24)
+
+    def forward(self, x):
+        x = x.flatten(1, 2).permute(2, 0, 1)  # (8 times, samples, 24)
+        return torch.stack([self.norm(x[:, i]) for i in range(x.shape[1])]).flatten(1)
+
+
+@pytest.mark.parametrize("middle, features, holds", [
+    (nn.BatchNorm2d(3), 192, True), (OwnNorm(), 192, False), (TimeFirst(), 192, False),
+])  # fmt: skip
+def test_groups_that_meet_in_a_pass_are_refused(middle, features, holds):
+    import copy
+
+    build, call = build_and_call(lambda: nn.Sequential(copy.deepcopy(middle), nn.Flatten(), nn.Linear(features, 10)), 16)
+    recipe = small_recipe(batch__bn_group=4)
+    seen = probe.look(build(), call)
+    check = preflight.compare_groups(recipe, build, call, seen, torch.float32, CPU)
+    assert check.ok == holds, check
+
+
+def test_dropouts_that_are_not_ours_may_not_be_shared():
+    """AlphaDropout draws from torch's generator: several workers a pass would share its mask."""
+    recipe = small_recipe(machine__workers_per_pass=2)
+    batch = (torch.randn(4, 3, 12, 12), torch.zeros(4, dtype=torch.int64), 0)
+    make = lambda section, channels, classes: nn.Sequential(nn.Flatten(), nn.AlphaDropout(0.3), nn.Linear(432, 10))  # noqa: E731
+    models.MODELS["alpha"] = make
+    try:
+        named = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": "alpha"})})
+        found = preflight.before(named, 10, {0: batch}, CPU, torch.contiguous_format, True)
+    finally:
+        del models.MODELS["alpha"]
+    assert any(not c.ok and "would let workers share" in c.what for c in found.checks)
+
+
+def test_data_that_draws_by_itself_is_refused(engine):  # noqa: F811
+    x, y = torch.randn(4, 3), torch.zeros(4)
+    assert preflight.check_data((x, y, 0), (x.clone(), y.clone(), 0), engine).ok
+    wrong = preflight.check_data((x, y, 0), (x + 1e-6, y, 0), engine)
+    assert not wrong.ok and "sample(index, rng)" in wrong.what
