@@ -194,7 +194,8 @@ def test_preflight_refuses_before_anything_is_spent(tmp_path):
     assert asked.returncode == 1 and not check["ok"] and "_SpectralNorm" in check["what"]
     good = command("preflight", write_recipe(tmp_path / "good.yaml", OWN), "--json", cwd=tmp_path)
     assert good.returncode == 0, good.stderr
-    assert {c["check"] for c in json.loads(good.stdout)["checks"]} == {"state", "model", "masks", "workers", "ranks"}
+    names = {c["check"] for c in json.loads(good.stdout)["checks"]}
+    assert names == {"data", "state", "model", "masks", "workers", "ranks"}
 
 
 def test_float64_data_is_trained_and_evaluated(tmp_path):

@@ -413,7 +413,7 @@ def test_a_parameter_that_is_a_slice_of_something_larger_keeps_to_its_place(engi
         def __init__(self):
             super().__init__()
             self.first, self.last = nn.Linear(144, 8), nn.Linear(8, 5)
-            self.middle = nn.Parameter(torch.randn(8, 16)[:, :8] * 0.1)
+            self.middle = nn.Parameter((torch.randn(8, 16) * 0.1)[:, :8])
 
         def forward(self, x):
             return self.last(self.first(x.flatten(1)) @ self.middle)
@@ -438,7 +438,8 @@ def test_what_its_author_froze_stays_frozen(engine, monkeypatch):  # noqa: F811
 
     monkeypatch.setitem(models.MODELS, "frozen", make)
     base = small_recipe()
-    replica = Replica(base.model_copy(update={"model": base.model.model_copy(update={"name": "frozen"})}), 5, engine, CPU)
+    recipe = base.model_copy(update={"model": base.model.model_copy(update={"name": "frozen"})})
+    replica = Replica(recipe, 5, engine, CPU)
     for _ in range(2):
         replica.train()
         assert replica.model.training and replica.model[0].training and not replica.model[1].training

@@ -289,7 +289,8 @@ class TimeFirst(nn.Module):
 def test_groups_that_meet_in_a_pass_are_refused(middle, features, holds):
     import copy
 
-    build, call = build_and_call(lambda: nn.Sequential(copy.deepcopy(middle), nn.Flatten(), nn.Linear(features, 10)), 16)
+    make = lambda: nn.Sequential(copy.deepcopy(middle), nn.Flatten(), nn.Linear(features, 10))  # noqa: E731
+    build, call = build_and_call(make, 16)
     recipe = small_recipe(batch__bn_group=4)
     seen = probe.look(build(), call)
     check = preflight.compare_groups(recipe, build, call, seen, torch.float32, CPU)
