@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
 
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.imports import load
-from hpc_lbsgd.train.workers import PassContext
+from hpc_lbsgd.train.workers import PassContext, VirtualNorm
 
 
 class Block(nn.Module):
@@ -191,8 +190,13 @@ def compile_stages(model: nn.Module, context: PassContext) -> None:
         raise RequestError(
             f"machine.compile = stages: {type(model).__name__} has neither `stages` nor layer1 to layer4"
         )
+    import torch._dynamo  # a second, for nothing where nothing is compiled
+
     # Stages of one class share their code, and so one list of graphs: stages x (full, tail, evaluation) x modes
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+    for layer in context.layers:
+        if isinstance(layer, VirtualNorm):
+            layer.keep_out_of_graphs()
     for stage in stages:
         mine = set(stage.modules())
         virtual = [layer for layer in context.layers if layer.module in mine]

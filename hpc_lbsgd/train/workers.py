@@ -228,7 +228,11 @@ class VirtualNorm(VirtualLayer):
             return F.batch_norm(x, mean, variance, self.module.weight, self.module.bias, training, 1.0, self.module.eps)
         return self._run_own(x, group, mean, variance, training)
 
-    @torch.compiler.disable
+    def keep_out_of_graphs(self) -> None:
+        """Where parts of the model are compiled: a forward of the user's own, on other buffers, stays as it is. Not a
+        decorator, which would load torch's compiler in every rank."""
+        self._run_own = torch.compiler.disable(self._run_own)
+
     def _run_own(self, x: torch.Tensor, group: int, mean, variance, training: bool) -> torch.Tensor:
         module, buffers = self.module, self.module._buffers
         kept = {name: buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked")}

@@ -77,3 +77,8 @@ def test_only_what_is_about_tensors_imports_torch_at_its_top():
     found = json.loads(python(EACH, *WITH_TORCH).stdout)
     slow = {module: sorted(set(loaded) & {"torch", "horovod", "nvidia"}) for module, loaded in found.items()}
     assert len(found) > 50 and {module: names for module, names in slow.items() if names} == {}
+
+
+def test_a_rank_does_not_load_torchs_compiler():
+    """One to two seconds of every rank's start, for nothing where nothing is compiled."""
+    assert python("import sys, hpc_lbsgd.train.job; print('torch._dynamo' in sys.modules)").stdout.strip() == "False"
