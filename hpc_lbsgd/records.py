@@ -106,6 +106,8 @@ class RunFolder:
 
     def abandon(self) -> None:
         """Forget a first start that was refused before any step: the folder can be used again."""
+        if self.metrics.exists() or self.checkpoints.exists():
+            return  # it was no first start
         self.recipe.unlink(missing_ok=True)
         shutil.rmtree(self.heartbeats, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: it was there before
@@ -114,10 +116,10 @@ class RunFolder:
     def read_amendments(self) -> list[list]:
         """What was amended so far: [step, {key: value}], by step."""
         try:
-            return json.loads(self.amendments.read_text())
+            return [[int(step), dict(changes)] for step, changes in json.loads(self.amendments.read_text())]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError) as problem:
+        except (OSError, ValueError, TypeError) as problem:
             raise RequestError(f"{self.amendments}: {problem}") from None
 
     def write_amendments(self, amendments: list[list]) -> None:

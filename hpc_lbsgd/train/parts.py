@@ -59,8 +59,8 @@ def build(recipe, schedule: Schedule, train_set, eval_set, engine, device: torch
     found = agree(engine, lambda: preflight.before(recipe, classes, batches, device, memory_format, full))
     seconds = time.perf_counter() - started
     replica = together(engine, lambda: Replica(recipe, classes, engine, device, found.calls))
-    if not full:
-        return Parts(replica, train_loader, eval_loader, [], None, seconds)
+    if not full or not all(c.ok for c in found.checks):
+        return Parts(replica, train_loader, eval_loader, found.checks if full else [], None, seconds)
     started = time.perf_counter()
     checks, facts = preflight.after(replica, recipe, schedule.at(0), batches, begun, found.weights)
     data = preflight.check_data(batches[0], again, engine)

@@ -229,13 +229,13 @@ def check_workers(bench: Bench, batches: Mapping[int, Batch], apart: Mapping[int
     if not wrong and bench.workers_per_pass > 1:
         wrong = unequal(bench.share_in_one_pass(batches), both)
         wrong = wrong and f"in one pass (machine.workers_per_pass = {bench.workers_per_pass}): {wrong}"
-    if not wrong and engine.size > 1:
+    if engine.size > 1:  # all ranks take part, whatever they found
         mine = apart.get(engine.rank) or [torch.zeros_like(t) for t in both]
         handles = [engine.start_sum(t, f"preflight.{i}") for i, t in enumerate(mine)]
         for handle in handles:
             engine.wait(handle)
-        wrong = unequal(mine, both)
-        wrong = wrong and f"over ranks 0 and 1: {wrong}"
+        over = unequal(mine, both)
+        wrong = wrong or (over and f"over ranks 0 and 1: {over}")
     problems = [p for p in engine.gather(wrong and f"rank {engine.rank} on {socket.gethostname()}: {wrong}") if p]
     if problems:
         return Check("workers", False, f"workers 0 and 1 apart are not both together: {problems[0]}")

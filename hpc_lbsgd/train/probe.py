@@ -69,7 +69,7 @@ def look(model: nn.Module, call: Call) -> Seen:
         made = sorted(after.keys() - state.keys())
         if made:
             raise RequestError(f"model: {made[0]} is made by the first forward; make it where the model is made")
-        changed = [n for n, value in after.items() if not torch.equal(state[n], value) and not of_norm(n, norms)]
+        changed = [n for n, value in after.items() if not same(state[n], value) and not of_norm(n, norms)]
         # before backward: where it computes a layer again (checkpointing), torch counts the statistics twice
         statistics = {f"buffer {n}": b.clone() for n, b in model.named_buffers() if of_norm(n, norms)}
         for hook in hooks:
@@ -77,6 +77,11 @@ def look(model: nn.Module, call: Call) -> Seen:
         loss = call.loss(outputs, call.labels)
         loss.backward()
     return Seen(values(model, outputs, loss) | statistics, calls, changed, draws)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal, where a NaN is one too."""
+    return torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num()))
 
 
 def everything(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -40,6 +40,7 @@ class Replica:
         self.dtype = dtype
         model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
         self.frozen = models.frozen_in(model)
+        models.train(model, self.frozen)  # a model's own `train` may freeze layers
         memory_format = memory_format_of(recipe, model, device)
         self.channels_last = memory_format == torch.channels_last
         self.model: nn.Module = model.to(device, memory_format=memory_format)
@@ -131,8 +132,11 @@ class Replica:
         for i, flat in enumerate(self.average.flats if self.average else ()):
             self.engine.broadcast(flat, f"average.{i}")
         for name, tensor in self._others():
-            whole = tensor.contiguous()  # a frozen convolution lies channels last, and engines want it in order
-            self.engine.broadcast(whole, f"state.{name}")
+            if self.engine.size == 1:
+                continue
+            # in order, where a frozen convolution lies channels last; as bytes, for engines do not know all types
+            whole = tensor.contiguous()
+            self.engine.broadcast(whole.view(-1).view(torch.uint8), f"state.{name}")
             tensor.copy_(whole)
         self.others = self.digests_of_others()
         self.check_equal("start")

@@ -134,7 +134,7 @@ class Stepper:
             before = time.perf_counter()
             self.mark("data", point.step)
             images, labels, stand_ins = next(self.batches)
-            replaced += stand_ins
+            replaced += 0 if again else stand_ins
             data_wait_s += time.perf_counter() - before
             self.mark("compute", point.step)
             replica.begin_pass(point.step, workers, counts)

@@ -57,9 +57,12 @@ class Trainer:
         """From the start to the end; returns the process's exit code. Collective."""
         self._prepare()
         started = time.monotonic()
-        stopped = self._train()
-        if self.first_step == self.state.step and self.eval_set and self.first_step:
-            self._evaluate(self.schedule.at(self.first_step - 1).epoch + 1)  # nothing was left to do
+        try:
+            stopped = self._train()
+            if self.first_step == self.state.step and self.eval_set and self.first_step:
+                self._evaluate(self.schedule.at(self.first_step - 1).epoch + 1)  # nothing was left to do
+        except RequestError as problem:  # on one rank, perhaps, and long after the request
+            raise RunError(str(problem)) from None
         return self._end(stopped, time.monotonic() - started)
 
     # ---------------------------------------------------------------- prepare
@@ -244,7 +247,7 @@ class Trainer:
             self.replica.optimizer.skipped = len(skipped)
             self.journal.event("skipped", **facts)
             return
-        newest = checkpoint.find_newest(self.folder)
+        newest = checkpoint.find_newest(self.folder) if self.lead else None  # it reads all files; rank 0 speaks
         good = f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written yet"
         self.journal.event("non-finite", **facts)
         self._give_up(verdict.bad_step(self.recipe, point, outcome, skipped, self.hosts, good))

@@ -270,10 +270,11 @@ class VirtualDropout(VirtualLayer):
         else:
             context.settle([self])
             mask = self.mask(x, self.count_call())
-        return x.mul_(mask) if module.inplace else x * mask
+        scale = 1 / (1 - module.p) if module.p < 1 else 0.0  # apart: in bf16 it would be rounded first
+        return x.mul_(mask).mul_(scale) if module.inplace else x * mask * scale
 
     def mask(self, x: torch.Tensor, call: int) -> torch.Tensor:
-        """What `x` is multiplied by: 0, or 1 / (1 - p)."""
+        """1 for what stays of `x`, 0 for what does not."""
         context, p = self.context, self.module.p
         if len(context.spans) > 1:
             self.check_rows(x)
@@ -289,7 +290,7 @@ class VirtualDropout(VirtualLayer):
             if self.shared_dims:
                 shape = (*shape[: len(shape) - self.shared_dims], *[1] * self.shared_dims)
             masks.append((torch.rand(shape, generator=generator, device=x.device) >= p)[part])
-        return torch.cat(masks).to(x.dtype) * (1 / (1 - p) if p < 1 else 0.0)
+        return torch.cat(masks).to(x.dtype)
 
 
 @torch.library.custom_op("hpc_lbsgd::keyed_mask", mutates_args=())
