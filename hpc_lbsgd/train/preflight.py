@@ -84,6 +84,9 @@ def before(
         ) from None
     probe.refuse_state(own, seen)
     checks = [Check("state", True, "forward changes nothing but BatchNorm's statistics")]
+    if full and weights_sha256(build()) != weights:
+        what = "its starting weights are others each time it is made; they must come from torch's generator"
+        return Before(dict(seen.calls), [*checks, Check("model", False, what)], weights)
     if full:
         checks += compare(recipe, build, call, seen, dtype, device)
         if seen.draws and recipe.machine.workers_per_pass > 1:

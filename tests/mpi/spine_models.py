@@ -39,7 +39,9 @@ def with_bad_samples(part):
 
 
 def net(channels, classes):
-    return nn.Sequential(nn.Linear(48, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, classes))
+    model = nn.Sequential(nn.Linear(48, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, classes))
+    model.register_buffer("mask", torch.ones(3, dtype=torch.bool), persistent=False)  # Horovod does not know its type
+    return model
 
 
 def spectral(channels, classes):
