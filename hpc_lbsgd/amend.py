@@ -63,17 +63,59 @@ def amended(recipe: Recipe, changes: dict) -> Recipe:
     return recipes.validate(content, f"--amend {' '.join(f'{k}={v}' for k, v in changes.items())}")
 
 
-def added(amendments: Sequence[Amendment], step: int, changes: dict, decided: bool) -> list[Amendment]:
-    """The amendments with `changes` from `step` on. decided: an adaptive batch has decided on learning rates."""
+def checked(amendments: object, where: str) -> list[Amendment]:
+    """What a file holds as amendments; raises RequestError where `--amend` cannot have written it."""
+    last = -1
+    if not isinstance(amendments, list):
+        raise RequestError(f"{where}: expected a list of [step, {{key: value}}]")
+    for entry in amendments:
+        match entry:
+            case [int(step), dict(changes)] if step > last and not isinstance(step, bool):
+                last = step
+            case _:
+                raise RequestError(f"{where}: {entry}: expected [step, {{key: value}}], by rising step")
+        wrong = next((key for key in changes if key not in AMENDABLE), None)
+        if wrong:
+            raise RequestError(f"{where}: {wrong} at step {step} cannot be amended; allowed: {', '.join(AMENDABLE)}")
+    return amendments
+
+
+def added(
+    recipe: Recipe, amendments: Sequence[Amendment], step: int, changes: dict, decided: bool
+) -> list[Amendment]:
+    """The amendments with `changes` from `step` on, in place of what was amended of the same keys for later. What is in
+    force already is left out: a batch script says the same at each of its starts. decided: an adaptive batch has
+    decided on learning rates."""
+    now = recipe
+    for _, before in amendments:
+        now = amended(now, before)
+    old, new = (flatten(r.model_dump(mode="json")) for r in (now, amended(now, changes)))
+    changes = {key: value for key, value in changes.items() if old[key] != new[key]}
+    if not changes:
+        return list(amendments)
     rates = [key for key in changes if key.startswith(("optim.", "schedule."))]
     if decided and rates:
         raise RequestError(
             f"--amend {rates[0]}: an adaptive batch has decided on batch and learning rate since, and goes on from "
             "those; start another run from the weights"
         )
-    here = [c for s, c in amendments if s == step]
-    merged = {key: value for part in [*here, changes] for key, value in part.items()}
-    return sorted([*(list(a) for a in amendments if a[0] != step), [step, merged]])
+    kept = [[s, c if s < step else {k: v for k, v in c.items() if k not in changes}] for s, c in amendments]
+    here = next((c for s, c in kept if s == step), {})
+    others = [[s, c] for s, c in kept if s != step and c]
+    return sorted([*others, [step, here | changes]], key=lambda amendment: amendment[0])
+
+
+def flatten(part: dict, prefix: str = "") -> dict:
+    """{"section.key": value} of a nested one."""
+    flat = {}
+    for key, value in part.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def said(step: int, changes: dict) -> str:
+    """An amendment for a person."""
+    return f"at step {step}: {', '.join(f'{key} = {value}' for key, value in changes.items())}"
 
 
 def recipe_now(recipe: Recipe, amendments: Sequence[Amendment], step: int) -> Recipe:
@@ -95,11 +137,18 @@ def schedule_of(
     """The run as a function of the step. Raises RequestError where an amendment would move steps before it."""
     schedule = recipe.build_schedule(samples, decisions)
     for step, changes in amendments:
-        recipe = amended(recipe, changes)
+        before, recipe = recipe, amended(recipe, changes)
         later = recipe.build_schedule(samples, decisions)
         try:
+            if passed(before, schedule, step) != passed(recipe, later, step):
+                raise ValueError("a milestone that the run has passed stays; change only those ahead")
             schedule = Segments(schedule, step, later)
         except ValueError as problem:
             named = ", ".join(f"{k} = {v}" for k, v in changes.items())
             raise RequestError(f"--amend: {named} at step {step}: {problem}") from None
     return schedule
+
+
+def passed(recipe: Recipe, schedule: Schedule, step: int) -> list[int]:
+    """The milestones at whose epoch a step was taken before `step`."""
+    return [m for m in recipe.schedule.milestones if m < schedule.epochs and schedule.first_step(m) < step]

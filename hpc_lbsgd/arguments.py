@@ -101,8 +101,8 @@ def with_hosts(p):
     p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
 
 
-def with_recipe(p):
-    p.add_argument("recipe", help="a recipe file, or the name of a shipped recipe")
+def with_recipe(p, what: str = "a recipe file, or the name of a shipped recipe"):
+    p.add_argument("recipe", help=what)
     with_set(p)
 
 

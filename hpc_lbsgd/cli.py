@@ -123,8 +123,8 @@ def add_data(commands) -> None:
 
 
 def add_runs(command) -> None:
-    p = command("plan", plan, help="the run before it runs")
-    with_recipe(p)
+    p = command("plan", plan, help="the run before it runs, or as it was decided and amended since")
+    with_recipe(p, "a recipe file, the name of a shipped recipe, or a run folder")
     p.add_argument("--nodes", type=positive, default=1)
     p.add_argument("--gpus-per-node", type=positive, default=8, help="ranks a node (default: %(default)s)")
     p.add_argument("--images-per-s", type=positive_float, help="a rank's measured rate without communication")
@@ -290,10 +290,18 @@ def data_order(args) -> int:
 def plan(args) -> int:
     from hpc_lbsgd import plan as plans
     from hpc_lbsgd import recipe as recipes
+    from hpc_lbsgd.records import RunFolder
 
-    recipe = recipes.read(args.recipe, args.settings)
+    folder, past = RunFolder(args.recipe), ()
+    if folder.exists():
+        if args.settings:
+            raise RequestError(f"--set {args.settings[0]}: {args.recipe} is a run, and has its recipe (see --amend)")
+        recipe, *past = plans.of_run(folder)
+    else:
+        recipe = recipes.read(args.recipe, args.settings)
     critical = plans.measured_noise_scale(args.noise_from) if args.noise_from else args.critical_batch
-    result = plans.plan(recipe, args.nodes, args.gpus_per_node, args.images_per_s, args.steps, critical, args.system)
+    where = (args.nodes, args.gpus_per_node, args.images_per_s)
+    result = plans.plan(recipe, *where, args.steps, critical, args.system, *past)
     print(json.dumps(result) if args.json else plans.show(Path(args.recipe).stem, recipe, result))
     return EXIT_DONE
 

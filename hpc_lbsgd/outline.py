@@ -54,17 +54,14 @@ def outline(recipe, schedule: Schedule, ranks: int, critical_batch: float | None
     first = schedule.stages[0]
     kn = first.workers * n
     stages = []
-    for i, stage in enumerate(schedule.stages):
-        end_epoch = schedule.stages[i + 1].first_epoch if i + 1 < len(schedule.stages) else schedule.epochs
+    for stage, start, stop in schedule.spans():
         batch = stage.workers * n
         noise = (stage.lr, stage.momentum, batch, schedule.samples)
         stages.append(
             {
-                "first_step": schedule.first_step(stage.first_epoch),
-                "last_step": schedule.first_step(stage.first_epoch)
-                + (end_epoch - stage.first_epoch) * schedule.steps_in_epoch(stage.first_epoch)
-                - 1,
-                "first_epoch": stage.first_epoch,
+                "first_step": start,
+                "last_step": stop - 1,
+                "first_epoch": schedule.at(start).epoch,
                 "global_batch": batch,
                 "workers": stage.workers,
                 "lr": stage.lr,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
+from hpc_lbsgd.amend import Amendment, checked, recipe_now, said, schedule_of
 from hpc_lbsgd.bench.simulate import workload
 from hpc_lbsgd.data.order import passes_of_rank
 from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.outline import outline, render
-from hpc_lbsgd.recipe import Recipe
+from hpc_lbsgd.recipe import Decision, Recipe, load_resolved
 from hpc_lbsgd.records import RunFolder, read_metrics
 from hpc_lbsgd.theory.scaling import required_gbit_per_s
 from hpc_lbsgd.theory.schedule import Schedule
@@ -34,12 +36,30 @@ def model_costs(recipe: Recipe, classes: int) -> tuple[int, float]:
 
     from hpc_lbsgd.train import models
 
+    shape, dtype = sample_shape(recipe)
     model = models.without_storage(recipe, classes)
-    with torch.device("meta"):
-        images = torch.empty(2, recipe.data.channels, recipe.data.image_size, recipe.data.image_size)
+    inputs = torch.empty(2, *shape, dtype=dtype, device="meta")
+    try:
         with FlopCounterMode(display=False) as counter:
-            model(images).sum().backward()
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / len(images)
+            model(inputs).sum().backward()
+    except Exception as problem:  # a model that anyone may have written
+        raise RequestError(
+            f"model.name = {recipe.model.name}: it cannot be run on 2 samples of {tuple(shape)}, {dtype}, without "
+            f"storage, and what an image costs is not known ({type(problem).__name__}: {problem})"
+        ) from None
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / len(inputs)
+
+
+def sample_shape(recipe: Recipe):
+    """Shape and dtype of a sample, as the model gets it: of pictures from the recipe, else of the first sample."""
+    import torch
+
+    if not recipe.data.dataset:
+        return (recipe.data.channels, recipe.data.image_size, recipe.data.image_size), torch.float32
+    from hpc_lbsgd.data.user import UserSet
+
+    first = UserSet(recipe.data.dataset, "train").sample(0, recipe.seed, 0)[0]
+    return first.shape, torch.float32 if first.is_floating_point() else first.dtype
 
 
 def plan(
@@ -50,8 +70,10 @@ def plan(
     steps: tuple[int, int] | None = None,
     critical_batch: float | None = None,
     system: str | None = None,
+    decisions: Sequence[Decision] = (),
+    amendments: Sequence[Amendment] = (),
 ) -> dict:
-    """Everything `plan` reports.
+    """Everything `plan` reports. decisions, amendments: of a run that has begun (`of_run`).
 
     images_per_s: a rank's training rate without communication, measured; else assumed from the model's FLOP.
     steps: (a, b) adds a table of steps a..b-1. critical_batch: B_crit (or B_simple, its predictor) adds a table of
@@ -60,14 +82,17 @@ def plan(
     ranks = nodes * gpus_per_node
     settled = recipe.with_workers(ranks)
     samples, classes = samples_and_classes(settled)
-    schedule = settled.build_schedule(samples)
+    schedule = schedule_of(settled, samples, decisions, amendments)
+    settled = recipe_now(settled, amendments, schedule.full_steps)
     result = {
         "nodes": nodes,
         "gpus_per_node": gpus_per_node,
         **outline(settled, schedule, ranks, critical_batch),
         **demands(settled, classes, images_per_s),
     }
-    result["jobs"] = jobs(recipe, samples, gpus_per_node, result["images_per_s_per_rank"])
+    if amendments:
+        result["amendments"] = [{"step": step, "changes": changes} for step, changes in amendments]
+    result["jobs"] = jobs(recipe, samples, decisions, amendments, gpus_per_node, result["images_per_s_per_rank"])
     if system:
         result["predicted"] = predicted(settled, classes, system, nodes, gpus_per_node, result)
     if steps:
@@ -91,7 +116,14 @@ def plan(
     return result
 
 
-def jobs(recipe: Recipe, samples: int, gpus_per_node: int, rate: float) -> list[dict]:
+def of_run(folder: RunFolder) -> tuple[Recipe, list[Decision], list[Amendment]]:
+    """A run's recipe, and what was decided and amended since it began."""
+    decided = (r for r in read_metrics(folder.metrics) if r.get("event") == "decision")
+    decisions = [Decision(*(r[key] for key in Decision._fields)) for r in decided]
+    return load_resolved(folder.recipe), decisions, checked(folder.read_amendments(), str(folder.amendments))
+
+
+def jobs(recipe: Recipe, samples: int, decisions, amendments, gpus_per_node: int, rate: float) -> list[dict]:
     """The same recipe as a job of 1 to 32 nodes: kn, learning rate, steps, time, node-hours.
 
     With `workers: per_rank` kn follows from the nodes, with a fixed k it stays. Compute only, at `rate` images/s a
@@ -102,7 +134,7 @@ def jobs(recipe: Recipe, samples: int, gpus_per_node: int, rate: float) -> list[
         ranks = nodes * gpus_per_node
         settled = recipe.with_workers(ranks)
         try:
-            schedule = settled.build_schedule(samples)
+            schedule = schedule_of(settled, samples, decisions, amendments)
         except RequestError as problem:
             rows.append({"nodes": nodes, "ranks": ranks, "problem": str(problem)})
             continue
@@ -118,13 +150,10 @@ def jobs(recipe: Recipe, samples: int, gpus_per_node: int, rate: float) -> list[
 def compute_hours(recipe: Recipe, schedule: Schedule, ranks: int, rate: float) -> float:
     """Time of all steps, each as long as its busiest rank computes."""
     seconds = 0.0
-    ends = [schedule.first_step(s.first_epoch) for s in schedule.stages[1:]] + [schedule.full_steps]
-    start = 0
-    for stage, end in zip(schedule.stages, ends, strict=True):
+    for stage, start, stop in schedule.spans():
         busiest = len(passes_of_rank(stage.workers, 0, ranks, 1))  # workers of rank 0, which never has fewer
         images = busiest * schedule.samples_per_worker
-        seconds += max(0, min(end, schedule.steps) - start) * images / rate
-        start = end
+        seconds += max(0, min(stop, schedule.steps) - start) * images / rate
     return seconds / 3600
 
 
@@ -240,6 +269,7 @@ def show(name: str, recipe: Recipe, p: dict) -> str:
         f"hide behind backward at {p['images_per_s_per_rank']:.0f} images/s a rank ({kind}): "
         f"{p['required_gbit_per_s']:.1f} Gbit/s a rank",
         *said_of_prediction(p.get("predicted")),
+        *(f"  amended        {said(a['step'], a['changes'])}" for a in p.get("amendments", ())),
         f"  momentum       fills in {p['accumulator_warmin_epochs']:.3g} epochs",
         "",
         "  stage     steps               epoch       kn         lr  momentum  noise scale",

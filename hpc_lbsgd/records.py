@@ -113,13 +113,13 @@ class RunFolder:
         with contextlib.suppress(OSError):  # not empty: it was there before
             self.path.rmdir()
 
-    def read_amendments(self) -> list[list]:
-        """What was amended so far: [step, {key: value}], by step."""
+    def read_amendments(self) -> object:
+        """What the file of amendments holds (see `amend.checked`)."""
         try:
-            return [[int(step), dict(changes)] for step, changes in json.loads(self.amendments.read_text())]
+            return json.loads(self.amendments.read_text())
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, TypeError) as problem:
+        except (OSError, ValueError) as problem:
             raise RequestError(f"{self.amendments}: {problem}") from None
 
     def write_amendments(self, amendments: list[list]) -> None:

@@ -46,6 +46,14 @@ class UserSet:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def sample(self, index: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input, label) of a sample in an epoch."""
+        if hasattr(self.dataset, "sample"):
+            found = self.dataset.sample(index, np.random.default_rng(stream_key("user", seed, epoch, index)))
+        else:
+            found = self.dataset[index]
+        return torch.as_tensor(found[0]), torch.as_tensor(found[1])
+
 
 class UserLoader:
     """Collects a user's samples into batches, in threads, `prefetch` batches ahead."""
@@ -53,7 +61,7 @@ class UserLoader:
     def __init__(
         self, data: UserSet, seed: int, threads: int, prefetch: int, channels_last: bool, device: torch.device
     ):
-        self.dataset, self.seed, self.threads, self.device = data.dataset, seed, threads, device
+        self.data, self.seed, self.threads, self.device = data, seed, threads, device
         self.ahead, self.channels_last = max(prefetch, threads), channels_last
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
@@ -61,14 +69,9 @@ class UserLoader:
             yield self._place(batch)
 
     def _make(self, request: Request) -> Batch:
-        pairs = [self._sample(int(i), request.epoch) for i in request.samples]
-        inputs, labels = (torch.stack([torch.as_tensor(p[k]) for p in pairs]) for k in (0, 1))
+        pairs = [self.data.sample(int(i), self.seed, request.epoch) for i in request.samples]
+        inputs, labels = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         return Batch(inputs, labels)
-
-    def _sample(self, index: int, epoch: int):
-        if hasattr(self.dataset, "sample"):
-            return self.dataset.sample(index, np.random.default_rng(stream_key("user", self.seed, epoch, index)))
-        return self.dataset[index]
 
     def _place(self, batch: Batch) -> Batch:
         inputs = batch.images

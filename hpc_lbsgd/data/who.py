@@ -12,6 +12,11 @@ from hpc_lbsgd.recipe import Recipe
 def samples_and_classes(recipe: Recipe) -> tuple[int, int]:
     """N and the number of classes: from the data where it is there, else from the recipe."""
     data = recipe.data
+    if data.dataset and not (data.samples and data.classes):
+        from hpc_lbsgd.data.user import UserSet
+
+        own = UserSet(data.dataset, "train")
+        return len(own), data.classes or len(own.classes) or 1000
     try:
         found = manifests.Manifest(manifests.find(data.train)) if data.train else None
     except RequestError:

@@ -17,7 +17,7 @@ from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.parallel.engine import Engine
 
 ALIGN_BYTES = 64  # of every view: vector loads and MPI's copies want it
-
+STATISTICS_BITS = 30  # under any-ranks, BatchNorm's statistics are summed in units of 2**-bits of at least so many bits
 
 Digest = Callable[[int, torch.Tensor], None]  # of a bucket's number and values
 
@@ -115,7 +115,8 @@ class Bucket:
 class Buckets:
     """All buckets of a model: armed before each backward, finished after the last of a step.
 
-    bits        None: floating-point sums. Else sums over workers are int64 in units of 2**-bits (`any-ranks`)
+    bits        None: floating-point sums. Else sums over workers are int64 in units of 2**-bits (`any-ranks`);
+                BatchNorm's statistics in units of at most 2**-STATISTICS_BITS
     wire_scale  None: gradients travel as computed. Else as float16, times this power of two
 
     Where the engine's own model sums gradients (`engine.sums_gradients`), only BatchNorm's statistics and the sums of
@@ -135,6 +136,8 @@ class Buckets:
         self.buckets = [Bucket(i, layout, device, dtype) for i, layout in enumerate(layouts)]
         self.bits, self.wire_scale = bits, wire_scale
         if bits is not None:
+            # statistics hold counts in units of 2^-ceil(log2 groups), which a coarse unit would make zero
+            self._finer = 2.0 ** max(0, STATISTICS_BITS - bits)
             self.totals = [torch.zeros(b.layout.size, dtype=torch.int64, device=device) for b in self.buckets]
         if wire_scale is not None:
             self.wires = [
@@ -265,10 +268,12 @@ class Buckets:
         """Add a worker's values to the int64 totals and clear them for the next. NaN and values that could wrap are
         flagged."""
         gradients = bucket.gradients[bucket.layout.statistics :]
-        if self.flushed is not None:
+        counted = self.flushed is not None and not self._apart
+        if counted:
             before = torch.count_nonzero(gradients)
+        self._scale_statistics(bucket, self._finer)
         scaled, total = bucket.gradients.mul_(2.0**self.bits).round_(), self.totals[bucket.index]
-        if self.flushed is not None:
+        if counted:
             self.flushed += torch.stack([before, before - torch.count_nonzero(gradients)])
         low, high = scaled.aminmax()
         self.out_of_range |= ~((low >= -self._largest) & (high <= self._largest))
@@ -283,6 +288,10 @@ class Buckets:
             total += scaled.to(torch.int64)
         if not self._last_pass:
             bucket.gradients.zero_()
+
+    def _scale_statistics(self, bucket: Bucket, factor: float) -> None:
+        if factor != 1 and bucket.layout.statistics:
+            bucket.gradients[: bucket.layout.statistics].mul_(factor)
 
     def _launch(self, bucket: Bucket) -> None:
         tensor = bucket.gradients
@@ -307,6 +316,7 @@ class Buckets:
                 bucket.handle = None
             if self.bits is not None:  # always finite; one rounding, to the nearest float
                 bucket.gradients.copy_(self.totals[bucket.index]).mul_(2.0**-self.bits)
+                self._scale_statistics(bucket, 1 / self._finer)
                 continue
             if bucket.layout.compress:
                 bucket.gradients.copy_(self.wires[bucket.index]).mul_(1 / self.wire_scale)

@@ -143,6 +143,11 @@ class Schedule:
         n, measured = self.samples_per_worker, self._measured(step)
         return Point(step, epoch, in_epoch, lr, stage.momentum, stage.workers, n, first, count, measured)
 
+    def spans(self) -> list[tuple[Stage, int, int]]:
+        """(stage, first step, step after its last) of every stage, in order."""
+        ends = [*self._stage_steps[1:], self.full_steps]
+        return list(zip(self.stages, self._stage_steps, ends, strict=True))
+
     def _place(self, step: int) -> tuple[Stage, int, int]:
         """(the step's stage, epochs since its first, step in the epoch)."""
         i = bisect.bisect_right(self._stage_steps, step) - 1
@@ -198,6 +203,11 @@ class Segments(Schedule):
 
     def at(self, step: int) -> Point:
         return (self.before if step < self.seam else self.later).at(step)
+
+    def spans(self) -> list[tuple[Stage, int, int]]:
+        before = [(stage, first, min(stop, self.seam)) for stage, first, stop in self.before.spans()]
+        later = [(stage, max(first, self.seam), stop) for stage, first, stop in self.later.spans()]
+        return [(stage, first, stop) for stage, first, stop in before + later if first < stop]
 
 
 # ---------------------------------------------------------------- stages, by paper

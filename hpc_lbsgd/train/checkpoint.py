@@ -25,6 +25,7 @@ from hpc_lbsgd.train.replica import Replica, weights_sha256
 
 WEIGHTS, AVERAGE, OPTIMIZER = "weights.pt", "weights_ema.pt", "optimizer.pt"
 LATEST = "LATEST"
+RULES = 2  # what a step does with the same recipe. 2: a tail's absent samples count as zeros; averages have statistics
 
 
 @dataclass
@@ -41,6 +42,7 @@ class State:
     skipped: list[int] = field(default_factory=list)  # steps that changed nothing (train.on_bad_step = skip)
     noise: list[list[float]] = field(default_factory=list)  # the last measurements: [trace, square]
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 by file name
+    rules: int = 1  # those it was trained by (RULES); the first ones were not written down
 
 
 def file_sha256(path: Path) -> str:

@@ -21,6 +21,8 @@ def batch_from(recipe, schedule: Schedule, epoch: int, measured: noise.NoiseScal
         return None
     section, n, now = recipe.schedule, recipe.batch.samples_per_worker, schedule.stages[-1]
     largest = recipe.max_workers() or schedule.samples // n
+    if recipe.batch.last_batch == "drop":  # a batch larger than the data would leave no step
+        largest = min(largest, schedule.samples // n)
     wanted = round(noise.adaptive_batch(measured.value, section.noise_factor) / n)
     workers = min(max(wanted, recipe.batch.workers), largest)
     if workers == now.workers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 
+from hpc_lbsgd.amend import said
 from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.records import Metrics, RunFolder, now, read_metrics
 from hpc_lbsgd.theory.schedule import Point, Schedule
@@ -27,7 +28,7 @@ class Journal:
         resumed = f", resumed at step {first}" if found.attempt else ""
         lines = [render(name, plan, recipe), f"  run folder     {self.folder.path}{resumed}"]
         for step, changes in found.amendments:
-            lines.append(f"  amended        at step {step}: {', '.join(f'{k} = {v}' for k, v in changes.items())}")
+            lines.append(f"  amended        {said(step, changes)}")
         if parts.checks:
             lines.append(f"  preflight      {len(parts.checks)} checks in {parts.preflight_s:.1f} s: all hold")
         lines += [f"  passed over    {note}" for note in found.notes]

@@ -82,7 +82,8 @@ def before(
             f"batch.samples_per_worker = {recipe.batch.samples_per_worker}: BatchNorm gets one value a channel, and "
             f"has nothing to normalise by ({problem}); use more samples a worker"
         ) from None
-    probe.refuse_state(own, seen)
+    evaluated = recipe.data.eval or recipe.data.dataset
+    probe.refuse_state(own, seen.changed + (probe.changed_by_evaluation(own, call) if evaluated else []))
     checks = [Check("state", True, "forward changes nothing but BatchNorm's statistics")]
     if full and weights_sha256(build()) != weights:
         what = "its starting weights are others each time it is made; they must come from torch's generator"

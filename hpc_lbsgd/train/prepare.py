@@ -51,29 +51,38 @@ def prepare(
     """
     folder = choose_run(name, run, resume)
     notes: list[str] = []
+    if amend and not folder.exists():
+        raise RequestError(f"--amend: no run in {folder.path} to amend; a run that starts has its recipe, and --set")
     if folder.exists():
         recipe = settle_again(recipe, recipes.load_resolved(folder.recipe))
     else:
         recipe = recipe.with_workers(ranks).with_threads(worlds.cores_per_rank(worlds.from_environment().local_size))
     train, evaluation, recipe = open_data(recipe, folder)
-    schedule = recipe.build_schedule(len(train))  # refuses what cannot be scheduled
-    if recipe.machine.engine == "ddp":
-        refuse_idle_ranks(recipe, schedule, ranks)
+    recipe.build_schedule(len(train))  # refuses what cannot be scheduled
     newest = checkpoint.find_newest(folder) if folder.exists() else None
     state = None
     if newest:
         path, state, notes = newest
+        if state.rules != checkpoint.RULES and (recipe.batch.last_batch == "partial" or recipe.train.ema_decay):
+            raise RequestError(
+                f"{path}: written by a version whose partial tails and averaged weights followed other rules "
+                f"({state.rules}, here {checkpoint.RULES}); go on with that version, or start a new run"
+            )
         if state.data_fingerprint != data_fingerprint(train, evaluation):
             raise RequestError(
                 f"data.train = {recipe.data.train}: not the data that {folder.path} was trained on; "
                 "resume with the same data, or start a new run"
             )
     step = state.step if state else 0
-    amendments = folder.read_amendments() if folder.exists() else []
+    amendments = amends.checked(folder.read_amendments(), str(folder.amendments)) if folder.exists() else []
+    before = amendments
     if amend:
-        amendments = amends.added(amendments, step, amend, bool(state and state.decisions))
-    amends.recipe_now(recipe, amendments, step)
-    amends.schedule_of(recipe, len(train), [Decision(*d) for d in state.decisions] if state else [], amendments)
+        amendments = amends.added(recipe, amendments, step, amend, bool(state and state.decisions))
+    now = amends.recipe_now(recipe, amendments, step)
+    decisions = [Decision(*d) for d in state.decisions] if state else []
+    schedule = amends.schedule_of(recipe, len(train), decisions, amendments)
+    if now.machine.engine == "ddp":
+        refuse_idle_ranks(now, schedule, ranks)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         attempt = sum(1 for r in read_metrics(folder.metrics) if r["kind"] == "start")
@@ -96,7 +105,7 @@ def prepare(
         attempt,
         notes,
         amendments,
-        bool(amend),
+        amendments != before,
     )
 
 
@@ -124,7 +133,7 @@ def settle_again(asked: Recipe, before: Recipe) -> Recipe:
     asked = asked.with_workers(before.batch.workers)
     if before.machine.threads:
         asked = asked.with_threads(before.machine.threads)
-    old, new = flatten(before.result_part()), flatten(asked.result_part())
+    old, new = amends.flatten(before.result_part()), amends.flatten(asked.result_part())
     changed = [
         f"{key} = {new.get(key)} (the run has {old.get(key)})"
         for key in sorted(old.keys() | new.keys())
@@ -133,13 +142,6 @@ def settle_again(asked: Recipe, before: Recipe) -> Recipe:
     if changed:
         raise RequestError(f"--resume: the run was made by another recipe: {'; '.join(changed)}")
     return asked
-
-
-def flatten(part: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in part.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | None, Recipe]:

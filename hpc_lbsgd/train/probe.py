@@ -79,6 +79,18 @@ def look(model: nn.Module, call: Call) -> Seen:
     return Seen(values(model, outputs, loss) | statistics, calls, changed, draws)
 
 
+def changed_by_evaluation(model: nn.Module, call: Call) -> list[str]:
+    """What a forward in evaluation changes: ranks evaluate other samples, and would part. Statistics too."""
+    training = {m: m.training for m in model.modules()}
+    state = {name: value.clone() for name, value in everything(model)}
+    model.eval()
+    with torch.no_grad():
+        call.outputs(model, call.images)
+    for module, mode in training.items():
+        module.training = mode
+    return [n for n, value in everything(model) if n not in state or not same(state[n], value)]
+
+
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal, where a NaN is one too."""
     return torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num()))
@@ -132,13 +144,13 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 # ---------------------------------------------------------------- what is found
 
 
-def refuse_state(model: nn.Module, seen: Seen) -> None:
+def refuse_state(model: nn.Module, changed: list[str]) -> None:
     """Raise RequestError where forward changes what is not accounted for."""
-    if not seen.changed:
+    if not changed:
         return
-    name = seen.changed[0]
+    name = changed[0]
     owner, _, last = name.rpartition(".")
-    more = f" (and {len(seen.changed) - 1} more)" if len(seen.changed) > 1 else ""
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
     raise RequestError(
         f"model: {name} of {owner or 'the model'} ({type(model.get_submodule(owner)).__name__}) is changed by each "
         f"forward{more}. Every rank and every pass would change it by itself, and the result would depend on their "

@@ -41,6 +41,7 @@ class Replica:
         model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
         self.frozen = models.frozen_in(model)
         models.train(model, self.frozen)  # a model's own `train` may freeze layers
+        unfold_expanded(model)
         memory_format = memory_format_of(recipe, model, device)
         self.channels_last = memory_format == torch.channels_last
         self.model: nn.Module = model.to(device, memory_format=memory_format)
@@ -138,7 +139,7 @@ class Replica:
             whole = tensor.contiguous()
             self.engine.broadcast(whole.view(-1).view(torch.uint8), f"state.{name}")
             tensor.copy_(whole)
-        self.others = self.digests_of_others()
+        self.others, self.trained = self.digests_of_others(), trained_in(self.model)
         self.check_equal("start")
 
     def _others(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -152,6 +153,14 @@ class Replica:
 
     def check_others(self) -> None:
         """Raise RunError where training changed what it does not account for. Not collective."""
+        moved = self.trained.symmetric_difference(trained_in(self.model))
+        if moved:
+            name = min(moved)
+            what = "it still decays, and moves by its momentum" if name in self.trained else "no step moves it"
+            raise RunError(
+                f"requires_grad of {name} was changed since the start, and {what}: what trains is settled where the "
+                "model is made. Weights since the last checkpoint are not the recipe's"
+            )
         now = self.digests_of_others()
         changed = [n for n in self.others if n not in now or now[n] != self.others[n]]
         changed += [n for n in now if n not in self.others]
@@ -194,6 +203,18 @@ class Replica:
 
     def gradient_bytes(self) -> int:
         return sum(b.layout.size * b.gradients.element_size() for b in self.buckets.buckets)
+
+
+def trained_in(model: nn.Module) -> set[str]:
+    """Names of the parameters that training moves."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def unfold_expanded(model: nn.Module) -> None:
+    """Give what is one value many times (`expand`) memory for each, for nothing can be written into it as it is."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
 def outputs(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, device: torch.device, autocast: bool):

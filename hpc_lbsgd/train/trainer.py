@@ -44,7 +44,8 @@ class Trainer:
         self.lead = engine.rank == 0
         self.journal, self.stops = Journal(self.folder), Stops(self.folder, self.lead)
         self._open_sets()
-        fresh = checkpoint.State(0, self.written.fingerprint(), data_fingerprint(self.train_set, self.eval_set))
+        data = data_fingerprint(self.train_set, self.eval_set)
+        fresh = checkpoint.State(0, self.written.fingerprint(), data, rules=checkpoint.RULES)
         self.state = checkpoint.State(**found.state) if found.state else fresh
         self._schedule_from_decisions()
         self.adaptive = recipe.schedule.kind == "adaptive-batch"

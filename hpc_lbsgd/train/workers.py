@@ -349,3 +349,6 @@ def refuse(name: str, module: nn.Module) -> None:
         )
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         raise RequestError(f"{what} has no weights before its first forward; run one in the function that makes it")
+    sparse = next((n for n, b in module.named_buffers(recurse=False) if b.layout != torch.strided), None)
+    if sparse:
+        raise RequestError(f"{what} has {sparse}, a sparse buffer, which ranks cannot compare; make it dense")

@@ -109,10 +109,18 @@ def test_amendments_open_a_segment(tmp_path):
     words = ("--resume", "--amend", "optim.base_lr=0.01", "--amend", "train.epochs=3")
     assert train_on(1, recipe, run, "--set", "train.max_steps=6").returncode == 0
     assert train_on(2, recipe, run, *words, "--set", "train.max_steps=10").returncode == 0
-    assert train_on(1, recipe, run, "--resume").returncode == 0
+    assert train_on(1, recipe, run, *words).returncode == 0
     steps = records(run, "step")
     assert [s["step"] for s in steps] == list(range(24))
+    shown = command("plan", run, "--json")
+    assert shown.returncode == 0, shown.stderr
+    planned = json.loads(shown.stdout)
+    assert planned["amendments"] == [{"step": 6, "changes": {"optim.base_lr": 0.01, "train.epochs": 3}}]
+    assert planned["steps"] == 24
+    assert [(s["first_step"], s["lr"]) for s in planned["stages"]] == [(0, 0.05), (6, 0.01)]
+    assert "amended        at step 6: optim.base_lr = 0.01, train.epochs = 3" in command("plan", run).stdout
     assert {s["lr"] for s in steps[:6]} == {0.05} and {s["lr"] for s in steps[6:]} == {0.01}
+    # a requeued batch script says it again, in the middle and at the end: nothing is amended twice
     (event,) = [r for r in records(run, "event") if r["event"] == "amendment"]
     assert event["step"] == 6 and event["changes"] == {"optim.base_lr": 0.01, "train.epochs": 3}
     # u-form under the same learning rates ends at the same weights up to rounding: v was corrected at the seam
@@ -144,12 +152,24 @@ def test_amendments_that_rewrite_the_past_are_refused(tmp_path):
     run = tmp_path / "run"
     refused = command("train", recipe, "--run", run, "--amend", "optim.base_lr=0.01")
     assert refused.returncode == 2 and "--amend optim.base_lr=0.01: only with --resume" in refused.stderr
+    refused = command("train", recipe, "--run", run, "--resume-if-exists", "--amend", "optim.base_lr=0.01")
+    assert refused.returncode == 2 and "to amend; a run that starts has its recipe" in refused.stderr
+    assert not run.exists()
     assert command("train", recipe, "--run", run, "--set", "train.max_steps=9").returncode == 0
     for change, says in (("seed=3", "expected KEY=VALUE with one of optim.base_lr"),
                          ("train.epochs=1", "the run has taken 9 steps, and would have 8"),
                          ("optim.base_lr=-1", "optim.base_lr"), ("optim.base_lr", "expected KEY=VALUE")):  # fmt: skip
         result = command("train", recipe, "--run", run, "--resume", "--amend", change)
         assert result.returncode == 2 and says in result.stderr, result.stderr
+    amendments = run / "amendments.json"
+    amendments.write_text('[[3, {"seed": 4}]]')
+    result = command("train", recipe, "--run", run, "--resume")
+    assert result.returncode == 2 and f"{amendments}: seed at step 3 cannot be amended" in result.stderr
+    amendments.unlink()
+    written = run / "checkpoints" / "step-00000009" / "state.json"  # by a version whose tails were others
+    written.write_text(written.read_text().replace('"rules": 2', '"rules": 1'))
+    result = command("train", recipe, "--run", run, "--resume")
+    assert result.returncode == 2 and "partial tails and averaged weights followed other rules (1" in result.stderr
     status = json.loads((run / "status.json").read_text())
     assert status["status"] == "done"  # a refusal changes nothing
 

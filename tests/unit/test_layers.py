@@ -291,10 +291,17 @@ def test_dropout_over_more_rows_than_samples():
 # ---------------------------------------------------------------- refused by name
 
 
+class Sparse(nn.Identity):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.eye(3).to_sparse())
+
+
 @pytest.mark.parametrize("layer, says", [
     (nn.SyncBatchNorm(3), "sums statistics over all ranks"),
     (nn.BatchNorm2d(3, momentum=None), "momentum=None"),
     (nn.InstanceNorm2d(3, track_running_stats=True), "set track_running_stats=False"),
+    (Sparse(), "has table, a sparse buffer"),
     (nn.LazyBatchNorm2d(), "no weights before its first forward"),
 ])  # fmt: skip
 def test_layers_that_cannot_keep_the_promise_are_refused(layer, says):
@@ -458,3 +465,8 @@ def test_state_that_changes_later_is_noticed(engine):  # noqa: F811
     with pytest.raises(RunError, match="scale was changed since the start"):
         replica.check_others()
     assert int(replica.digest()) != before
+    replica.model.scale[1] = 1
+    replica.check_others()
+    replica.model.fc.bias.requires_grad_(False)
+    with pytest.raises(RunError, match=r"requires_grad of fc\.bias was changed since the start, and it still decays"):
+        replica.check_others()

@@ -152,3 +152,24 @@ def test_agrees_with_brute_force_at_frozen_weights(engine):  # noqa: F811
     found = noise_scale(measured)
     assert found.low < truth < found.high
     assert found.high / found.low < 2
+
+
+def test_an_adaptive_batch_never_outgrows_dropped_tails():
+    """last_batch: drop with schedule.max_batch above N: a batch larger than the data would leave no step."""
+    from hpc_lbsgd import recipe as recipes
+    from hpc_lbsgd.train.decide import batch_from
+
+    def decided(last_batch):
+        recipe = recipes.validate(
+            {
+                "batch": {"samples_per_worker": 8, "workers": 2, "last_batch": last_batch},
+                "schedule": {"kind": "adaptive-batch", "max_batch": 800, "warmup": "none"},
+                "train": {"noise_scale_steps": 1, "epochs": 4},
+            }
+        )
+        measured = noise_scale([Measurement(1e6, 1.0)] * 3)
+        decision = batch_from(recipe, recipe.build_schedule(100), 1, measured)
+        recipe.build_schedule(100, [decision])
+        return decision.workers
+
+    assert decided("drop") == 12 and decided("partial") == 100

@@ -89,6 +89,19 @@ def test_models_train_as_their_authors_wrote_them(library, name, size):
 # ---------------------------------------------------------------- what is refused, and why
 
 
+class Remembers(nn.Module):
+    """Keeps what it saw last, in evaluation alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        if not self.training:
+            self.last.copy_(x.mean())
+        return x
+
+
 class Codebook(nn.Module):
     """Its table follows what it sees."""
 
@@ -115,6 +128,7 @@ REFUSED = {
         lambda: with_layer(nn.utils.spectral_norm(nn.Conv2d(3, 3, 1))),
         r"1\.weight_u of 1 \(Conv2d\) is changed by each forward",
     ),
+    "a buffer written in evaluation": (lambda: with_layer(Remembers()), r"1\.last of 1 \(Remembers\) is changed"),
     "a buffer written in forward": (lambda: with_layer(Codebook()), r"1\.table of 1 \(Codebook\) is changed"),
 }
 
@@ -127,7 +141,7 @@ def test_state_that_nobody_accounts_for_is_refused(make, says):
                       lambda m, x: m(x), 7)  # fmt: skip
     seen = probe.look(seen_model, call)
     with pytest.raises(RequestError, match=says):
-        probe.refuse_state(seen_model, seen)
+        probe.refuse_state(seen_model, seen.changed + probe.changed_by_evaluation(seen_model, call))
 
 
 # ---------------------------------------------------------------- it sees what it is for

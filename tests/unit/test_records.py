@@ -147,3 +147,15 @@ def test_loading_runs_no_code(folder):
     with pytest.raises(Exception, match="(?i)weights_only|unsupported|unpickl"):
         checkpoint.load(path, replica)
     assert not (folder.path / "trapped").exists()
+
+
+def test_a_checkpoint_of_other_rules_is_told_apart(folder):
+    """Before rules were written down, partial tails counted otherwise: such a run is not gone on with in silence."""
+    replica = make_replica()
+    checkpoint.save(folder, replica, state(5, rules=checkpoint.RULES), keep=2)
+    path, found, _ = checkpoint.find_newest(folder)
+    assert found.rules == checkpoint.RULES > 1
+    content = json.loads((path / "state.json").read_text())
+    del content["rules"]
+    (path / "state.json").write_text(json.dumps(content))
+    assert checkpoint.find_newest(folder)[1].rules == 1
