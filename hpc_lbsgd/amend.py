@@ -8,6 +8,7 @@ metrics.jsonl journals them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd import yaml12
@@ -30,10 +31,10 @@ AMENDABLE = (
 # These hold from the start of a process on; the others act through the schedule, at their step
 AT_START = ("train.on_bad_step", "train.bad_steps_limit", "wire_scale_bits", "fixed_point_bits")
 
-Amendment = Sequence  # [step, {key: value}], as amendments.json has it
+Amendment = list[Any]  # [step, {key: value}], as amendments.json has it
 
 
-def parse(settings: list[str]) -> dict:
+def parse(settings: list[str]) -> dict[str, Any]:
     """{key: value} of `--amend KEY=VALUE` words; refuses keys that may not change in mid-run."""
     changes = {}
     for setting in settings:
@@ -44,14 +45,14 @@ def parse(settings: list[str]) -> dict:
     return changes
 
 
-def of_request(settings: list[str], resume: str | None) -> dict:
+def of_request(settings: list[str], resume: str | None) -> dict[str, Any]:
     """The changes that a start asks for: only a resume has any."""
     if settings and not resume:
         raise RequestError(f"--amend {settings[0]}: only with --resume; a run that starts has its recipe, and --set")
     return parse(settings)
 
 
-def amended(recipe: Recipe, changes: dict) -> Recipe:
+def amended(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     """The recipe with these keys changed, checked as a whole."""
     content = recipe.model_dump(mode="json")
     for key, value in changes.items():
@@ -63,7 +64,7 @@ def amended(recipe: Recipe, changes: dict) -> Recipe:
     return recipes.validate(content, f"--amend {' '.join(f'{k}={v}' for k, v in changes.items())}")
 
 
-def added(amendments: Sequence[Amendment], step: int, changes: dict, decided: bool) -> list[Amendment]:
+def added(amendments: Sequence[Amendment], step: int, changes: dict[str, Any], decided: bool) -> list[Amendment]:
     """The amendments with `changes` from `step` on. decided: an adaptive batch has decided on learning rates."""
     rates = [key for key in changes if key.startswith(("optim.", "schedule."))]
     if decided and rates:
