@@ -23,7 +23,7 @@ help:
 setup: $(VENV)/.ready-$(MPI)
 
 # torch first: Horovod is built against what is installed, and is installed before the package asks for it.
-$(VENV)/.ready-$(MPI): setup.cfg constraints.txt tools/build_horovod.py
+$(VENV)/.ready-$(MPI): setup.cfg constraints.txt tools/build_horovod.py $(wildcard tools/horovod_build/*.py)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv, or set PYTHON="; exit 2; }
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || { echo "no C++ compiler: install g++ (apt-get install g++, or module load gcc)"; exit 2; }
