@@ -12,18 +12,22 @@ export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 endif
 
-.PHONY: help setup train test lint module clean
-help:
-	@echo "make setup [MPI=wheel|system]  Python environment in $(VENV), with Horovod built for it (7 GB)"
-	@echo "make train                     get Fashion-MNIST and train it with mpirun on every core"
-	@echo "make test                      all tests"
-	@echo "make lint                      ruff, and who may import whom (pyproject.toml)"
-	@echo "make module PREFIX=DIR         modulefiles for this environment [PREREQ=\"gcc/12 openmpi/4.1\"] [CONFLICT=...]"
+# Tests that launch ranks want the cores for themselves; those of one process run side by side, a file a process.
+PYTEST  = $(BIN)/python -m pytest --durations=25 --durations-min=1
+JOBS   ?= 2
+BESIDE  = -n $(JOBS) --dist loadfile
+ALONE   = mpi faults slurm e2e
+START  := $(shell date +%s)
+TOOK    = echo "make $@: $$(($$(date +%s) - $(START))) s"
 
-setup: $(VENV)/.ready-$(MPI)
+.PHONY: help setup train check test lint module clean
+help:   ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(VENV)/.ready-$(MPI)  ## environment in .venv, with Horovod built for it (7 GB) [MPI=wheel|system]
 
 # torch first: Horovod is built against what is installed, and is installed before the package asks for it.
-$(VENV)/.ready-$(MPI): setup.cfg constraints.txt tools/build_horovod.py
+$(VENV)/.ready-$(MPI): setup.cfg constraints.txt tools/build_horovod.py $(wildcard tools/horovod_build/*.py)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv, or set PYTHON="; exit 2; }
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || { echo "no C++ compiler: install g++ (apt-get install g++, or module load gcc)"; exit 2; }
@@ -37,19 +41,30 @@ $(VENV)/.ready-$(MPI): setup.cfg constraints.txt tools/build_horovod.py
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@rm -f $(VENV)/.ready-*; touch $@
 
-train: setup
+train: setup  ## get Fashion-MNIST and train it with mpirun on every core [NP=ranks]
 	$(BIN)/hpc-lbsgd data fetch fashion-mnist
 	$(BIN)/hpc-lbsgd launch --np $(NP) --oversubscribe -- train fashion-mnist
 
-test: lint
-	$(BIN)/python -m pytest
+check: lint  ## lint and unit tests: under 3 minutes on two cores
+	$(PYTEST) $(BESIDE) tests/unit
+	@$(TOOK)
 
-lint: setup
+test: lint  ## all tests, or those of one folder of tests/ [PART=unit|oracle|mpi|faults|slurm|e2e]
+ifdef PART
+	$(PYTEST) $(if $(filter unit oracle,$(PART)),$(BESIDE)) tests/$(PART)
+else
+	@failed=0; $(PYTEST) $(BESIDE) tests/unit tests/oracle || failed=1; \
+	    $(PYTEST) $(ALONE:%=tests/%) || failed=1; $(TOOK); exit $$failed
+endif
+
+lint: setup  ## style, format, who may import whom, types (pyproject.toml)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
 
-module:
+module:  ## modulefiles for this environment in PREFIX [PREREQ="gcc/12 openmpi/4.1"] [CONFLICT=...]
 	@$(PYTHON) tools/make_module.py --environment "$(VENV)" --prereq "$(PREREQ)" --conflict "$(CONFLICT)" "$(PREFIX)"
 
-clean:
+clean:  ## remove .venv, runs and data
 	rm -rf $(VENV) runs data

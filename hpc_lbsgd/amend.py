@@ -8,6 +8,7 @@ metrics.jsonl journals them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd import yaml12
@@ -30,10 +31,10 @@ AMENDABLE = (
 # These hold from the start of a process on; the others act through the schedule, at their step
 AT_START = ("train.on_bad_step", "train.bad_steps_limit", "wire_scale_bits", "fixed_point_bits")
 
-Amendment = Sequence  # [step, {key: value}], as amendments.json has it
+Amendment = list[Any]  # [step, {key: value}], as amendments.json has it
 
 
-def parse(settings: list[str]) -> dict:
+def parse(settings: list[str]) -> dict[str, Any]:
     """{key: value} of `--amend KEY=VALUE` words; refuses keys that may not change in mid-run."""
     changes = {}
     for setting in settings:
@@ -44,14 +45,14 @@ def parse(settings: list[str]) -> dict:
     return changes
 
 
-def of_request(settings: list[str], resume: str | None) -> dict:
+def of_request(settings: list[str], resume: str | None) -> dict[str, Any]:
     """The changes that a start asks for: only a resume has any."""
     if settings and not resume:
         raise RequestError(f"--amend {settings[0]}: only with --resume; a run that starts has its recipe, and --set")
     return parse(settings)
 
 
-def amended(recipe: Recipe, changes: dict) -> Recipe:
+def amended(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     """The recipe with these keys changed, checked as a whole."""
     content = recipe.model_dump(mode="json")
     for key, value in changes.items():
@@ -81,7 +82,7 @@ def checked(amendments: object, where: str) -> list[Amendment]:
 
 
 def added(
-    recipe: Recipe, amendments: Sequence[Amendment], step: int, changes: dict, decided: bool
+    recipe: Recipe, amendments: Sequence[Amendment], step: int, changes: dict[str, Any], decided: bool
 ) -> list[Amendment]:
     """The amendments with `changes` from `step` on, in place of what was amended of the same keys for later. What is in
     force already is left out: a batch script says the same at each of its starts. decided: an adaptive batch has
@@ -100,20 +101,20 @@ def added(
             "those; start another run from the weights"
         )
     kept = [[s, c if s < step else {k: v for k, v in c.items() if k not in changes}] for s, c in amendments]
-    here = next((c for s, c in kept if s == step), {})
+    here: dict[str, Any] = next((c for s, c in kept if s == step), {})
     others = [[s, c] for s, c in kept if s != step and c]
     return sorted([*others, [step, here | changes]], key=lambda amendment: amendment[0])
 
 
-def flatten(part: dict, prefix: str = "") -> dict:
+def flatten(part: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"section.key": value} of a nested one."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in part.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
-def said(step: int, changes: dict) -> str:
+def said(step: int, changes: dict[str, Any]) -> str:
     """An amendment for a person."""
     return f"at step {step}: {', '.join(f'{key} = {value}' for key, value in changes.items())}"
 

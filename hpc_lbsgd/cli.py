@@ -144,7 +144,6 @@ def add_runs(command) -> None:
     with_run(p)
     with_json(p)
 
-
     p = command("preflight", preflight, help="does this model, data and machine keep the promise? train asks it first")
     with_recipe(p)
     with_json(p)

@@ -50,7 +50,7 @@ def warnings(recipe, schedule: Schedule, critical_batch: float | None = None) ->
 
 def outline(recipe, schedule: Schedule, ranks: int, critical_batch: float | None = None) -> dict:
     """The plan of a run on `ranks` ranks. `batch.workers` must be settled."""
-    workers, n = recipe.batch.workers, recipe.batch.samples_per_worker
+    workers, n = recipe.batch.k, recipe.batch.samples_per_worker
     first = schedule.stages[0]
     kn = first.workers * n
     stages = []

@@ -7,18 +7,22 @@ import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from hpc_lbsgd import yaml12
 from hpc_lbsgd.errors import RequestError
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 M = TypeVar("M", bound=BaseModel)
 ALLOWED = {"bool_type": "; allowed: true, false", "string_type": "; put it in quotes"}  # by pydantic's kind of error
 
 
-def names_in(folder) -> list[str]:
+def names_in(folder: Traversable) -> list[str]:
     """Names of the YAML files in a folder of the package."""
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
@@ -28,7 +32,7 @@ def shipped() -> list[str]:
     return names_in(resources.files("hpc_lbsgd.recipes"))
 
 
-def recipe_content(name: str, settings: Iterable[str] = ()) -> dict:
+def recipe_content(name: str, settings: Iterable[str] = ()) -> dict[str, Any]:
     """Keys and values of a recipe by shipped name or path, machine files and settings in place; not yet checked."""
     path = Path(name)
     where = f"recipe {name}"
@@ -45,7 +49,7 @@ def recipe_content(name: str, settings: Iterable[str] = ()) -> dict:
     return content
 
 
-def machine_file(name: str) -> dict:
+def machine_file(name: str) -> dict[str, Any]:
     """The machine section of a file that holds nothing else, so that including it cannot change a result."""
     content = yaml12.mapping_of(Path(name), f"machine = {name}")
     section = content.get("machine") or {}
@@ -54,7 +58,7 @@ def machine_file(name: str) -> dict:
     return section
 
 
-def override(content: dict, setting: str) -> None:
+def override(content: dict[str, Any], setting: str) -> None:
     """Apply one `--set a.b=value` (the value is YAML), or `--set machine=FILE`, to a recipe's content."""
     key, equals, value = setting.partition("=")
     if not equals or not key:
@@ -71,7 +75,7 @@ def override(content: dict, setting: str) -> None:
     content[last] = yaml12.parse(value, f"--set {setting}")
 
 
-def validated(model: type[M], content: dict, where: str) -> M:
+def validated(model: type[M], content: dict[str, Any], where: str) -> M:
     """The description that `content` gives. Raises RequestError with a line a wrong key."""
     try:
         return model.model_validate(content)
@@ -79,7 +83,7 @@ def validated(model: type[M], content: dict, where: str) -> M:
         raise RequestError("\n".join(f"{where}: {line}" for line in explain(problem.errors(), model))) from None
 
 
-def explain(errors: list[dict], model: type[BaseModel]) -> list[str]:
+def explain(errors: list[ErrorDetails], model: type[BaseModel]) -> list[str]:
     """One sentence a wrong key: the key, the value, and what is allowed."""
     sentences: dict[str, str] = {}
     for error in errors:
@@ -89,7 +93,7 @@ def explain(errors: list[dict], model: type[BaseModel]) -> list[str]:
         if error["type"] == "extra_forbidden":
             section = model
             for part in location[:-1]:
-                found = section.model_fields[part].annotation
+                found: Any = section.model_fields[part].annotation
                 section = next((t for t in get_args(found) if t is not type(None)), found)  # X of `X | None`
             sentences[key] = (
                 f"unknown key {key} (= {error['input']!r}); allowed here: {', '.join(section.model_fields)}"

@@ -8,8 +8,9 @@ that is twice there; anchors, aliases and tags, which no recipe needs and which 
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -35,17 +36,17 @@ class Refused(yaml.MarkedYAMLError):
 
 
 class Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict = {}
-    yaml_constructors: dict = {}
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
 
-    def compose_node(self, parent, index):
-        event = self.peek_event()
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML has no types here
         if isinstance(event, yaml.AliasEvent) or event.anchor or event.tag:
             what = "anchors, aliases and tags (&, *, !) are not read; write the value out, or in quotes"
             raise Refused(problem=what, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node, deep=False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
@@ -58,12 +59,12 @@ class Loader(yaml.SafeLoader):
             lines[key.value] = line
         return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
 
-    def construct_int(self, node) -> int:
+    def construct_int(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > DIGITS:
             raise Refused(problem=f"a number of {len(node.value)} digits", problem_mark=node.start_mark)
         return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
 
-    def construct_float(self, node) -> float:
+    def construct_float(self, node: yaml.ScalarNode) -> float:
         return float(re.sub(r"\.(?=inf|nan)", "", node.value.lower()))
 
 
@@ -106,7 +107,7 @@ def sentence(problem: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}: {said}" if mark else said
 
 
-def mapping(text: str, where: str) -> dict:
+def mapping(text: str, where: str) -> dict[str, Any]:
     """The keys and values of a YAML text."""
     content = parse(text, where)
     if content is None:
@@ -116,7 +117,7 @@ def mapping(text: str, where: str) -> dict:
     return content
 
 
-def mapping_of(path: Path, where: str) -> dict:
+def mapping_of(path: Path, where: str) -> dict[str, Any]:
     """The keys and values of a file."""
     if not path.is_file():
         raise RequestError(f"{where}: no such file")
@@ -128,5 +129,5 @@ def mapping_of(path: Path, where: str) -> dict:
         raise RequestError(f"{where}: cannot be read: {problem.strerror}") from None
 
 
-def dump(content: dict) -> str:
+def dump(content: dict[str, Any]) -> str:
     return yaml.dump(content, Dumper=Dumper, sort_keys=False)

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from hpc_lbsgd import yaml12
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.reading import names_in, validated
-from hpc_lbsgd.recipe import STAGE_DIR, Count, Section, expanded
+from hpc_lbsgd.recipe import STAGE_DIR, expanded
+from hpc_lbsgd.sections import Count, Section
 
 # Values that become #SBATCH lines: one word, nothing that Slurm or a shell would read as more
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:@+-]*$")]

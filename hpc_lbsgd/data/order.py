@@ -2,7 +2,7 @@
 
 A permutation of N samples is a keyed bijection evaluated where it is asked for: O(1) memory at any N, and
 every rank can compute any worker's samples of any step. Ranks, resumes and world sizes cannot change it.
-numpy only.
+numpy and the standard library only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import hashlib
 import math
 
 import numpy as np
+
+from hpc_lbsgd.theory.schedule import Point
 
 # Up to this N the whole shuffle is sorted at once (half a MB): exactly uniform where a small domain would
 # make a Feistel network's statistics visible. Above it, single positions are computed.
@@ -104,7 +106,7 @@ class Permutation:
         return left * np.uint64(self._b) + right
 
 
-def worker_samples(permutation: Permutation, point, worker: int) -> np.ndarray:
+def worker_samples(permutation: Permutation, point: Point, worker: int) -> np.ndarray:
     """Samples of worker j at one step: perm[start + j*n : start + (j+1)*n], clipped to the data (DESIGN, "Samples").
 
     point: a `theory.schedule.Point`. Shape (0..n,), int64.

@@ -169,9 +169,7 @@ class Buckets:
             # gradients of this rank's workers that are not zero, and those of them that fixed point made zero
             self.flushed = torch.zeros(2, dtype=torch.float64, device=self.device) if count_flushed else None
 
-    def arm(
-        self, last_pass: bool, measured: bool = False, digest: Digest | None = None, apart: bool = False
-    ) -> None:
+    def arm(self, last_pass: bool, measured: bool = False, digest: Digest | None = None, apart: bool = False) -> None:
         """Before each forward-backward; after the last one of the step, buckets leave as they fill.
 
         digest: is called with each bucket's int64 values of this pass (any-ranks). apart: the pass adds nothing to the

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from hpc_lbsgd.sections import Machine
+
 
 class Engine(Protocol):
     name: str
@@ -35,7 +37,7 @@ class Engine(Protocol):
     def share(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
 
-    def gather(self, value: Any) -> list:
+    def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank, on every rank."""
 
     def barrier(self) -> None: ...
@@ -46,7 +48,7 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def create(machine, determinism: str, device: torch.device) -> Engine:
+def create(machine: Machine, determinism: str, device: torch.device) -> Engine:
     """The engine that a recipe's `machine.engine` names. The first call of a process starts MPI."""
     if machine.engine == "ddp":
         from hpc_lbsgd.parallel.ddp_engine import DdpEngine

@@ -138,7 +138,7 @@ def tradeoff_lines(cells: list[Cell], target: float) -> list[TradeoffLine]:
     by_batch: dict[int, list[TradeoffLine]] = {}
     for row in group(cells):
         recipe = row[0].recipe
-        batch = recipe.batch.workers * recipe.batch.samples_per_worker
+        batch = recipe.batch.kn
         found = [f for f in (steps_to(c.result, target) for c in row) if f]
         steps = [float(s) for s, _ in found]
         line = TradeoffLine(
@@ -161,7 +161,7 @@ def mean_noise_scale(cells: list[Cell], target: float) -> tuple[float, float, fl
     by_batch: dict[int, list[tuple[float, float]]] = {}
     for cell in cells:
         recipe, reached = cell.recipe, steps_to(cell.result, target)
-        batch = recipe.batch.workers * recipe.batch.samples_per_worker
+        batch = recipe.batch.kn
         if reached:
             by_batch.setdefault(batch, []).extend((t, s) for step, t, s in cell.result.noise if step < reached[0])
     views = []

@@ -105,9 +105,9 @@ def fit(steps: int, p: int, sizes: Sequence[float], times: Sequence[float]) -> L
     """
     if p < 2 or len(sizes) < 2:
         raise ValueError(f"fit of {len(sizes)} sizes on {p} ranks: at least 2 of each are needed")
-    times = np.asarray(times, dtype=float)
+    seconds_each = np.asarray(times, dtype=float)
     columns = np.stack([np.full(len(times), float(steps)), 2 * (p - 1) / p * np.asarray(sizes, dtype=float)], axis=1)
-    rows = columns / times[:, None]
+    rows = columns / seconds_each[:, None]
     both, *_ = np.linalg.lstsq(rows, np.ones(len(times)), rcond=None)
     if min(both) >= 0:
         return Link(*map(float, both))

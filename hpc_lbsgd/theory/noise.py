@@ -70,7 +70,8 @@ def student95(freedom: int) -> float:
         return (12.706, 4.303)[freedom - 1]
     z, n = 1.959963984540054, freedom
     terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + sum(term / n**power for power, term in enumerate(terms, start=1))
+    more: float = sum(term / n**power for power, term in enumerate(terms, start=1))
+    return z + more
 
 
 def transferred_lr(lr: float, batch: int, new_batch: int, noise: float) -> float:

@@ -176,7 +176,8 @@ class Schedule:
         progress = (epoch - begin) / (self.epochs - begin)
         if stage.shape == "cosine":
             return stage.lr * 0.5 * (1 + math.cos(math.pi * progress))
-        return stage.lr * (1 - progress) ** stage.power
+        remaining: float = (1 - progress) ** stage.power
+        return stage.lr * remaining
 
 
 class Segments(Schedule):

@@ -166,11 +166,11 @@ def phases_by(system: System, nodes: int, message_bytes: float, algorithm: str, 
         return [latency + 2 * (p - 1) / p * message_bytes / slowest]
     across = 2 * (nodes - 1) / nodes * message_bytes / inter
     if algorithm == "hierarchical":
-        inside = (g - 1) * protocol.intra_latency_s + (message_bytes / intra if g > 1 else 0.0)
-        return [inside, binary_blocks(nodes, 0).steps * protocol.inter_latency_s + across, inside]
+        there = (g - 1) * protocol.intra_latency_s + (message_bytes / intra if g > 1 else 0.0)
+        return [there, binary_blocks(nodes, 0).steps * protocol.inter_latency_s + across, there]
     if algorithm == "torus":
-        inside = (g - 1) * protocol.intra_latency_s + (g - 1) / g * message_bytes / intra
-        return [inside, 2 * (nodes - 1) * protocol.inter_latency_s + across, inside]
+        there = (g - 1) * protocol.intra_latency_s + (g - 1) / g * message_bytes / intra
+        return [there, 2 * (nodes - 1) * protocol.inter_latency_s + across, there]
     raise ValueError(f"algorithm {algorithm!r}: {', '.join(ALGORITHMS)}")
 
 
@@ -184,7 +184,8 @@ def groups(workload: Workload, method: Method) -> list[tuple[float, float]]:
     """(bytes on the wire, share of backward that is done when the group is ready), in the order backward finishes
     them. Groups are cut by the size of the gradients as computed, whatever the wire."""
     total = sum(layer.flop for layer in workload.layers) or 1.0
-    found, elements, done = [], 0, 0.0
+    found: list[tuple[float, float]] = []
+    elements, done = 0, 0.0
     for layer in reversed(workload.layers):
         done += layer.flop / total
         elements += layer.parameters
@@ -302,7 +303,7 @@ def knee(system: System, baseline_ranks: int) -> tuple[int, str] | None:
         middle = (low + high) // 2
         low, high = (low, middle) if below(middle) else (middle, high)
     limits = costs(system, high)
-    return high, max(limits, key=limits.get)
+    return high, max(limits, key=lambda limit: limits[limit])
 
 
 def what_if(system: System) -> dict[str, System]:

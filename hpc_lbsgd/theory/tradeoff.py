@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+
+Numbers = Sequence[float] | NDArray[np.float64]
 
 
 class Tradeoff(NamedTuple):
@@ -32,7 +35,7 @@ class Tradeoff(NamedTuple):
         return self.min_examples * (1 + batch / self.critical_batch)
 
 
-def fit(batches: Sequence[float], steps: Sequence[float]) -> Tradeoff:
+def fit(batches: Numbers, steps: Numbers) -> Tradeoff:
     """The frontier through runs that reached one loss: S = S_min + E_min/B, by least squares of relative errors.
 
     Raises ValueError for fewer than two batches, or where no frontier fits (steps that grow with the batch).
@@ -50,9 +53,7 @@ def fit(batches: Sequence[float], steps: Sequence[float]) -> Tradeoff:
     return Tradeoff(float(min_steps), float(min_examples))
 
 
-def fit_interval(
-    batches: Sequence[float], steps: Sequence[float], draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def fit_interval(batches: Numbers, steps: Numbers, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     """90 % interval of B_crit by bootstrap over the runs; (low, high), high may be infinite."""
     rng = np.random.default_rng(seed)
     b, s = np.asarray(batches, np.float64), np.asarray(steps, np.float64)

@@ -266,9 +266,7 @@ def facts_of_rank(replica: Replica) -> dict:
     return {
         "host": socket.gethostname(),
         "weights": weights_sha256(replica.model),
-        "device": replica.device.type
-        if replica.device.type == "cpu"
-        else torch.cuda.get_device_name(replica.device),
+        "device": replica.device.type if replica.device.type == "cpu" else torch.cuda.get_device_name(replica.device),
         "threads": torch.get_num_threads() if replica.device.type == "cpu" else 0,
         "cpu": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,

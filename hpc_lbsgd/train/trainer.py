@@ -100,9 +100,7 @@ class Trainer:
         self.watchdog = Watchdog(self.folder, self.engine.rank, self.engine.size, timeout_s, self._on_stall)
         begun = agree(self.engine, self.folder.read_preflight)
         try:
-            parts = build(
-                self.recipe, self.schedule, self.train_set, self.eval_set, self.engine, self.device, begun
-            )
+            parts = build(self.recipe, self.schedule, self.train_set, self.eval_set, self.engine, self.device, begun)
             parts.refuse()
         except RequestError:
             self.watchdog.stop()

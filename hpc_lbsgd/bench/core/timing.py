@@ -76,7 +76,7 @@ class Bench:
     def __init__(self, recipe: Recipe, engine, device: torch.device):
         self.recipe, self.engine, self.device = recipe, engine, device
         found = training_set(recipe)
-        samples = recipe.batch.workers * recipe.batch.samples_per_worker if found is None else len(found)
+        samples = recipe.batch.kn if found is None else len(found)
         self.schedule: Schedule = recipe.build_schedule(samples)
         self.passes = Passes(recipe, engine.rank, engine.size)
         classes = recipe.data.classes or (found and len(found.classes)) or CLASSES

@@ -48,7 +48,7 @@ def summary(recipe: Recipe, engine, device, steps: int, values: dict[str, list[f
         "engine": engine.name,
         "ranks": engine.size,
         "device": str(device),
-        "global_batch": recipe.batch.workers * recipe.batch.samples_per_worker,
+        "global_batch": recipe.batch.kn,
         "steps_a_round": steps,
         "rates": {
             what: {"images_per_s": median(v), "lowest": min(v), "highest": max(v), "values": v}

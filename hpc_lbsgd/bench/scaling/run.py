@@ -122,7 +122,7 @@ def check_data(recipe: Recipe, ranks: int, modes: list[str]) -> None:
         raise RequestError(f"{problem}. Without data: --set data.train=null") from None
     for mode in modes:
         settled = with_workers(recipe, mode, ranks)
-        kn = settled.batch.workers * settled.batch.samples_per_worker
+        kn = settled.batch.kn
         settled.build_schedule(kn if found is None else len(found))
 
 

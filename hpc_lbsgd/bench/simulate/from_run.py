@@ -52,7 +52,7 @@ def measure(folder: RunFolder) -> Measured:
 
 def workload_of(recipe, compute_s: float, ranks: int) -> Workload:
     """What a rank computes in a step, from its recipe's model and a measured time; backward is two thirds."""
-    samples = recipe.batch.workers * recipe.batch.samples_per_worker / ranks
+    samples = recipe.batch.kn / ranks
     return Workload(layers(recipe, recipe.data.classes), round(samples), compute_s / 3, 2 * compute_s / 3)
 
 

@@ -1,0 +1,270 @@
+"""The sections of a recipe: every key with its type, its default, what it means, and what a section refuses by itself.
+docs/recipe.md is made from this file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from hpc_lbsgd.errors import RequestError
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+T = TypeVar("T")
+Pair = Annotated[tuple[T, T], Field(strict=False)]  # YAML and JSON have lists; the items stay strict
+
+
+def _whole(value: object) -> int:
+    """For a choice among numbers, where pydantic takes True and 1.0 for the 1."""
+    if type(value) is not int:
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
+
+
+class Section(BaseModel):
+    # strict: a boolean is no number, a number no boolean, text neither; an int will do where a float is wanted
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Model(Section):
+    name: (
+        Literal["resnet50", "resnet101", "inception-resnet-v2", "resnet20", "resnet8", "wrn-16-4"]
+        | Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    ) = "resnet50"
+    """resnet50, resnet101, inception-resnet-v2 (ImageNet shapes); resnet20, resnet8, wrn-16-4 (28-32 pixels); or
+    package.module:function, which is called with (channels, classes) and returns a torch module"""
+    widths: list[Count] | None = None
+    """channels of resnet8's three blocks (default 16, 32, 64)"""
+    stem: Literal["plain", "pool", "stride"] = "plain"
+    """pool, stride: resnet8 and resnet20 halve the picture after the first convolution, or by it; cheaper"""
+    zero_gamma: bool = True
+    """start each residual block's last BatchNorm at gamma = 0 (Goyal et al. 2017, section 5.1)"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """dropout before the classifier"""
+
+
+class Data(Section):
+    dataset: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """package.module:function in place of train and eval; called with "train" and "eval" (see docs/your-model.md)"""
+    train: str | None = None
+    """a folder of class folders, or a manifest"""
+    eval: str | None = None
+    """the same for evaluation"""
+    samples: Count | None = None
+    """N; what `plan` uses without the data, checked against the data when it is there"""
+    classes: Annotated[int, Field(ge=2)] | None = None
+    """number of classes; checked against the data when it is there"""
+    loader: Literal["dali", "torchvision"] = "dali"
+    """who decodes (on GPUs: and resizes)"""
+    channels: Annotated[Literal[1, 3], BeforeValidator(_whole)] = 3
+    """1: grey, 3: RGB"""
+    image_size: Count = 224
+    """height and width of what the model sees, in pixels"""
+    augment: Literal["none", "flip", "pad-crop", "resized-crop"] = "resized-crop"
+    crop_padding: Annotated[int, Field(ge=0)] = 4
+    """pad-crop: black pixels on each side"""
+    crop_area: Pair[Share] = (0.08, 1.0)
+    """resized-crop: smallest and largest share of the image's area"""
+    crop_aspect: Pair[Positive] = (0.75, 4 / 3)
+    """resized-crop: smallest and largest width / height"""
+    eval_resize: Annotated[int, Field(ge=0)] = 256
+    """evaluation: shorter side, before the centre crop; 0: images have their size already"""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """training images that cannot be read or decoded: end the run, or put another in its place and count it"""
+    mean: list[float] = [123.675, 116.28, 103.53]
+    """subtracted, by channel, on the scale of 0 to 255"""
+    std: list[Positive] = [58.395, 57.12, 57.375]
+    """divided by, by channel, on the scale of 0 to 255"""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Data:
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != self.channels:
+                raise ValueError(f"data.{key} has {len(getattr(self, key))} values for data.channels = {self.channels}")
+        for key in ("crop_area", "crop_aspect"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"data.{key} = [{low}, {high}]: the first must not be above the second")
+        return self
+
+
+class Batch(Section):
+    samples_per_worker: Count = 32
+    """n"""
+    workers: Count | Literal["per_rank"] = "per_rank"
+    """k; per_rank: one worker a rank, settled at the first start and kept"""
+    bn_group: Count | None = None
+    """samples that BatchNorm sees together; divides n (default n)"""
+    last_batch: Literal["drop", "partial"] = "partial"
+    """the tail of an epoch: dropped (the papers' step counts), or a step of fewer samples, their sum over kn"""
+
+    @model_validator(mode="after")
+    def _group_divides(self) -> Batch:
+        if self.bn_group and self.samples_per_worker % self.bn_group:
+            raise ValueError(
+                f"batch.bn_group = {self.bn_group} must divide batch.samples_per_worker = {self.samples_per_worker}"
+            )
+        return self
+
+    @property
+    def group(self) -> int:
+        return self.bn_group or self.samples_per_worker
+
+    @property
+    def k(self) -> int:
+        """workers, once settled. Raises RequestError for per_rank: no number of ranks is known yet."""
+        if isinstance(self.workers, int):
+            return self.workers
+        raise RequestError(f"batch.workers = {self.workers}: not settled yet; needed here: a number")
+
+    @property
+    def kn(self) -> int:
+        """The global batch, once the workers are settled."""
+        return self.k * self.samples_per_worker
+
+
+class Optim(Section):
+    name: Literal["sgd", "adam", "lars"] = "sgd"
+    """sgd: (Nesterov) momentum; lars: layer-wise rates, for batches above 8k"""
+    base_lr: Positive = 0.1
+    """learning rate that is right at base_batch"""
+    base_batch: Count = 256
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """adam: beta1"""
+    nesterov: bool = True
+    form: Literal["u", "v"] = "u"
+    """sgd: u keeps the learning rate out of the momentum buffer (torch's); v absorbs it (Goyal et al. 2017, eq. 10)"""
+    momentum_correction: bool = True
+    """form v: scale the buffer when the learning rate changes (Goyal et al. 2017, Remark 2)"""
+    weight_decay: NotNegative = 1e-4
+    """not on BatchNorm's parameters and biases"""
+    decay_in: Literal["gradient", "loss"] = "gradient"
+    """where weight decay enters: added to the reduced gradient, or as a term of the loss"""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """adam: decay of the second moment"""
+    epsilon: Positive = 1e-8
+    """adam: added to the root of the second moment"""
+    trust: Positive = 0.001
+    """lars: trust coefficient"""
+
+
+GROWING = ("hybrid", "increasing-batch", "adaptive-batch")  # schedules whose batch changes
+
+
+class ScheduleSection(Section):
+    kind: Literal[
+        "constant", "decaying-lr", "hybrid", "increasing-batch", "adaptive-batch", "cosine", "polynomial", "slow-start"
+    ] = "decaying-lr"
+    """decaying-lr, hybrid, increasing-batch: Smith et al. 2018, at milestones; adaptive-batch: McCandlish et al. 2018;
+    slow-start: Akiba et al. 2017"""
+    scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """how the learning rate follows the global batch that the run starts with"""
+    warmup: Literal["gradual", "constant", "none"] = "gradual"
+    """gradual: a constant increment a step; constant: warmup_start_lr, then a jump"""
+    warmup_epochs: NotNegative = 5.0
+    warmup_start_lr: NotNegative | None = None
+    """where warm-up starts (default base_lr: the learning rate of base_batch, not of one worker)"""
+    milestones: list[Count] = []
+    """epochs at which the noise scale is divided by factor"""
+    factor: Annotated[float, Field(gt=1)] = 10.0
+    """by the learning rate, by the batch, or by both where max_batch caps it"""
+    max_batch: Count | None = None
+    """hybrid, increasing-batch, adaptive-batch: the largest global batch"""
+    power: Positive = 2.0
+    """polynomial: (1 - progress)^power"""
+    noise_factor: Positive = 1.0
+    """adaptive-batch: r in B = sqrt(r * B_simple) (McCandlish et al. 2018, eq. D.6)"""
+    lr_on_batch_change: Literal["keep", "linear", "noise"] = "noise"
+    """adaptive-batch: what the learning rate does when the batch changes (noise: McCandlish et al. 2018, eq. 2.6)"""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScheduleSection:
+        if any(a >= b for a, b in zip(self.milestones, self.milestones[1:], strict=False)):
+            raise ValueError(f"schedule.milestones = {self.milestones} must rise")
+        if self.max_batch and self.kind not in GROWING:
+            raise ValueError(
+                f"schedule.max_batch = {self.max_batch} has no meaning for schedule.kind = {self.kind}; "
+                f"allowed with: {', '.join(GROWING)}"
+            )
+        return self
+
+
+class Train(Section):
+    epochs: Count = 90
+    max_steps: Count | None = None
+    """a cap for this start; not part of the fingerprint"""
+    eval_epochs: Count = 1
+    """evaluate every so many epochs, and at the end"""
+    loss: Annotated[str, Field(pattern=r"^(cross-entropy|[\w.]+:\w+)$")] = "cross-entropy"
+    """or package.module:function, which takes (outputs, labels) and returns a loss a sample, shape (B,)"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    preflight: bool = True
+    """before the first step, check model, data and ranks against what the run promises (see docs/runs.md); not part of
+    the fingerprint"""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """a step that is not finite, or beyond fixed point's range: end the run, or go on without it"""
+    bad_steps_limit: Count = 10
+    """skip: the run ends when more than so many in a row are bad"""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """evaluate and keep an exponential moving average of the weights, and of BatchNorm's statistics, too"""
+    noise_scale_steps: Annotated[int, Field(ge=0)] = 100
+    """measure the noise scale at the first full step of two workers or more at or after each multiple of this; 0:
+    never"""
+    noise_scale_window: Annotated[int, Field(ge=2)] = 20
+    """measurements that are averaged"""
+
+
+class Checkpoint(Section):
+    steps: Count | None = None
+    """every so many steps"""
+    minutes: Positive | None = None
+    """every so many minutes, by rank 0's clock"""
+    keep: Count = 2
+    """how many to keep, beside the best"""
+
+
+class Machine(Section):
+    engine: Literal["horovod", "ddp"] = "horovod"
+    """ddp: torch.distributed's DistributedDataParallel, on Gloo or NCCL; determinism off only"""
+    reduction: Literal["buckets", "fusion"] = "buckets"
+    """buckets: few flat buffers; fusion: a tensor each, Horovod fuses them at run time"""
+    bucket_mb: Positive = 25.0
+    """size of a bucket"""
+    first_bucket_mb: Positive = 1.0
+    """size of the first one, so that communication starts early"""
+    fusion_threshold_mb: NotNegative = 128.0
+    """fusion: HOROVOD_FUSION_THRESHOLD"""
+    cycle_time_ms: Positive | None = None
+    """HOROVOD_CYCLE_TIME (default 0.1 on CPU ranks, 1 on GPUs)"""
+    yield_when_idle: bool | None = None
+    """Open MPI: a rank that waits leaves its core to others (default true on CPU ranks, false on GPUs)"""
+    allreduce: Literal["hierarchical", "torus"] | None = None
+    """Horovod with NCCL on several nodes: sums on a node first (default: over all ranks at once)"""
+    workers_per_pass: Count = 1
+    """workers in one forward-backward; constant for the run"""
+    threads: Count | None = None
+    """compute threads of a CPU rank (default: cores of the node / ranks on it)"""
+    loader_threads: Count | None = None
+    """decoding threads of a rank (default: cores / ranks, at most 8)"""
+    prefetch: Count = 2
+    """batches decoded ahead"""
+    compile: Literal["none", "stages"] = "none"
+    """torch.compile, a residual stage at a time"""
+    channels_last: bool = True
+    """memory format of images and weights"""
+    stage_dir: str | None = None
+    """node-local folder, such as $SLURM_TMPDIR; each node copies a packed set there once and reads it from there
+    (default: the site's, for sets that are packed)"""
+    eval_batch: Count = 250
+    """images in one evaluation pass"""
+    cross_check_steps: Annotated[int, Field(ge=0)] = 100
+    """any-ranks: every so many steps ranks compare digests of their weights, and one worker is computed by a second
+    rank, on another node; 0: never"""
+    stall_timeout_s: Positive = 600.0
+    """no step for so long: the stalest ranks are named and the job ends"""
