@@ -85,8 +85,9 @@ def add_data(commands) -> None:
     p = data.add_parser("index", help="list a data set in a manifest, decoding every image; nothing is copied")
     p.add_argument("dir", type=Path, help="DIR/CLASS/IMAGE tree; a tar, or a folder of tars (WebDataset, ILSVRC's)")
     p.add_argument("--out", type=Path, help="manifest file (default: DIR/manifest.arrow; beside a single tar)")
-    p.add_argument("--labels", type=Path, help="tar of images without classes: a table with NAME,CLASS a line")
+    p.add_argument("--labels", type=Path, help="images without folders of classes: a table with NAME,CLASS a line")
     p.add_argument("--classes-of", metavar="MANIFEST", help="number the classes as this manifest (the training set's)")
+    p.add_argument("--exclude", action="store_true", help="leave out images that do not decode, and list them")
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
     with_json(p).set_defaults(function=data_index)
     p = data.add_parser("pack", help="a data set as a few tar shards with an index; goes on where it was stopped")
@@ -212,6 +213,8 @@ def doctor(args) -> int:
 
 
 def show_manifests(args, manifests) -> int:
+    from hpc_lbsgd.data.labels import doubts
+
     facts = [
         {
             "manifest": str(m.path),
@@ -219,6 +222,8 @@ def show_manifests(args, manifests) -> int:
             "classes": m.classes,
             "bytes": int(m.sizes.sum()),
             "fingerprint": m.fingerprint,
+            "left_out": m.header.get("left_out", {}),
+            "doubts": doubts(m.classes, m.labels),
         }
         for m in manifests
     ]
@@ -226,7 +231,14 @@ def show_manifests(args, manifests) -> int:
         print(json.dumps({"manifests": facts}))
     else:
         for f in facts:
-            print(f"{f['manifest']}: {f['samples']} images in {len(f['classes'])} classes, {f['bytes'] / 1e6:.1f} MB")
+            names = ", ".join(f["classes"][:5]) + (" ..." if len(f["classes"]) > 5 else "")
+            some = f"{len(f['classes'])} classes ({names})"
+            print(f"{f['manifest']}: {f['samples']} images in {some}, {f['bytes'] / 1e6:.1f} MB")
+            if f["left_out"]:
+                rest = sorted(f["left_out"].items(), key=lambda kind: -kind[1])
+                print(f"  left out: {', '.join(f'{n} {what}' for what, n in rest[:10])}{' ...' * (len(rest) > 10)}")
+            for doubt in f["doubts"]:
+                print(f"  WARNING: {doubt}")
     return EXIT_DONE
 
 
@@ -237,14 +249,11 @@ def data_fetch(args) -> int:
 
 
 def data_index(args) -> int:
-    from hpc_lbsgd.data import archive, manifest
+    from hpc_lbsgd.data import archive, manifest, tree
 
     classes = manifest.Manifest(manifest.find(args.classes_of)).classes if args.classes_of else None
-    if archive.is_archive(args.dir):
-        return show_manifests(args, [archive.index(args.dir, args.out, args.processes, args.labels, classes)])
-    if args.labels or classes:
-        raise RequestError(f"--labels and --classes-of are for tar files; {args.dir} is a tree of class folders")
-    return show_manifests(args, [manifest.index(args.dir, args.out, args.processes)])
+    index = archive.index if archive.is_archive(args.dir) else tree.index
+    return show_manifests(args, [index(args.dir, args.out, args.processes, args.labels, classes, args.exclude)])
 
 
 def data_pack(args) -> int:
@@ -261,7 +270,7 @@ def data_verify(args) -> int:
     found = verify.verify(args.data, args.processes)
     excluded = verify.write_excluded(found) if args.exclude else None
     print(json.dumps(verify.as_json(found, excluded)) if args.json else verify.show(found, excluded))
-    return EXIT_FAILED if found.unusable and not args.exclude else EXIT_DONE
+    return EXIT_FAILED if found.damaged or (found.unusable and not args.exclude) else EXIT_DONE
 
 
 def data_order(args) -> int:
@@ -366,6 +375,7 @@ def submit(args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have any bytes
     try:
         return args.function(args)
     except RequestError as problem:

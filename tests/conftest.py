@@ -66,11 +66,11 @@ def changed(recipe: dict, **changes) -> dict:
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory) -> Path:
     """DIR/train (203 pictures of 8x8) and DIR/eval (61), indexed."""
-    from hpc_lbsgd.data import manifest
+    from hpc_lbsgd.data import tree as trees
 
     root = tmp_path_factory.mktemp("data")
     for part, samples, seed in (("train", SAMPLES, 1), ("eval", 61, 2)):
-        manifest.index(write_images(root / part, samples, 8, seed=seed), processes=1)
+        trees.index(write_images(root / part, samples, 8, seed=seed), processes=1)
     return root
 
 

@@ -8,23 +8,27 @@ Three kinds are understood, told apart by what is in them:
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
+from hpc_lbsgd.data import labels
 from hpc_lbsgd.data import manifest as manifests
-from hpc_lbsgd.data.manifest import CHUNK, SUFFIXES, Manifest, checksum, decode, listed
+from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, Row, listed
+from hpc_lbsgd.data.tree import AT_A_TIME, rows_of
 from hpc_lbsgd.errors import RequestError
 
+BLOCK = tarfile.BLOCKSIZE  # bytes; a tar ends with two of zeros
 LABEL_KEYS = ("cls", "label", "class", "target")  # of a WebDataset's JSON
+LONGEST_LABEL = 2**20  # bytes of a file that holds one
 LABEL_SUFFIXES = {".cls", ".cls2", ".txt", ".json", ".label"}
 
 
@@ -50,24 +54,45 @@ def is_archive(path: str | os.PathLike) -> bool:
 
 def members(path: Path, shard: int) -> Iterator[Member]:
     """All files of a tar, those of tars inside it included. Refuses what has no business in a data set."""
+    with open(path, "rb") as file:
+        for outer, info in whole(file, str(path), os.fstat(file.fileno()).st_size):
+            if info.name.endswith(".tar"):
+                for _, found in whole(outer.extractfile(info), f"{path}:{info.name}", info.size):
+                    name = f"{PurePosixPath(info.name).stem}/{found.name}"
+                    yield Member(shard, name, info.offset_data + found.offset_data, found.size)
+            else:
+                yield Member(shard, info.name, info.offset_data, info.size)
+
+
+def whole(file: BinaryIO, path: str, size: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """(the tar, a regular file in it) of a tar that is all there: up to its two end blocks, and zeros behind them.
+
+    tarfile ends in silence at a header that it cannot read, where what follows (a damaged part, an archive that was
+    joined to the first) would be left out.
+    """
     try:
-        with tarfile.open(path, "r:") as outer:
-            for info in outer:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
                 check(path, info)
-                if info.isreg() and info.name.endswith(".tar"):
-                    with tarfile.open(fileobj=outer.extractfile(info), mode="r:") as inner:
-                        for found in inner:
-                            check(path, found)
-                            if found.isreg():
-                                name = f"{PurePosixPath(info.name).stem}/{found.name}"
-                                yield Member(shard, name, info.offset_data + found.offset_data, found.size)
-                elif info.isreg():
-                    yield Member(shard, info.name, info.offset_data, info.size)
-    except tarfile.TarError as problem:
+                if info.isreg():
+                    yield tar, info
+            at = tar.offset
+    except (tarfile.TarError, ValueError) as problem:  # ValueError: numbers in a header that are none
         raise RequestError(f"{path}: not a whole, uncompressed tar file ({problem})") from None
+    if size < at + 2 * BLOCK:
+        raise RequestError(f"{path}: ends at byte {size} without a tar's two end blocks: cut, or still being written")
+    file.seek(at)
+    while block := file.read(2**20):
+        if block.count(0) != len(block):
+            first = at + next(i for i, byte in enumerate(block) if byte)
+            raise RequestError(
+                f"{path}: more follows where its list of files ends, from byte {first - first % BLOCK} on (a damaged "
+                "header, or another archive joined to this one); nothing behind it would be read"
+            )
+        at += len(block)
 
 
-def check(path: Path, info: tarfile.TarInfo) -> None:
+def check(path: str, info: tarfile.TarInfo) -> None:
     parts = PurePosixPath(info.name)
     if parts.is_absolute() or ".." in parts.parts:
         raise RequestError(f"{path}: member {info.name!r} points outside the archive")
@@ -77,10 +102,19 @@ def check(path: Path, info: tarfile.TarInfo) -> None:
         raise RequestError(f"{path}: member {info.name!r} is neither a file nor a folder")
 
 
-def samples_of(paths: list[Path], labels: dict[str, str] | None) -> list[Sample]:
+class Listed(NamedTuple):
+    """What tars hold, before images are looked at."""
+
+    samples: list[Sample]
+    numbers: bool  # labels that look like numbers are numbers
+    left_out: Counter[str]  # files that are neither images nor labels, by what they are
+
+
+def samples_of(paths: list[Path], table: dict[str, str] | None) -> Listed:
     """Every image of these tars with its label."""
     images: list[Member] = []
-    beside: dict[tuple[int, str], str] = {}  # (shard, key) -> label
+    beside: dict[tuple[int, str], dict[str, str]] = {}  # (shard, key) -> label by the suffix of its file
+    left_out: Counter[str] = Counter()
     with tqdm(paths, desc="listing", unit="tar", disable=None) as bar:
         for shard, path in enumerate(bar):
             with open(path, "rb") as file:
@@ -88,31 +122,59 @@ def samples_of(paths: list[Path], labels: dict[str, str] | None) -> list[Sample]
                     suffix = PurePosixPath(member.name).suffix.lower()
                     if suffix in SUFFIXES:
                         images.append(member)
-                    elif suffix in LABEL_SUFFIXES:
+                    elif suffix in LABEL_SUFFIXES and member.size <= LONGEST_LABEL:
                         file.seek(member.offset)
                         text = label_in(file.read(member.size), suffix)
                         if text is not None:
-                            beside.setdefault((shard, key_of(member.name)), text)
+                            beside.setdefault((shard, key_of(member.name)), {})[suffix] = text
+                    else:
+                        left_out[f"{suffix or 'no suffix'}"] += 1
     if not images:
         raise RequestError(f"{paths[0].parent}: no images ({', '.join(sorted(SUFFIXES))}) in these tar files")
-    found, problems = [], []
-    for image in images:
-        parts = PurePosixPath(image.name).parts
-        label = beside.get((image.shard, key_of(image.name)))
-        if label is None and labels is not None:
-            label = labels.get(parts[-1]) or labels.get(PurePosixPath(parts[-1]).stem)
-        elif label is None and len(parts) > 1 and not beside:
-            label = parts[-2]
-        if label is None:
-            problems.append(f"{paths[image.shard]}:{image.name}")
-        else:
-            found.append(Sample(image, label))
+    if beside:
+        images = inputs_of(images, beside, left_out)
+    if table is not None:
+        found = [labels.in_table(table, image.name) for image in images]
+    elif beside:
+        found = [one_label(beside.get((i.shard, key_of(i.name)), {}), paths[i.shard], i) for i in images]
+    else:
+        found = labels.of_folders([image.name for image in images])
+    problems = [f"{paths[i.shard]}:{i.name}" for i, label in zip(images, found, strict=True) if label is None]
     if problems:
         raise RequestError(
             f"{len(problems)} images have no label: neither a .cls or .json beside them, nor a folder of their class, "
             f"nor a line in --labels:\n{listed(problems)}"
         )
-    return found
+    samples = [Sample(*pair) for pair in zip(images, found, strict=True)]
+    return Listed(samples, bool(beside) or table is not None, left_out)
+
+
+def inputs_of(images: list[Member], beside: Mapping, left_out: Counter[str]) -> list[Member]:
+    """The images that a WebDataset's samples are of. Of KEY.jpg and KEY.seg.png the second is another field; two plain
+    ones say nothing about which it is."""
+    plain: dict[tuple[int, str], list[Member]] = {}
+    for image in images:
+        if field_of(image.name) in SUFFIXES:
+            plain.setdefault((image.shard, key_of(image.name)), []).append(image)
+    several = [i for found in plain.values() if len(found) > 1 for i in found if (i.shard, key_of(i.name)) in beside]
+    if several:
+        raise RequestError(f"a sample has several images, and one label: {', '.join(i.name for i in several[:2])}")
+    chosen = []
+    for image in images:
+        if field_of(image.name) in SUFFIXES or (image.shard, key_of(image.name)) not in plain:
+            chosen.append(image)
+        else:
+            left_out[f"{field_of(image.name)} beside an image"] += 1
+    return chosen
+
+
+def one_label(found: Mapping[str, str], path: Path, image: Member) -> str | None:
+    """The label of a sample from the files beside it; those that name a class must agree."""
+    said = {suffix: text for suffix, text in found.items() if suffix != ".txt"} or found  # a .txt may be something else
+    if len(set(said.values())) > 1:
+        named = ", ".join(f"{suffix} says {text!r}" for suffix, text in sorted(said.items()))
+        raise RequestError(f"{path}:{image.name}: {named}")
+    return next(iter(said.values()), None)
 
 
 def distinct(samples: list[Sample], paths: list[Path]) -> list[Sample]:
@@ -128,6 +190,11 @@ def key_of(name: str) -> str:
     return f"{folder}/{base.split('.')[0]}"
 
 
+def field_of(name: str) -> str:
+    """WebDataset's field: from the first dot of the file's name on."""
+    return f".{name.rpartition('/')[2].partition('.')[2]}".lower()
+
+
 def label_in(data: bytes, suffix: str) -> str | None:
     text = data.decode("utf-8", errors="replace").strip()
     if suffix == ".json":
@@ -140,79 +207,45 @@ def label_in(data: bytes, suffix: str) -> str | None:
     return text if suffix != ".txt" or text.isdigit() else None  # a .txt may be a caption
 
 
-def read_labels(path: Path) -> dict[str, str]:
-    """NAME,CLASS or NAME CLASS a line; more columns are ignored, and so is a heading."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as problem:
-        raise RequestError(f"--labels {path}: {problem.strerror}") from None
-    table = {}
-    for line in lines:
-        row = next(csv.reader([line]), []) if "," in line else line.split()
-        if len(row) >= 2:
-            table[PurePosixPath(row[0]).name] = row[1].split()[0]
-    return table
-
-
-def number_classes(samples: list[Sample], folder: Path) -> tuple[list[str], list[int]]:
-    """(names, label of each sample). Numbers are kept; their names come from classes.txt where it is there."""
-    texts = {s.label for s in samples}
-    if not all(t.isdigit() for t in texts):
-        names = sorted(texts)
-        place = {name: i for i, name in enumerate(names)}
-        return names, [place[s.label] for s in samples]
-    count = max(map(int, texts)) + 1
-    listing = folder / "classes.txt"
-    names = listing.read_text().splitlines() if listing.exists() else [str(i) for i in range(count)]
-    if len(names) < count:
-        raise RequestError(f"{listing}: {len(names)} names, but a label is {count - 1}")
-    return names, [int(s.label) for s in samples]
-
-
-def examine(path: str, members_: list[Member]) -> list[tuple[int, int, int, int] | str]:
+def examine(path: str, members_: list[Member]) -> list[Row | str]:
     """For each image (width, height, bytes, checksum), or what is wrong with it."""
-    results = []
+    rows: list[Row | str] = []
     with open(path, "rb") as file:
-        for member in members_:
-            data = os.pread(file.fileno(), member.size, member.offset)
-            try:
-                facts = decode(data)
-                results.append((facts.width, facts.height, len(data), checksum(data)))
-            except ValueError as problem:
-                results.append(str(problem))
-    return results
+        for start in range(0, len(members_), AT_A_TIME):
+            some = members_[start : start + AT_A_TIME]
+            rows += rows_of([os.pread(file.fileno(), m.size, m.offset) for m in some])
+    return rows
 
 
 def index(
     source: str | os.PathLike,
     out: str | os.PathLike | None = None,
     processes: int | None = None,
-    labels: Path | None = None,
+    table: Path | None = None,
     classes: list[str] | None = None,
+    exclude: bool = False,
 ) -> Manifest:
     """Write the manifest of a tar, or of a folder of tars (default: beside them), and return it, opened.
 
-    labels: a table of names and classes for images without either. classes: the names to use, in their order (those
-    of the training set, for a validation set). Raises RequestError for members that point outside, images without
+    table, classes, exclude: as for `tree.index`. Raises RequestError for members that point outside, images without
     labels and images that do not decode.
     """
     source = Path(source)
     root = source.parent if source.is_file() else source
+    if (root / PARTS).exists():
+        raise RequestError(f"{root}: a pack is under way there, or was ended; start the same `data pack` again")
     paths = [source] if source.is_file() else sorted(source.glob("*.tar"))
     out = Path(out) if out else (source.with_suffix(".arrow") if source.is_file() else root / manifests.FILE_NAME)
-    samples = distinct(samples_of(paths, read_labels(labels) if labels else None), paths)
-    names, numbers = number_classes(samples, root)
+    found = samples_of(paths, labels.read_table(table) if table else None)
+    samples = distinct(found.samples, paths)
+    names, numbers = labels.number([s.label for s in samples], found.numbers, root / "classes.txt")
     if classes is not None:
-        unknown = sorted(set(names) - set(classes))
-        if unknown:
-            raise RequestError(f"{source}: class {unknown[0]!r} is not one of the given classes")
-        numbers = [classes.index(names[i]) for i in numbers]
-        names = classes
+        numbers = labels.renumber(names, numbers, classes, str(source))
     excluded = manifests.read_excluded(out.parent)
     chosen = [i for i, s in enumerate(samples) if s.member.name not in excluded]
     chosen.sort(key=lambda i: (numbers[i], samples[i].member.name))  # as a tree of folders would be
     work = chunks(samples, chosen)
-    rows: dict[int, tuple | str] = {}
+    rows: dict[int, Row | str] = {}
     with tqdm(total=len(chosen), desc=f"indexing {source}", unit="image", disable=None) as bar:
         with ProcessPoolExecutor(processes or len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
             futures = [
@@ -221,23 +254,26 @@ def index(
             for (_, some), future in zip(work, futures, strict=True):
                 rows.update(zip(some, future.result(), strict=True))
                 bar.update(len(some))
-    problems = [f"{paths[samples[i].member.shard]}:{samples[i].member.name}: {rows[i]}" for i in chosen
-                if isinstance(rows[i], str)]  # fmt: skip
-    if problems:
+    bad = [(samples[i].member, row) for i in chosen if isinstance(row := rows[i], str)]
+    if bad and not exclude:
         raise RequestError(
-            f"{len(problems)} of {len(chosen)} images cannot be read; list their names in "
-            f"{out.parent / manifests.EXCLUDE} to leave them out, then index again:\n{listed(problems)}"
+            f"{len(bad)} of {len(chosen)} images cannot be read; have them left out (--exclude):\n"
+            f"{listed([f'{paths[member.shard]}:{member.name}: {row}' for member, row in bad])}"
         )
+    good = [i for i in chosen if not isinstance(rows[i], str)]
     manifests.write(
         out,
         root,
-        names,
-        [samples[i].member.name for i in chosen],
-        [numbers[i] for i in chosen],
-        [rows[i] for i in chosen],
-        [(samples[i].member.shard, samples[i].member.offset) for i in chosen],
+        classes or names,
+        [samples[i].member.name for i in good],
+        [numbers[i] for i in good],
+        [rows[i] for i in good],
+        [(samples[i].member.shard, samples[i].member.offset) for i in good],
         [{"name": p.name, "bytes": p.stat().st_size, "checksum": None} for p in paths],
+        found.left_out,
     )
+    if bad:
+        manifests.add_excluded(out.parent, [(member.name, row) for member, row in bad])
     return Manifest(out)
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from hpc_lbsgd.data.ahead import ahead
+from hpc_lbsgd.data.dali_check import reason
 from hpc_lbsgd.data.finish import Finish
-from hpc_lbsgd.data.manifest import decode
 from hpc_lbsgd.data.source import Batch, Fetched, Source
-from hpc_lbsgd.data.storage import READERS, Request, SampleError
+from hpc_lbsgd.data.storage import READERS, Request
 from hpc_lbsgd.errors import RequestError, RunError
 
 HW_DECODER_LOAD = 0.65  # fixed: the share of JPEGs that the GPU's decoder takes must not change between runs
@@ -194,17 +194,6 @@ class DaliLoader:
                     probe.run()
                 except RuntimeError as own:
                     found = True
-                    self.source.refuse(SampleError(sample, self._describe(sample, own)))
+                    self.source.refuse(self.source.undecodable(sample, content, f"DALI: {reason(own)}"))
         if not found:
             raise RunError(f"DALI failed: {problem}") from problem
-
-    def _describe(self, sample: int, problem: RuntimeError) -> str:
-        try:
-            decode(self.source.storage.read(sample).tobytes())
-            reason = str(problem).strip().splitlines()[0]
-        except ValueError as found:  # Pillow's words are plainer
-            reason = str(found)
-        return (
-            f"{self.source.manifest.file(sample)}: cannot be decoded ({reason}); it changed since it was indexed. Mend "
-            "it, or have it left out (hpc-lbsgd data verify), and index again"
-        )

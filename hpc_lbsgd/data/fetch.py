@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from hpc_lbsgd.data import manifest
+from hpc_lbsgd.data import manifest, tree
 from hpc_lbsgd.errors import RequestError, RunError
 
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
@@ -118,7 +118,7 @@ def _write_part(files: Path, target: Path, prefix: str, expected: int) -> manife
         zip(images, tqdm(labels, desc=f"writing {target}", unit="image", disable=None), strict=True)
     ):
         Image.fromarray(image).save(building / names[label] / f"{i:05d}.png", compress_level=1)
-    manifest.index(building)
+    tree.index(building)
     os.replace(building, target)
     return manifest.Manifest(target / manifest.FILE_NAME)
 

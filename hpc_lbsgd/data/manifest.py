@@ -13,18 +13,18 @@ import hashlib
 import json
 import os
 import random
-from concurrent.futures import ProcessPoolExecutor
+import re
+from collections.abc import Iterable, Mapping
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
+from hpc_lbsgd.data.decode import decoders
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.records import write_atomically
 
 FILE_NAME = "manifest.arrow"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
@@ -42,7 +42,9 @@ SCHEMA = pa.schema(
         ("checksum", pa.uint64()),
     ]
 )
+Row = tuple[int, int, int, int]  # width, height, bytes, checksum of an image
 PACKED_SCHEMA = SCHEMA.append(pa.field("shard", pa.int32())).append(pa.field("offset", pa.int64()))
+PARTS = ".parts"  # in a folder of shards while it is packed
 EXCLUDE = "exclude.txt"  # one path a line; what follows a tab is the reason
 
 
@@ -65,6 +67,8 @@ class Manifest:
         self.classes: list[str] = self.header["classes"]
         self.excluded: list[str] = []
         if unwanted := read_excluded(self.path.parent):
+            if self.header.get("escaped"):
+                unwanted = {escaped(name) for name in unwanted}
             gone = pc.is_in(self.table.column("path"), value_set=pa.array(sorted(unwanted), pa.large_string()))
             self.excluded = self.table.filter(gone).column("path").to_pylist()
             if self.excluded:
@@ -115,7 +119,12 @@ class Manifest:
         return self._column("offset")
 
     def key(self, index: int) -> str:
-        """A sample's path as the manifest has it."""
+        """A sample's path below root."""
+        stored = self.stored_key(index)
+        return unescaped(stored) if self.header.get("escaped") else stored
+
+    def stored_key(self, index: int) -> str:
+        """The same as the column has it."""
         return self.table.column("path")[int(index)].as_py()
 
     def file(self, index: int) -> str:
@@ -142,6 +151,7 @@ class Manifest:
             if len(self) > FILES_CHECKED_AT_START:
                 chosen = random.Random(0).sample(chosen, FILES_CHECKED_AT_START)
             expected = ((self.file(i), int(self.sizes[i])) for i in chosen)
+        self.check_labels()
         problems = []
         for path, size in expected:
             try:
@@ -155,14 +165,61 @@ class Manifest:
             again = "pack or copy them again" if self.shards else f"index again (hpc-lbsgd data index {self.root})"
             raise RequestError(f"{self.path} no longer matches its files; {again}:\n{listed(problems)}")
 
+    def check_labels(self) -> None:
+        """Refuse a manifest with labels that no class has."""
+        found = pc.min_max(self.table.column("label")).as_py()
+        wrong = next((v for v in found.values() if v is not None and not 0 <= v < len(self.classes)), None)
+        if wrong is not None:
+            raise RequestError(f"{self.path}: a label is {wrong}, and there are {len(self.classes)} classes")
+
+
+# Arrow holds UTF-8 alone; a file's name may have any bytes
+def is_utf8(name: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
+def escaped(name: str) -> str:
+    return os.fsencode(name.replace("\\", "\\\\")).decode("utf-8", "backslashreplace")
+
+
+def unescaped(stored: str) -> str:
+    """What `escaped` was given."""
+    parts = re.sub(rb"\\(\\|x[0-9a-f]{2})", lambda m: b"\\" if m[1] == b"\\" else bytes.fromhex(m[1][1:].decode()),
+                   stored.encode())  # fmt: skip
+    return os.fsdecode(parts)
+
 
 def read_excluded(folder: Path) -> set[str]:
     """Paths that `exclude.txt` in a folder names; none where it is not there."""
     try:
-        lines = (folder / EXCLUDE).read_text().splitlines()
+        lines = (folder / EXCLUDE).read_text("utf-8", "surrogateescape").split("\n")
     except FileNotFoundError:
         return set()
-    return {line.split("\t")[0] for line in lines if line.strip()}
+    return {unquoted(line) for line in lines if line.strip()}
+
+
+def add_excluded(folder: Path, found: Iterable[tuple[str, str]]) -> Path:
+    """Add (path, reason) to `exclude.txt`: manifests beside it leave those rows out from now on."""
+    path = folder / EXCLUDE
+    before = path.read_text("utf-8", "surrogateescape") if path.exists() else ""
+    known = read_excluded(folder)
+    new = [f"{quoted(name)}\t{' '.join(reason.split())}\n" for name, reason in found if name not in known]
+    write_atomically(path, (before + "".join(new)).encode("utf-8", "surrogateescape"))
+    return path
+
+
+def quoted(name: str) -> str:
+    """A name on a line of its own: as JSON has it where it would break the line."""
+    return json.dumps(name) if name.startswith('"') or any(c in name for c in "\n\r\t") else name
+
+
+def unquoted(line: str) -> str:
+    if not line.startswith('"'):
+        return line.split("\t")[0].rstrip("\r")
+    try:
+        return json.JSONDecoder().raw_decode(line)[0]
+    except ValueError:
+        return line.split("\t")[0]
 
 
 def listed(problems: list[str]) -> str:
@@ -189,126 +246,6 @@ def is_plain_folder(path: str | os.PathLike) -> bool:
     return Path(path).is_dir() and not (Path(path) / FILE_NAME).exists()
 
 
-# ---------------------------------------------------------------- indexing
-
-
-def scan(root: Path) -> tuple[list[str], list[str], list[int]]:
-    """(classes, relative paths, labels) of an image-folder tree: one folder a class, any depth below it."""
-    if not root.is_dir():
-        raise RequestError(f"{root}: no such folder")
-    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
-    if not classes:
-        raise RequestError(f"{root}: no class folders in it; expected {root}/CLASS/IMAGE")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = []
-        for folder, folders, files in os.walk(root / name):
-            folders[:] = [f for f in folders if not f.startswith(".")]
-            found += [
-                os.path.relpath(os.path.join(folder, f), root)
-                for f in files
-                if os.path.splitext(f)[1].lower() in SUFFIXES and not f.startswith(".")
-            ]
-        if not found:
-            raise RequestError(f"{root / name}: class {name!r} has no images ({', '.join(sorted(SUFFIXES))})")
-        paths += sorted(found)
-        labels += [label] * len(found)
-    return classes, paths, labels
-
-
-def has_end(image_format: str | None, data: bytes) -> bool:
-    """The format's end marker is there. PIL does not miss the last bytes of a PNG or JPEG."""
-    if image_format == "JPEG":
-        return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")  # end of image, after the last start of scan
-    if image_format == "PNG":
-        return b"IEND\xaeB`\x82" in data
-    return True
-
-
-class Facts(NamedTuple):
-    """What decoding an image says of it."""
-
-    width: int
-    height: int
-    format: str  # JPEG, PNG ...
-    mode: str  # RGB, L, CMYK, I;16 ... (Pillow's names)
-
-
-def decode(data: bytes) -> Facts:
-    """Decode an image to its last row. Raises ValueError with what is wrong with it."""
-    import io
-
-    from PIL import Image
-
-    if not len(data):
-        raise ValueError("empty file")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.verify()  # chunk checksums, where the format has them
-        if not has_end(image.format, data):
-            raise ValueError("image file is truncated (no end marker)")
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return Facts(image.width, image.height, image.format, image.mode)
-    except Exception as problem:  # PIL raises many kinds; each means: not usable as an image
-        raise ValueError(str(problem)) from None
-
-
-def examine(root: str, paths: list[str]) -> list[tuple[int, int, int, int] | str]:
-    """For each file (width, height, bytes, checksum), or a sentence about what is wrong with it.
-
-    Every image is decoded to its last row: a truncated file is found here and not at hour three.
-    """
-    results = []
-    for path in paths:
-        try:
-            with open(os.path.join(root, path), "rb") as f:
-                data = f.read()
-            facts = decode(data)
-            results.append((facts.width, facts.height, len(data), checksum(data)))
-        except (OSError, ValueError) as problem:
-            results.append(str(problem))
-    return results
-
-
-def index(root: str | os.PathLike, out: str | os.PathLike | None = None, processes: int | None = None) -> Manifest:
-    """Write the manifest of an image-folder tree (default: ROOT/manifest.arrow) and return it, opened.
-
-    Raises RequestError for a missing folder, an empty class, and images that do not decode (listed by name).
-    """
-    root = Path(root)
-    out = Path(out) if out else root / FILE_NAME
-    classes, paths, labels = scan(root)
-    excluded = read_excluded(root)
-    if excluded:
-        kept = [i for i, path in enumerate(paths) if path not in excluded]
-        paths, labels = [paths[i] for i in kept], [labels[i] for i in kept]
-    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    rows: list = []
-    processes = min(processes or len(os.sched_getaffinity(0)), len(chunks))
-    with tqdm(total=len(paths), desc=f"indexing {root}", unit="image", disable=None) as bar:
-
-        def add(results):
-            rows.extend(results)
-            bar.update(len(results))
-
-        if processes == 1:
-            for chunk in chunks:
-                add(examine(str(root), chunk))
-        else:
-            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-                for results in pool.map(examine, [str(root)] * len(chunks), chunks):
-                    add(results)
-    problems = [f"{root / p}: {r}" for p, r in zip(paths, rows, strict=True) if isinstance(r, str)]
-    if problems:
-        raise RequestError(
-            f"{len(problems)} of {len(paths)} images cannot be read; mend or remove them, or have them left out "
-            f"(hpc-lbsgd data verify {root} --exclude), then index again:\n{listed(problems)}"
-        )
-    write(out, root, classes, paths, labels, rows)
-    return Manifest(out)
-
-
 def write(
     out: Path,
     root: Path,
@@ -318,15 +255,23 @@ def write(
     rows: list,
     places: list[tuple[int, int]] | None = None,
     shards: list[dict] | None = None,
+    left_out: Mapping[str, int] | None = None,
 ) -> None:
-    """Write a manifest file, whole or not at all. places: (shard, offset) of each sample inside `shards`."""
+    """Write a manifest file, whole or not at all. places: (shard, offset) of each sample inside `shards`. left_out: how
+    many files were passed over, by what they are."""
+    if not paths:
+        raise RequestError(f"{root}: no images are left to be indexed")
     width, height, size, check = (list(c) for c in zip(*rows, strict=True))
     digest = hashlib.sha256(json.dumps(classes).encode())
     for row in zip(paths, labels, size, check, strict=True):
-        digest.update(repr(row).encode())
+        digest.update(repr(row).encode(errors="surrogateescape"))
     # resolved: a root given through a link stays right when seen from the manifest's real folder
     relative = os.path.relpath(root.resolve(), out.parent.resolve())
-    header = {"root": relative, "classes": classes, "fingerprint": digest.hexdigest()}
+    header = {"root": relative, "classes": classes, "fingerprint": digest.hexdigest(), "decoders": decoders()}
+    if left_out:
+        header["left_out"] = dict(left_out)
+    if any(not is_utf8(path) for path in paths):
+        header["escaped"], paths = True, [escaped(path) for path in paths]
     columns, schema = [paths, labels, width, height, size, check], SCHEMA
     if places is not None:
         header["shards"] = shards

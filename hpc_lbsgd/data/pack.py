@@ -27,12 +27,12 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from hpc_lbsgd.data import manifest as manifests
-from hpc_lbsgd.data.manifest import PACKED_SCHEMA, Manifest, checksum, decode
+from hpc_lbsgd.data.decode import decode, eight_bits
+from hpc_lbsgd.data.manifest import PACKED_SCHEMA, PARTS, Manifest, checksum
 from hpc_lbsgd.data.storage import SampleError, open_storage
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.records import sync_folder, write_atomically
 
-PARTS = ".parts"
 TAR_BLOCK = 512
 RAW_SUFFIX, JPEG_SUFFIX = ".npy", ".jpg"
 
@@ -73,7 +73,7 @@ def encode(data: bytes, encoding: Encoding) -> tuple[bytes, int, int]:
 
     decode(data)  # to the last row
     with Image.open(io.BytesIO(data)) as image:
-        pixels = image.convert("L" if encoding.channels == 1 else "RGB")
+        pixels = eight_bits(image).convert("L" if encoding.channels == 1 else "RGB")
     size = scaled(pixels.size, encoding)
     if size != pixels.size:
         pixels = pixels.resize(size, Image.Resampling.LANCZOS)
@@ -120,7 +120,7 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
                     if checksum(data) != int(m.checksums[sample]):
                         raise SampleError(sample, f"{m.file(sample)} changed since it was indexed; index again")
                     width, height = int(m.widths[sample]), int(m.heights[sample])
-                    stem, suffix = os.path.splitext(m.key(sample))
+                    stem, suffix = os.path.splitext(m.stored_key(sample))
                     if encoding.kind != "keep":
                         try:
                             data, width, height = encode(data, encoding)
@@ -278,6 +278,8 @@ def assemble(m: Manifest, out: Path, shards: int, encoding: Encoding, request: d
     # bytes that were kept are the same data wherever they lie; the rows are then the source's own
     fingerprint = m.fingerprint if encoding.kind == "keep" else digest.hexdigest()
     header = {"root": ".", "classes": m.classes, "fingerprint": fingerprint, "shards": facts, "packed": request}
+    if m.header.get("escaped"):
+        header["escaped"] = True
     if encoding.kind == "raw":
         header["raw_channels"] = encoding.channels
     write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in m.classes))

@@ -11,7 +11,7 @@ import torch
 
 from hpc_lbsgd.data import augment
 from hpc_lbsgd.data.finish import cut
-from hpc_lbsgd.data.manifest import Manifest
+from hpc_lbsgd.data.manifest import Manifest, checksum
 from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.storage import Request, SampleError, open_storage
 
@@ -74,6 +74,18 @@ class Source:
         self._bad.add(problem.sample)
         if len(self._bad) == len(self.manifest):
             raise problem
+
+    def undecodable(self, sample: int, content: np.ndarray, reason: str) -> SampleError:
+        """What to say of a sample whose bytes are there and are no image for the loader."""
+        m = self.manifest
+        if checksum(content) != int(m.checksums[sample]):
+            why = "it changed since it was indexed; mend it, or have it left out"
+        else:
+            asked = ", ".join(f"{name} {version}" for name, version in m.header.get("decoders", {}).items())
+            why = f"its bytes are those that were indexed, and decoded then by {asked or 'Pillow'}; have it left out"
+        return SampleError(
+            sample, f"{m.file(sample)}: cannot be decoded ({reason}): {why} (hpc-lbsgd data verify --exclude)"
+        )
 
     def stand_in(self, epoch: int, sample: int) -> int:
         """`sample`, or where it is bad the first good one of a sequence that depends on (seed, epoch, sample) alone:

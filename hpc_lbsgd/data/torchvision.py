@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 
 from hpc_lbsgd.data.ahead import ahead
+from hpc_lbsgd.data.decode import pixels
 from hpc_lbsgd.data.finish import Finish
 from hpc_lbsgd.data.source import Batch, Fetched, Source
 from hpc_lbsgd.data.storage import READERS, Request, SampleError
@@ -35,7 +34,7 @@ class TorchvisionLoader:
     def _make(self, fetched: Fetched) -> Batch:
         while True:
             try:
-                pixels = [
+                images = [
                     self._decode(content, sample)
                     for content, sample in zip(fetched.contents, fetched.given.samples.tolist(), strict=True)
                 ]
@@ -44,7 +43,7 @@ class TorchvisionLoader:
                 self.source.refuse(problem)
                 fetched = self.source.fetch(fetched.asked)
         given = fetched.given
-        windows, flip = self.source.cut(given, pixels), self.source.windows(given).flip
+        windows, flip = self.source.cut(given, images), self.source.windows(given).flip
         images = self.finish.into(self.finish.empty(len(windows)), windows, flip)
         return Batch(images, torch.from_numpy(self.source.labels(given)), fetched.replaced)
 
@@ -53,12 +52,6 @@ class TorchvisionLoader:
         if self.source.raw:
             return content
         try:
-            with Image.open(io.BytesIO(content)) as image:
-                pixels = np.array(image.convert("L" if self.source.data.channels == 1 else "RGB"))
-        except Exception as problem:  # PIL raises many kinds
-            raise SampleError(
-                sample,
-                f"{self.source.manifest.file(sample)}: cannot be decoded ({problem}); it changed since it was "
-                "indexed. Mend it, or have it left out (hpc-lbsgd data verify), and index again",
-            ) from None
-        return pixels.reshape(*pixels.shape[:2], -1)
+            return pixels(content, self.source.data.channels)
+        except ValueError as problem:
+            raise self.source.undecodable(sample, content, f"Pillow: {problem}") from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,13 +13,17 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from hpc_lbsgd.data import archive, tree
 from hpc_lbsgd.data import manifest as manifests
-from hpc_lbsgd.data.manifest import CHUNK, EXCLUDE, Manifest, checksum, decode
+from hpc_lbsgd.data.decode import Facts, decode_all
+from hpc_lbsgd.data.manifest import CHUNK, Manifest, checksum
 from hpc_lbsgd.data.storage import SampleError, open_storage
-from hpc_lbsgd.records import write_atomically
+from hpc_lbsgd.data.tree import AT_A_TIME
+from hpc_lbsgd.errors import RequestError
 
 # Kinds of findings, worst first. Images of the first group cannot be trained on.
 UNUSABLE = ("missing", "changed", "empty", "truncated", "corrupt")
+SHARD = "shard"  # a tar file, where the damage is in no sample
 ODD = ("cmyk", "16-bit", "grey", "extension", "duplicate")
 MEANING = {
     "missing": "cannot be read",
@@ -25,14 +31,16 @@ MEANING = {
     "empty": "no bytes",
     "truncated": "ends early",
     "corrupt": "does not decode",
+    "shard": "a tar file is not what was written, outside of samples; it is not staged, and not to be trusted",
     "cmyk": "four colours, made for print; decoded as RGB",
-    "16-bit": "more than 8 bits a channel; cut to 8",
+    "16-bit": "more than 8 bits a channel; scaled to 8",
     "grey": "one channel, in a set where most have three",
     "extension": "the name says another format",
     "duplicate": "the same bytes as an earlier one",
 }
 FORMATS = {
     "JPEG": {".jpg", ".jpeg"},
+    "MPO": {".jpg", ".jpeg"},  # a JPEG with more pictures behind it
     "PNG": {".png"},
     "BMP": {".bmp"},
     "PPM": {".ppm", ".pgm"},
@@ -56,6 +64,11 @@ class Verified(NamedTuple):
     def unusable(self) -> list[Finding]:
         return [f for f in self.findings if f.kind in UNUSABLE]
 
+    @property
+    def damaged(self) -> bool:
+        """Something is wrong that leaving out samples does not mend."""
+        return any(f.kind == SHARD for f in self.findings)
+
 
 class Seen(NamedTuple):
     """One image: its findings, and what is compared across the set."""
@@ -66,69 +79,117 @@ class Seen(NamedTuple):
     grey: bool
 
 
-def look(path: str, data: bytes, expected: int | None) -> Seen:
-    """One image's bytes. expected: its checksum when it was indexed."""
+def look(path: str, data: bytes, facts: Facts | str, expected: int | None) -> Seen:
+    """One image's bytes, and what its decoding said. expected: its checksum when it was indexed."""
     check = checksum(data)
     if expected is not None and check != expected:
         return Seen(path, [("changed", "checksum differs from the index")], check, False)
     if not data:
         return Seen(path, [("empty", "0 bytes")], None, False)
-    try:
-        facts = decode(data)
-    except ValueError as problem:
-        kind = "truncated" if "truncated" in str(problem).lower() else "corrupt"
-        return Seen(path, [(kind, str(problem))], check, False)
+    if isinstance(facts, str):
+        kind = "truncated" if "truncated" in facts.lower() else "corrupt"
+        return Seen(path, [(kind, facts)], check, False)
     found = []
     if facts.mode == "CMYK":
         found.append(("cmyk", facts.mode))
-    if facts.mode.startswith("I;16") or facts.mode in ("I", "F"):
+    if facts.mode.startswith("I;16"):
         found.append(("16-bit", facts.mode))
     suffix = os.path.splitext(path)[1].lower()
-    if facts.format in FORMATS and suffix not in FORMATS[facts.format]:
+    if suffix not in FORMATS.get(facts.format, ()):
         found.append(("extension", f"{suffix or 'none'}, but it is {facts.format}"))
     return Seen(path, found, check, facts.mode in ("L", "LA", "1"))
 
 
 def look_at_files(root: str, paths: list[str]) -> list[Seen]:
     """Files of a tree that was not indexed."""
-    seen = []
-    for path in paths:
+
+    def read(path: str) -> bytes | Seen:
         try:
-            seen.append(look(path, Path(root, path).read_bytes(), None))
+            return Path(root, path).read_bytes()
         except OSError as problem:
-            seen.append(Seen(path, [("missing", problem.strerror or str(problem))], None, False))
-    return seen
+            return Seen(path, [("missing", problem.strerror or str(problem))], None, False)
+
+    return look_at_all([(path, None) for path in paths], read)
 
 
 def look_at_samples(manifest: str, samples: range) -> list[Seen]:
     """Samples of a manifest, wherever they lie."""
     m = Manifest(Path(manifest))
-    storage, seen = open_storage(m), []
-    for sample in samples:
-        path, expected = m.key(sample), int(m.checksums[sample])
+    storage, number = open_storage(m), {m.key(sample): sample for sample in samples}
+
+    def read(path: str) -> bytes | Seen:
         try:
-            data = storage.content(sample).tobytes()
+            data = storage.content(number[path]).tobytes()
         except SampleError as problem:
-            seen.append(Seen(path, [("missing", str(problem))], None, False))
-            continue
-        if m.raw_channels and checksum(data) == expected:  # pixels: there is nothing to decode
-            seen.append(Seen(path, [], expected, False))
-        else:
-            seen.append(look(path, data, expected))
+            return Seen(path, [("missing", str(problem))], None, False)
+        if m.raw_channels:  # pixels: there is nothing to decode
+            check = checksum(data)
+            same = check == int(m.checksums[number[path]])
+            return Seen(path, [] if same else [("changed", "checksum differs from the index")], check, False)
+        return data
+
+    return look_at_all([(path, int(m.checksums[sample])) for path, sample in number.items()], read)
+
+
+def look_at_all(work: list[tuple[str, int | None]], read: Callable[[str], bytes | Seen]) -> list[Seen]:
+    """work: (path, checksum when it was indexed). read: an image's bytes, or what is wrong without them."""
+    seen = []
+    for start in range(0, len(work), AT_A_TIME):
+        some = work[start : start + AT_A_TIME]
+        contents = [read(path) for path, _ in some]
+        facts = iter(decode_all([c for c in contents if isinstance(c, bytes)]))
+        seen += [
+            content if isinstance(content, Seen) else look(path, content, next(facts), expected)
+            for (path, expected), content in zip(some, contents, strict=True)
+        ]
     return seen
+
+
+def file_checksum(path: Path) -> str:
+    """As `pack` has it: 64 bits of BLAKE2b, in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def look_at_shards(m: Manifest, known: set[str]) -> list[Finding]:
+    """Tar files that are not what they were, where it does not show in a sample: headers, labels, ends. known: samples
+    that were found to be damaged."""
+    found = []
+    explained = {int(m.shard_of[i]) for i in range(len(m)) if m.key(i) in known} if m.shards and known else set()
+    for number, shard in enumerate(m.shards):
+        if number in explained:
+            continue
+        path = m.root / shard["name"]
+        try:
+            if shard["checksum"] is None:
+                members = {(member.offset, member.size) for member in archive.members(path, number)}
+                mine = m.shard_of == number
+                places = set(zip(m.offsets[mine].tolist(), m.sizes[mine].tolist(), strict=True))
+                if places - members:
+                    found.append(Finding(shard["name"], SHARD, f"{len(places - members)} samples lie elsewhere"))
+            elif file_checksum(path) != shard["checksum"]:
+                found.append(Finding(shard["name"], SHARD, "not the bytes that were packed"))
+        except RequestError as problem:
+            found.append(Finding(shard["name"], SHARD, str(problem)))
+        except OSError as problem:
+            found.append(Finding(shard["name"], SHARD, problem.strerror or str(problem)))
+    return found
 
 
 def verify(path: str | os.PathLike, processes: int | None = None) -> Verified:
     """Look at every image of a manifest or of a DIR/CLASS/IMAGE tree, in parallel, with a progress bar."""
     if manifests.is_plain_folder(path):
         root = Path(path)
-        _, paths, _ = manifests.scan(root)
         gone = manifests.read_excluded(root)
-        paths = [p for p in paths if p not in gone]
+        paths = [p for p in tree.scan(root).paths if p not in gone]
         work = [(look_at_files, str(root), paths[i : i + CHUNK]) for i in range(0, len(paths), CHUNK)]
-        count = len(paths)
+        count, m = len(paths), None
     else:
         m = Manifest(manifests.find(path))
+        m.check_labels()
         root, count = m.path.parent, len(m)
         work = [(look_at_samples, str(m.path), range(i, min(i + CHUNK, count))) for i in range(0, count, CHUNK)]
     seen: list[Seen] = []
@@ -146,7 +207,9 @@ def verify(path: str | os.PathLike, processes: int | None = None) -> Verified:
             with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
                 for future in [pool.submit(*item) for item in work]:
                     add(future.result())
-    return Verified(root, count, findings_of(seen))
+    found = findings_of(seen)
+    shards = look_at_shards(m, {f.path for f in found if f.kind in UNUSABLE}) if m is not None else []
+    return Verified(root, count, shards + found)
 
 
 def findings_of(seen: list[Seen]) -> list[Finding]:
@@ -168,12 +231,7 @@ def findings_of(seen: list[Seen]) -> list[Finding]:
 
 def write_excluded(found: Verified) -> Path:
     """Add what cannot be used to exclude.txt; manifests beside it leave those rows out from now on."""
-    path = found.root / EXCLUDE
-    before = path.read_text() if path.exists() else ""
-    known = manifests.read_excluded(found.root)
-    new = [f"{f.path}\t{f.kind}: {f.detail}".replace("\n", " ") for f in found.unusable if f.path not in known]
-    write_atomically(path, before + "".join(f"{line}\n" for line in new))
-    return path
+    return manifests.add_excluded(found.root, [(f.path, f"{f.kind}: {f.detail}") for f in found.unusable])
 
 
 def as_json(found: Verified, excluded: Path | None) -> dict:

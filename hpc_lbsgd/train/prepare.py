@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from hpc_lbsgd import amend as amends
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.data import archive, stage
+from hpc_lbsgd.data import archive, stage, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.loader import check_sizes
 from hpc_lbsgd.data.manifest import Manifest
@@ -165,7 +165,7 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
             if not os.access(path, os.W_OK):
                 target = folder.path / "manifests" / key
                 target.mkdir(parents=True, exist_ok=True)
-            found[key] = manifests.index(path, target / manifests.FILE_NAME)
+            found[key] = tree.index(path, target / manifests.FILE_NAME)
         else:
             try:
                 found[key] = Manifest(manifests.find(path))

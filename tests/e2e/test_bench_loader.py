@@ -6,13 +6,14 @@ import pytest
 from conftest import changed, command, mpirun, write_images, write_recipe
 
 from hpc_lbsgd.bench.loader import measure
-from hpc_lbsgd.data import manifest, pack
+from hpc_lbsgd.data import pack
+from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.recipe import Data
 
 
 def test_all_contestants_take_turns(tmp_path):
     files = write_images(tmp_path / "d", 40, 48, suffix=".jpg")
-    manifest.index(files, processes=1)
+    trees.index(files, processes=1)
     pack.pack(files, tmp_path / "raw", pack.Encoding("raw"), 1.0, 1)
     job = command("bench", "loader", files, tmp_path / "raw", "--image-size", "32", "--batch", "8", "--threads", "1,2",
                   "--rounds", "2", "--images", "24", "--plot", tmp_path / "x.png", "--json")  # fmt: skip
@@ -28,7 +29,7 @@ def test_all_contestants_take_turns(tmp_path):
 
 def test_peers_make_pictures_of_the_same_shape_and_scale(tmp_path):
     """A peer that skipped resizing or normalising would be beaten unfairly."""
-    m = manifest.index(write_images(tmp_path / "d", 12, 48, suffix=".jpg"), processes=1)
+    m = trees.index(write_images(tmp_path / "d", 12, 48, suffix=".jpg"), processes=1)
     data = Data(image_size=32)
     for native in (False, True):
         image, label = measure.Pictures(m, data, native)[3]

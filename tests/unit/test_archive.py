@@ -9,13 +9,14 @@ import pytest
 from conftest import command, write_images
 
 from hpc_lbsgd.data import archive, manifest, verify
+from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.storage import open_storage
 from hpc_lbsgd.errors import RequestError
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    return manifest.index(write_images(tmp_path_factory.mktemp("tree") / "d", 41, 16, suffix=".jpg"), processes=1)
+    return trees.index(write_images(tmp_path_factory.mktemp("tree") / "d", 41, 16, suffix=".jpg"), processes=1)
 
 
 def add(tar, name, data, **changes):
@@ -122,3 +123,42 @@ def test_images_that_do_not_decode_are_named_and_can_be_left_out(tree, tmp_path)
         archive.index(tmp_path / "set.tar")
     (tmp_path / manifest.EXCLUDE).write_text("c0/2.jpg\n")
     assert len(archive.index(tmp_path / "set.tar")) == 3
+
+
+def sixty(tree, path, **changes):
+    with tarfile.open(path, "w", **changes) as tar:
+        for i in range(60):
+            add(tar, f"c{i % 3}/{i:02d}.jpg", bytes_of(tree, i % len(tree)))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_archive_is_whole_or_refused(tree, tmp_path, nested):
+    """A bit flipped in any header, an archive cut anywhere, two archives joined: never a part of it in silence."""
+    content = sixty(tree, tmp_path / "good.tar")
+    starts = [m.offset - 512 for m in archive.members(tmp_path / "good.tar", 0)]
+    assert len(starts) == 60
+
+    def index(data):
+        path = tmp_path / "set.tar"
+        if nested:
+            with tarfile.open(path, "w") as outer:
+                add(outer, "inner.tar", data)
+        else:
+            path.write_bytes(data)
+        return list(archive.members(path, 0))
+
+    assert len(index(content)) == 60
+    rng = np.random.default_rng(11)
+    for start in rng.choice(starts, 20, replace=False):
+        damaged = bytearray(content)
+        damaged[start + int(rng.integers(0, 300))] ^= 1 << int(rng.integers(0, 7))
+        with pytest.raises(RequestError, match=r"set\.tar.*(from byte \d+ on|not a whole)"):
+            index(bytes(damaged))
+    for cut in [*rng.integers(1, len(content) - 1, 20), starts[30], starts[-1], len(content.rstrip(b"\0")) + 100]:
+        if len(content) - int(cut) > 9000:  # what is cut from the padding of end blocks is no loss
+            with pytest.raises(RequestError, match=r"set\.tar.*(two end blocks|not a whole|more follows)"):
+                index(content[: int(cut)])
+    with pytest.raises(RequestError, match=r"from byte \d+ on \(a damaged header, or another archive joined"):
+        index(content + content)
+    assert len(index(content + bytes(4096))) == 60

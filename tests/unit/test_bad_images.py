@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import write_images
 
-from hpc_lbsgd.data import loader, manifest
+from hpc_lbsgd.data import loader
+from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.recipe import Data
@@ -18,7 +19,7 @@ SAMPLES = 24
 def spoiled(tmp_path):
     """24 pictures of which three went bad after they were indexed: garbage, gone, cut."""
     root = write_images(tmp_path / "d", SAMPLES, 16)
-    m = manifest.index(root, processes=1)
+    m = trees.index(root, processes=1)
     bad = [3, 10, 17]
     with open(m.file(bad[0]), "r+b") as f:
         f.write(b"\0" * int(m.sizes[bad[0]]))
@@ -65,7 +66,7 @@ def test_evaluation_never_replaces_a_sample(spoiled):
 
 def test_a_set_with_nothing_left_ends_the_run(tmp_path):
     root = write_images(tmp_path / "d", 4, 16)
-    m = manifest.index(root, processes=1)
+    m = trees.index(root, processes=1)
     for i in range(4):
         (root / m.key(i)).unlink()
     with pytest.raises(RunError, match="cannot read a sample"):

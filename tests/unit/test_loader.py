@@ -8,7 +8,8 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from hpc_lbsgd.data import augment, loader, manifest
+from hpc_lbsgd.data import augment, loader
+from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.recipe import Data
@@ -30,7 +31,7 @@ def photos(tmp_path_factory):
         if i == 3:
             exif[0x0112] = 6  # orientation: rotate by 90 degrees
         image.save(root / f"c{i % 2}" / f"{i:02d}.jpg", quality=92, exif=exif)
-    return manifest.index(root, processes=1)
+    return trees.index(root, processes=1)
 
 
 def make(data: Data, m, kind: str, train: bool, requests: list[Request], max_batch: int = 8, channels_last=True):
@@ -58,7 +59,7 @@ def test_same_crops_from_photos(photos, train, channels):
 
 @pytest.mark.parametrize("kind", ["none", "flip", "pad-crop"])
 def test_same_pixels_where_nothing_is_resized(tmp_path, kind):
-    m = manifest.index(write_images(tmp_path, 20, 16), processes=1)
+    m = trees.index(write_images(tmp_path, 20, 16), processes=1)
     data = Data(channels=1, image_size=16, augment=kind, crop_padding=3, eval_resize=0, mean=[0.0], std=[1.0])
     batches = requests_of([list(range(8)), list(range(8, 16)), [17, 3, 17]])
     for train in (True, False):
@@ -100,7 +101,7 @@ def test_drained_loader_starts_again(photos):
 @pytest.mark.parametrize("kind", ["dali", "torchvision"])
 def test_an_image_that_went_bad_is_named(tmp_path, kind):
     root = write_images(tmp_path / "d", 8, 16)
-    m = manifest.index(root, processes=1)
+    m = trees.index(root, processes=1)
     path = root / "class-1" / "0001.png"
     size = path.stat().st_size
     path.write_bytes(b"\0" * size)

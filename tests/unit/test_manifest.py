@@ -7,6 +7,7 @@ import pytest
 from conftest import write_images
 
 from hpc_lbsgd.data import fetch, manifest
+from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.errors import RequestError
 
 
@@ -16,7 +17,7 @@ def tree(tmp_path):
 
 
 def test_rows_say_what_the_files_are(tree):
-    m = manifest.index(tree, processes=1)
+    m = trees.index(tree, processes=1)
     assert len(m) == 12 and m.classes == [f"class-{i}" for i in range(4)]
     assert m.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert set(m.widths) == set(m.heights) == {16}
@@ -26,32 +27,32 @@ def test_rows_say_what_the_files_are(tree):
 
 
 def test_same_files_same_fingerprint_wherever_they_lie(tree, tmp_path):
-    first = manifest.index(tree, processes=1).fingerprint
+    first = trees.index(tree, processes=1).fingerprint
     tree.rename(tmp_path / "moved")
-    again = manifest.index(tmp_path / "moved", tmp_path / "apart.arrow", processes=2)
+    again = trees.index(tmp_path / "moved", tmp_path / "apart.arrow", processes=2)
     assert again.fingerprint == first
     assert os.path.exists(again.file(0))
 
 
 def test_fingerprint_sees_one_changed_pixel(tree):
-    first = manifest.index(tree, processes=1).fingerprint
+    first = trees.index(tree, processes=1).fingerprint
     target = tree / "class-0" / "0000.png"
     from PIL import Image
 
     image = Image.open(target)
     image.putpixel((3, 3), (image.getpixel((3, 3)) + 1) % 256)
     image.save(target)
-    assert manifest.index(tree, processes=1).fingerprint != first
+    assert trees.index(tree, processes=1).fingerprint != first
 
 
 def test_missing_folder_and_empty_class_are_named(tree):
     with pytest.raises(RequestError, match="nowhere: no such folder"):
-        manifest.index(tree / "nowhere")
+        trees.index(tree / "nowhere")
     (tree / "class-9").mkdir()
     with pytest.raises(RequestError, match="class 'class-9' has no images"):
-        manifest.index(tree)
+        trees.index(tree)
     with pytest.raises(RequestError, match="no class folders"):
-        manifest.index(tree / "class-0")
+        trees.index(tree / "class-0")
 
 
 def test_unreadable_images_are_listed_by_name(tree):
@@ -60,7 +61,7 @@ def test_unreadable_images_are_listed_by_name(tree):
     (tree / "class-2" / "0002.png").write_bytes(b"")
     (tree / "class-3" / "0003.png").write_bytes(b"no picture at all")
     with pytest.raises(RequestError) as caught:
-        manifest.index(tree, processes=1)
+        trees.index(tree, processes=1)
     text = str(caught.value)
     assert "3 of 12 images" in text
     for name in ("class-1/0001.png", "class-2/0002.png: empty file", "class-3/0003.png"):
@@ -72,15 +73,15 @@ def test_unreadable_images_are_listed_by_name(tree):
 @pytest.mark.parametrize("cut", [1, 2, 5, 20, 100])
 def test_any_truncation_is_found(tmp_path, suffix, cut):
     tree = write_images(tmp_path, 4, 24, suffix=suffix)
-    manifest.index(tree, processes=1)
+    trees.index(tree, processes=1)
     path = tree / "class-2" / f"0002{suffix}"
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(RequestError, match=f"1 of 4 images .*\n.*0002{suffix}"):
-        manifest.index(tree, processes=1)
+        trees.index(tree, processes=1)
 
 
 def test_manifest_that_no_longer_matches(tree):
-    m = manifest.index(tree, processes=1)
+    m = trees.index(tree, processes=1)
     (tree / "class-0" / "0000.png").unlink()
     with open(tree / "class-1" / "0001.png", "ab") as f:
         f.write(b"x")

@@ -17,6 +17,7 @@ from conftest import write_images
 from PIL import Image
 
 from hpc_lbsgd.data import loader, manifest, pack, verify
+from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.pack import Encoding
 from hpc_lbsgd.data.storage import Request, open_storage
 from hpc_lbsgd.errors import RequestError, RunError
@@ -28,7 +29,7 @@ SHARD_MB = 0.03  # some 15 of these pictures
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return manifest.index(write_images(tmp_path_factory.mktemp("source") / "d", 101, 16), processes=1)
+    return trees.index(write_images(tmp_path_factory.mktemp("source") / "d", 101, 16), processes=1)
 
 
 KEEP = Encoding()
@@ -74,7 +75,7 @@ def test_raw_colour_pictures_of_many_sizes_are_cropped_and_resized(tmp_path, kin
         coarse.resize((60 + 9 * i, 90 - 7 * i), Image.Resampling.BICUBIC).save(
             tmp_path / "d" / f"c{i % 2}" / f"{i}.png"
         )
-    m = manifest.index(tmp_path / "d", processes=1)
+    m = trees.index(tmp_path / "d", processes=1)
     raw = pack.pack(m.path, tmp_path / "raw", Encoding("raw"), 1.0, 1)
     data = Data(image_size=32, loader=kind)
     both = []

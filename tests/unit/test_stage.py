@@ -11,6 +11,7 @@ import pytest
 from conftest import changed, command, write_images, write_recipe
 
 from hpc_lbsgd.data import manifest, pack, stage, verify
+from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.recipe import validate
 from hpc_lbsgd.train.prepare import stage_folder
@@ -23,9 +24,7 @@ COPY = (
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     root = tmp_path_factory.mktemp("set")
-    return pack.pack(
-        manifest.index(write_images(root / "d", 80, 16), processes=1).path, root / "p", pack.Encoding(), 0.03
-    )
+    return pack.pack(trees.index(write_images(root / "d", 80, 16), processes=1).path, root / "p", pack.Encoding(), 0.03)
 
 
 def times(folder):
@@ -99,7 +98,7 @@ def test_no_room_and_single_files_are_refused(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
     with pytest.raises(RunError, match="GB free"):
         stage.stage(packed, tmp_path)
-    loose = manifest.index(write_images(tmp_path / "d", 4, 16), processes=1)
+    loose = trees.index(write_images(tmp_path / "d", 4, 16), processes=1)
     with pytest.raises(RequestError, match="machine.stage_dir.*single image files"):
         stage.stage(loose, tmp_path)
 

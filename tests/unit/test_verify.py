@@ -9,6 +9,7 @@ from conftest import command, write_images
 from PIL import Image
 
 from hpc_lbsgd.data import manifest, pack, verify
+from hpc_lbsgd.data import tree as trees
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_what_cannot_be_used_is_left_out_from_then_on(messy):
 
 def test_a_manifest_honours_its_list_and_is_another_set_then(tmp_path):
     root = write_images(tmp_path / "d", 20, 16)
-    m = manifest.index(root, processes=1)
+    m = trees.index(root, processes=1)
     with open(m.file(4), "r+b") as f:
         f.seek(50)
         f.write(b"\0\0\0\0")

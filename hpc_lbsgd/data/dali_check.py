@@ -1,0 +1,70 @@
+"""What DALI says of an image, for those who ask before a run: can it be decoded, and to which size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+BATCH = 32  # images that it is asked about at a time
+
+
+def version() -> str | None:
+    """DALI's, if it loads."""
+    try:
+        import nvidia.dali
+    except ImportError:
+        return None
+    return nvidia.dali.__version__
+
+
+def sizes(contents: Sequence[bytes]) -> list[tuple[int, int] | str]:
+    """(width, height) of each image, or why it cannot be decoded."""
+    return [size for start in range(0, len(contents), BATCH) for size in _sizes(contents[start : start + BATCH])]
+
+
+class Feed:
+    """What a pipeline is given: one batch, or nothing more."""
+
+    def __init__(self) -> None:
+        self.batch: list[np.ndarray] = []
+
+    def __call__(self) -> list[np.ndarray]:
+        return self.batch
+
+
+@cache
+def pipeline() -> tuple[Any, Feed]:
+    """A pipeline that decodes as the loader does."""
+    from nvidia.dali import Pipeline, fn, types
+
+    feed = Feed()
+    made = Pipeline(batch_size=BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    with made:
+        encoded = fn.external_source(source=feed, batch=True)
+        made.set_outputs(fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False))
+    made.build()
+    return made, feed
+
+
+def _sizes(contents: Sequence[bytes]) -> list[tuple[int, int] | str]:
+    """The same for one batch; halves of it where it fails, for DALI does not say which image it was."""
+    made, feed = pipeline()
+    feed.batch = [np.frombuffer(data, np.uint8) for data in contents]
+    try:
+        (images,) = made.run()
+        return [(shape[1], shape[0]) for shape in images.shape()]
+    except RuntimeError as problem:
+        pipeline.cache_clear()  # it is broken now
+        if len(contents) == 1:
+            return [reason(problem)]
+        half = len(contents) // 2
+        return _sizes(contents[:half]) + _sizes(contents[half:])
+
+
+def reason(problem: RuntimeError) -> str:
+    """What a pipeline's error says was wrong."""
+    told = str(problem).partition("encountered:")[2] or str(problem)
+    return next((line.strip() for line in told.splitlines() if line.strip()), "no reason given")[:200]

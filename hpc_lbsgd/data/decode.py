@@ -1,0 +1,135 @@
+"""What is an image: one answer for index, verify, pack and both loaders.
+
+A file is one if every decoder that is installed decodes it, to the same size. DALI, which trains, is stricter than
+Pillow in some formats and does not know others; a set that was indexed where DALI is missing says so in its manifest.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from functools import cache
+from importlib import metadata
+from typing import NamedTuple
+
+import numpy as np
+
+from hpc_lbsgd.data import dali_check
+
+PILLOW, DALI = "pillow", "dali"
+WIDE = ("I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of 16-bit grey
+
+
+class Facts(NamedTuple):
+    """What decoding an image says of it."""
+
+    width: int
+    height: int
+    format: str  # JPEG, PNG ...
+    mode: str  # RGB, L, CMYK, I;16 ... (Pillow's names)
+
+
+@cache
+def decoders() -> dict[str, str]:
+    """The decoders that are asked, with their versions."""
+    found = {PILLOW: metadata.version("pillow")}
+    if (dali := dali_check.version()) is not None:
+        found[DALI] = dali
+    return found
+
+
+def decode_all(contents: Sequence[bytes]) -> list[Facts | str]:
+    """For each file's content what it is, or what is wrong with it."""
+    found: list[Facts | str] = []
+    for data in contents:
+        try:
+            found.append(decode(data))
+        except ValueError as problem:
+            found.append(str(problem))
+    if DALI in decoders():
+        asked = [i for i, facts in enumerate(found) if isinstance(facts, Facts)]
+        for i, size in zip(asked, dali_check.sizes([contents[i] for i in asked]), strict=True):
+            facts = found[i]
+            if isinstance(size, str):
+                found[i] = f"DALI cannot decode it ({size}), though Pillow can"
+            elif size != (facts.width, facts.height):
+                found[i] = (
+                    f"is {facts.width}x{facts.height} for Pillow and {size[0]}x{size[1]} for DALI (an orientation that "
+                    "one of them follows?)"
+                )
+    return found
+
+
+# ---------------------------------------------------------------- Pillow
+
+
+def decode(data: bytes) -> Facts:
+    """Decode an image to its last row by Pillow. Raises ValueError with what is wrong with it."""
+    from PIL import Image
+
+    if not len(data):
+        raise ValueError("empty file")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.verify()  # chunk checksums, where the format has them
+        if not has_end(image.format, data):
+            raise ValueError("image file is truncated (no end marker)")
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            eight_bits(image)
+            return Facts(image.width, image.height, image.format, image.mode)
+    except Exception as problem:  # Pillow raises many kinds; each means: not usable as an image
+        raise ValueError(str(problem)) from None
+
+
+def pixels(data, channels: int) -> np.ndarray:
+    """uint8 (H, W, C) of an encoded image. Raises ValueError with what is wrong with it."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            found = np.array(eight_bits(image).convert("L" if channels == 1 else "RGB"))
+    except Exception as problem:  # Pillow raises many kinds
+        raise ValueError(str(problem)) from None
+    return found.reshape(*found.shape[:2], -1)
+
+
+def eight_bits(image):
+    """An image with 8 bits a channel: 16-bit grey is scaled, as DALI scales it. Raises ValueError for what has no range
+    that all agree on."""
+    from PIL import Image
+
+    if image.mode in WIDE:
+        wide = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32-bit pixels (mode {image.mode}), whose range is not known; save it with 8 or 16 bits")
+    return image
+
+
+def has_end(image_format: str | None, data: bytes) -> bool:
+    """The format's end marker is there. Pillow does not miss the last bytes of a PNG or JPEG."""
+    if image_format in ("JPEG", "MPO"):
+        return jpeg_end(data) is not None
+    if image_format == "PNG":
+        return b"IEND\xaeB`\x82" in data
+    return True
+
+
+def jpeg_end(data: bytes) -> int | None:
+    """Where a JPEG ends, behind its end-of-image marker; None without one. Other bytes may follow (motion photos)."""
+    at, scanning = 2, False
+    while True:
+        at = data.find(b"\xff", at)
+        if at < 0 or at + 1 >= len(data):
+            return None
+        marker = data[at + 1]
+        if marker == 0xD9:
+            return at + 2
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8 or (scanning and marker < 0xC0):
+            at += 2  # no length behind it
+        else:  # a segment: its length, itself included
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            scanning = marker == 0xDA

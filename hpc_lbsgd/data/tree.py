@@ -1,0 +1,186 @@
+"""`data index` of a folder: which files are images, which class each has, and whether it decodes."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from hpc_lbsgd.data import labels
+from hpc_lbsgd.data.decode import decode_all
+from hpc_lbsgd.data.manifest import (
+    CHUNK,
+    FILE_NAME,
+    SUFFIXES,
+    Manifest,
+    Row,
+    add_excluded,
+    checksum,
+    listed,
+    read_excluded,
+    write,
+)
+from hpc_lbsgd.errors import RequestError
+
+ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's table of labels, in the folder that it is of
+AT_A_TIME = 32  # images whose bytes a process holds
+
+
+class Tree(NamedTuple):
+    """What a folder holds, before images are looked at."""
+
+    classes: list[str]
+    paths: list[str]  # below the folder, by class and name
+    labels: list[int]
+    left_out: Counter[str]  # what is no image, by what it is
+
+
+def scan(root: Path, table: Path | None = None) -> Tree:
+    """The images of a folder. One folder a class, any depth below it; with a table of labels, images anywhere.
+
+    A folder as Tiny-ImageNet's val has its table in it. Raises RequestError for a class without images, and for
+    folders that cannot be read.
+    """
+    if not root.is_dir():
+        raise RequestError(f"{root}: no such folder")
+    left_out: Counter[str] = Counter()
+    if table is None and (root / ANNOTATIONS).exists():
+        table = root / ANNOTATIONS
+    paths = list(images_below(root, left_out))
+    if table is not None:
+        rows = labels.read_table(table)
+        found = [labels.in_table(rows, path) for path in paths]
+        missing = [path for path, label in zip(paths, found, strict=True) if label is None]
+        if missing:
+            raise RequestError(f"{len(missing)} images in {root} have no line in {table}:\n{listed(missing)}")
+        classes, numbers = labels.number(found, numbers=True)
+    else:
+        classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+        if not classes:
+            raise RequestError(f"{root}: no class folders in it; expected {root}/CLASS/IMAGE")
+        beside = [path for path in paths if os.sep not in path]
+        if beside:
+            left_out["images beside the class folders"] = len(beside)
+            paths = [path for path in paths if os.sep in path]
+        place = {name: i for i, name in enumerate(classes)}
+        numbers = [place[path.split(os.sep, 1)[0]] for path in paths]
+        empty = sorted(set(range(len(classes))) - set(numbers))
+        if empty:
+            name = classes[empty[0]]
+            raise RequestError(f"{root / name}: class {name!r} has no images ({', '.join(sorted(SUFFIXES))})")
+    order = sorted(range(len(paths)), key=lambda i: (numbers[i], paths[i]))
+    return Tree(classes, [paths[i] for i in order], [numbers[i] for i in order], left_out)
+
+
+def images_below(root: Path, left_out: Counter[str]) -> Iterator[str]:
+    """Paths of image files below a folder; counts what it passes over. Links to folders are followed for classes alone:
+    deeper ones may lead back."""
+
+    def refuse(problem: OSError) -> None:
+        raise RequestError(f"{problem.filename}: cannot be read ({problem.strerror})")
+
+    tops = [str(root)]
+    for entry in os.scandir(root):
+        if entry.is_symlink() and entry.is_dir() and not entry.name.startswith("."):
+            tops.append(entry.path)
+    for top in tops:
+        for folder, folders, files in os.walk(top, onerror=refuse):
+            linked = [f for f in folders if os.path.islink(os.path.join(folder, f))]
+            if folder != str(root):
+                left_out.update(f"linked folder {os.path.relpath(os.path.join(folder, f), root)}" for f in linked)
+            folders[:] = [f for f in folders if not f.startswith(".")]
+            for name in files:
+                suffix = os.path.splitext(name)[1].lower()
+                if suffix in SUFFIXES and not name.startswith("."):
+                    yield os.path.relpath(os.path.join(folder, name), root)
+                elif not name.startswith(".") and folder != str(root):
+                    left_out[suffix or "no suffix"] += 1
+
+
+def examine(root: str, paths: list[str]) -> list[Row | str]:
+    """For each file (width, height, bytes, checksum), or a sentence about what is wrong with it.
+
+    Every image is decoded to its last row: a truncated file is found here and not at hour three.
+    """
+    rows: list[Row | str] = []
+    for start in range(0, len(paths), AT_A_TIME):
+        contents: list[bytes | str] = []
+        for path in paths[start : start + AT_A_TIME]:
+            try:
+                with open(os.path.join(root, path), "rb") as f:
+                    contents.append(f.read())
+            except OSError as problem:
+                contents.append(str(problem))
+        rows += rows_of(contents)
+    return rows
+
+
+def rows_of(contents: Sequence[bytes | str]) -> list[Row | str]:
+    """(width, height, bytes, checksum) of each content, or what is wrong with it; what is wrong already stays."""
+    there = [i for i, content in enumerate(contents) if isinstance(content, bytes)]
+    rows: list = list(contents)
+    for i, facts in zip(there, decode_all([contents[i] for i in there]), strict=True):
+        if isinstance(facts, str):
+            rows[i] = facts
+        else:
+            rows[i] = (facts.width, facts.height, len(contents[i]), checksum(contents[i]))
+    return rows
+
+
+def index(
+    root: str | os.PathLike,
+    out: str | os.PathLike | None = None,
+    processes: int | None = None,
+    table: Path | None = None,
+    classes: list[str] | None = None,
+    exclude: bool = False,
+) -> Manifest:
+    """Write the manifest of a folder of images (default: ROOT/manifest.arrow) and return it, opened.
+
+    table: names and classes, for images that do not lie in folders of their class. classes: the names to use, in their
+    order (those of the training set, for a validation set). exclude: leave out images that do not decode, and write
+    them down. Raises RequestError for a missing folder, an empty class, and images that do not decode (listed by name).
+    """
+    root = Path(root)
+    out = Path(out) if out else root / FILE_NAME
+    tree = scan(root, table)
+    excluded = read_excluded(root)
+    chosen = [i for i, path in enumerate(tree.paths) if path not in excluded]
+    paths = [tree.paths[i] for i in chosen]
+    numbers = [tree.labels[i] for i in chosen]
+    if classes is not None:
+        numbers = labels.renumber(tree.classes, numbers, classes, str(root))
+    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
+    rows: list[Row | str] = []
+    processes = min(processes or len(os.sched_getaffinity(0)), max(1, len(chunks)))
+    with tqdm(total=len(paths), desc=f"indexing {root}", unit="image", disable=None) as bar:
+
+        def add(results):
+            rows.extend(results)
+            bar.update(len(results))
+
+        if processes == 1:
+            for chunk in chunks:
+                add(examine(str(root), chunk))
+        else:
+            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+                for results in pool.map(examine, [str(root)] * len(chunks), chunks):
+                    add(results)
+    bad = [(path, row) for path, row in zip(paths, rows, strict=True) if isinstance(row, str)]
+    if bad and not exclude:
+        raise RequestError(
+            f"{len(bad)} of {len(paths)} images cannot be read; mend or remove them, or have them left out (--exclude)"
+            f":\n{listed([f'{root / path}: {row}' for path, row in bad])}"
+        )
+    good = [i for i, row in enumerate(rows) if not isinstance(row, str)]
+    columns = ([values[i] for i in good] for values in (paths, numbers, rows))
+    write(out, root, classes or tree.classes, *columns, left_out=tree.left_out)
+    if bad:
+        add_excluded(root, bad)
+    return Manifest(out)
