@@ -20,7 +20,7 @@ ALONE   = mpi faults slurm e2e
 START  := $(shell date +%s)
 TOOK    = echo "make $@: $$(($$(date +%s) - $(START))) s"
 
-.PHONY: help setup train check test lint module clean
+.PHONY: help setup train check test lint docs module clean
 help:   ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -63,8 +63,12 @@ lint: setup  ## style, format, who may import whom, types (pyproject.toml)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
+docs: setup  ## the manual as a site in site/; warnings are errors
+	@test -x $(BIN)/mkdocs || $(PIP) install -q -c constraints.txt -e '.[docs]' --no-build-isolation
+	$(BIN)/mkdocs build -q
+
 module:  ## modulefiles for this environment in PREFIX [PREREQ="gcc/12 openmpi/4.1"] [CONFLICT=...]
 	@$(PYTHON) tools/make_module.py --environment "$(VENV)" --prereq "$(PREREQ)" --conflict "$(CONFLICT)" "$(PREFIX)"
 
-clean:  ## remove .venv, runs and data
-	rm -rf $(VENV) runs data
+clean:  ## remove .venv, runs, data and site
+	rm -rf $(VENV) runs data site

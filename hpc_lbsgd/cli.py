@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from hpc_lbsgd import __version__
 from hpc_lbsgd.arguments import (
     nodes_sweep,
     not_negative,
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 stopped at a safe point: "
         "start again.",
     )
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, function, **kwargs) -> argparse.ArgumentParser:

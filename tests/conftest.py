@@ -8,9 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: a core each, or their threads wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
 import numpy as np
 import pytest
 import yaml
+
+hypothesis.settings.register_profile("no test is a matter of seconds", deadline=None)
+hypothesis.settings.load_profile("no test is a matter of seconds")
 
 if os.geteuid() == 0:  # Open MPI refuses root; containers and CI have no other user
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")

@@ -9,4 +9,7 @@ show.py      tables and plots, from what run.py returns
 
 core/ is what they share. A new benchmark is a package here, and a name in commands.py. Packages of benchmarks do not
 import one another, core/ imports none of them; only command.py is loaded before a command is chosen.
+
+May be imported by: plan, cluster, cli.
+May import: report, train, parallel, data, recipe, records, arguments, yaml12, theory, errors.
 """

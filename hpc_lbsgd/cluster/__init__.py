@@ -1,1 +1,9 @@
-"""Launchers, jobs, sites, and what a machine can do."""
+"""Launchers at work, jobs, sites, and what a machine can do.
+
+launch.py      an mpirun line, run and watched
+submit.py      a recipe as Slurm jobs, from templates/; sites.py and sites/: what a cluster needs said
+doctor.py      what this machine can do, and the fix for what it cannot; mpi_check.py runs on its ranks
+
+May be imported by: cli.
+May import: bench, data, parallel, amend, recipe, sections, reading, runs, records, yaml12, theory, errors.
+"""

@@ -1,1 +1,11 @@
-"""The trainer: virtual workers, ghost BatchNorm, one step, checkpoints, evaluation."""
+"""The trainer.
+
+job.py         one process of a job, to its exit code
+trainer.py     a run on one rank: prepare, loop, end
+step.py        one step; replica.py what a step changes; workers.py virtual workers, statistics.py ghost BatchNorm
+preflight.py   is the promise kept by this model, data and machine; crosscheck.py: do ranks still agree
+checkpoint.py  state that is written whole or not at all
+
+May be imported by: bench, plan, cli.
+May import: parallel, data, outline, amend, recipe, runs, records, imports, theory, errors.
+"""

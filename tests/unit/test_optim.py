@@ -54,7 +54,7 @@ def section(**changes):
 rates = st.lists(st.floats(1e-4, 1.0), min_size=2, max_size=12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rates=rates, nesterov=st.booleans())
 def test_v_form_with_correction_is_the_u_form(rates, nesterov):
     """Goyal et al. 2017, Remark 2, under any positive learning rates, plain and Nesterov."""

@@ -1,0 +1,71 @@
+"""What is installed from an index: an sdist, a wheel made of it, and that wheel at work outside this tree."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from hpc_lbsgd import __version__
+
+ROOT = Path(__file__).parents[2]
+BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+
+
+def build(kind: str, tree: Path, out: Path) -> Path:
+    """What a package index is sent, of `tree`. Setuptools' own hooks: no network, no isolation."""
+    words = [sys.executable, "-c", BUILD, f"build_{kind}", out]
+    result = subprocess.run(words, cwd=tree, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out / result.stdout.split()[-1]
+
+
+def copy_of_the_tree(to: Path) -> Path:
+    """Builds leave folders behind. Without what is not the project's: .git, .venv, runs, data."""
+    kept = ["hpc_lbsgd", "tools", "docs", "modules", "slurm"]
+    kept += [p.name for p in ROOT.iterdir() if p.is_file() and not p.name.startswith(".")]
+    subprocess.run(["cp", "-r", *kept, to], cwd=ROOT, check=True)
+    return to
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The folder that the wheel was installed to."""
+    root = tmp_path_factory.mktemp("package")
+    for name in ("tree", "dist", "unpacked"):
+        (root / name).mkdir()
+    sdist = build("sdist", copy_of_the_tree(root / "tree"), root / "dist")
+    shutil.unpack_archive(sdist, root / "unpacked")
+    (source,) = (root / "unpacked").iterdir()
+    assert {"Makefile", "constraints.txt", "tools", "LICENSE", "CHANGELOG.md"} <= {p.name for p in source.iterdir()}
+    wheel = build("wheel", source, root / "dist")
+    ours = {str(p.relative_to(ROOT)) for p in (ROOT / "hpc_lbsgd").rglob("*") if p.is_file()}
+    with zipfile.ZipFile(wheel) as packed:
+        missing = {name for name in ours if "__pycache__" not in name} - set(packed.namelist())
+    assert missing == set(), "package_data in setup.cfg"
+    words = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", root / "site", wheel]
+    subprocess.run([sys.executable, *words], check=True)
+    return root / "site"
+
+
+def python(installed: Path, *words: str | Path) -> str:
+    """Output of Python with the installed package, in a folder that has nothing of this tree."""
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    result = subprocess.run([sys.executable, *words], cwd=installed.parent, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_installed_command_knows_its_recipes_sites_and_templates(installed):
+    command = installed / "bin" / "hpc-lbsgd"
+    assert python(installed, "-c", "import hpc_lbsgd; print(hpc_lbsgd.__file__)").startswith(str(installed))
+    assert python(installed, command, "--version").split() == ["hpc-lbsgd", __version__]
+    assert "submit" in python(installed, command, "--help")
+    plan = json.loads(python(installed, command, "plan", "goyal-resnet50", "--nodes", "32", "--json"))
+    assert plan["global_batch"] == 8192
+    script = python(installed, command, "submit", "goyal-resnet50", "--nodes", "2", "--site", "template", "--dry-run")
+    assert "#SBATCH --nodes=2" in script
