@@ -169,7 +169,7 @@ class Recipe(Section):
             exclude={
                 "machine": True,
                 "checkpoint": True,
-                "train": {"max_steps", "preflight"},
+                "train": {"max_steps", "preflight", "eval_epochs"},
                 "data": {"train", "eval", "samples", "classes"},
             },
         )

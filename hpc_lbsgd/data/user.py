@@ -71,6 +71,8 @@ class UserLoader:
     def _make(self, request: Request) -> Batch:
         pairs = [self.data.sample(int(i), self.seed, request.epoch) for i in request.samples]
         inputs, labels = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        if not (labels.is_floating_point() or labels.dtype == torch.bool):
+            labels = labels.long()  # numpy's numbers come in all widths
         return Batch(inputs, labels)
 
     def _place(self, batch: Batch) -> Batch:

@@ -166,8 +166,9 @@ class Buckets:
             # so that not even `workers` values of the largest size allowed could wrap
             self._largest = 2.0**62 / workers
             self.out_of_range = torch.zeros((), dtype=torch.bool, device=self.device)
-            # gradients of this rank's workers that are not zero, and those of them that fixed point made zero
-            self.flushed = torch.zeros(2, dtype=torch.float64, device=self.device) if count_flushed else None
+        # gradients of this rank that are not zero, and those of them that fixed point or a float16 wire made zero
+        count = count_flushed and (self.bits is not None or self.wire_scale is not None)
+        self.flushed = torch.zeros(2, dtype=torch.float64, device=self.device) if count else None
 
     def arm(self, last_pass: bool, measured: bool = False, digest: Digest | None = None, apart: bool = False) -> None:
         """Before each forward-backward; after the last one of the step, buckets leave as they fill.
@@ -303,6 +304,9 @@ class Buckets:
             tensor = self.wires[bucket.index]
             torch.mul(bucket.gradients, self.wire_scale, out=bucket.gradients)
             tensor.copy_(bucket.gradients)
+            if self.flushed is not None:
+                before, after = (torch.count_nonzero(t) for t in (bucket.gradients, tensor))
+                self.flushed += torch.stack([before, before - after])
         bucket.handle = self.engine.start_sum(tensor, f"bucket.{bucket.index}")
 
     def finish(self) -> torch.Tensor:

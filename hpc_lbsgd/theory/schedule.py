@@ -173,7 +173,7 @@ class Schedule:
         if stage.shape == "constant":
             return stage.lr
         begin = max(self.warmup.epochs, stage.first_epoch)
-        progress = (epoch - begin) / (self.epochs - begin)
+        progress = max(0.0, epoch - begin) / (self.epochs - begin)  # a warm-up is rounded to whole steps
         if stage.shape == "cosine":
             return stage.lr * 0.5 * (1 + math.cos(math.pi * progress))
         remaining: float = (1 - progress) ** stage.power
@@ -262,5 +262,8 @@ SLOW_START = ((0, 0.5), (40, 0.075), (70, 0.01), (85, 0.001))
 def slow_start(workers: int, lr: float, momentum: float, epochs: int) -> list[Stage]:
     """Akiba et al. 2017: 0.5, 0.075, 0.01, 0.001 of the scaled learning rate for 40, 30, 15, 5 of 90 epochs; other
     lengths in proportion."""
-    stages = {round(epoch * epochs / 90): share for epoch, share in SLOW_START}
+    stages: dict[int, float] = {}
+    for epoch, share in SLOW_START:  # in a short run the first of those that begin with an epoch holds
+        if (start := round(epoch * epochs / 90)) < epochs:
+            stages.setdefault(start, share)
     return [Stage(epoch, workers, lr * share, momentum) for epoch, share in stages.items()]

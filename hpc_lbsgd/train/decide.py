@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from hpc_lbsgd.recipe import Decision
@@ -13,6 +14,11 @@ def noise_scale(recipe, measurements: Sequence[Sequence[float]]) -> noise.NoiseS
     """The noise scale of the last `train.noise_scale_window` measurements."""
     window = measurements[-recipe.train.noise_scale_window :]
     return noise.noise_scale([noise.Measurement(*m) for m in window])
+
+
+def is_best(score: float, best: float | None) -> bool:
+    """Whether an evaluation is the best so far; one that is no number never is."""
+    return not math.isnan(score) and (best is None or math.isnan(best) or score > best)
 
 
 def batch_from(recipe, schedule: Schedule, epoch: int, measured: noise.NoiseScale | None) -> Decision | None:

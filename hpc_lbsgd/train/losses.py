@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.imports import load
@@ -18,6 +19,10 @@ def loss_function(train) -> Loss:
     is refused with RequestError, for a mean over a batch would be divided twice."""
     if ":" in train.loss:
         own = load(train.loss, "train.loss")
+        if isinstance(own, nn.Module) and any(p.requires_grad for p in own.parameters()):
+            raise RequestError(
+                f"train.loss = {train.loss}: has parameters, which no step trains; put them in the model"
+            )
 
         def summed(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             losses = own(outputs, labels)
@@ -28,6 +33,7 @@ def loss_function(train) -> Loss:
                 )
             return losses.sum()
 
+        summed.own = own  # for those who ask what it remembers
         return summed
     smoothing = train.label_smoothing
     return lambda outputs, labels: F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)

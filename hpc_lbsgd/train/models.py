@@ -10,6 +10,7 @@ from torch import nn
 
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.imports import load
+from hpc_lbsgd.train.refusals import refuse, refuse_shared_memory
 from hpc_lbsgd.train.workers import PassContext, VirtualNorm
 
 
@@ -138,7 +139,13 @@ def build(section, channels: int, classes: int, seed: int, dtype: torch.dtype = 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if ":" in section.name:  # the user's own, initialised by its author
-            return load(section.name, "model.name")(channels, classes).to(dtype)
+            model = load(section.name, "model.name")(channels, classes)
+            if not isinstance(model, nn.Module):
+                raise RequestError(f"model.name = {section.name}: returned {type(model).__name__}, not a torch module")
+            for name, module in model.named_modules():  # before a change of type would hide what it was
+                refuse(name, module)
+            refuse_shared_memory(model)
+            return model.to(dtype)
         model = MODELS[section.name](section, channels, classes)
         initialise(model, section.zero_gamma)
     return model.to(dtype)

@@ -131,6 +131,7 @@ class Lars(Optimizer):
     def __init__(self, buckets: Buckets, optim):
         super().__init__(buckets, optim)
         self.decay = optim.weight_decay if optim.decay_in == "gradient" else 0.0
+        self.in_loss = optim.weight_decay - self.decay  # then it is whole in g, in a tail too
         self.layers = [
             (view.of(bucket.weights), view.of(bucket.gradients))
             for bucket in buckets.buckets
@@ -142,7 +143,10 @@ class Lars(Optimizer):
     def step(self, point: Point, previous_lr: float) -> None:
         for w, g in self.layers:
             # of the mean over the samples there are: in a tail, absent ones must not make a step longer
-            weight, gradient = torch.linalg.vector_norm(w), torch.linalg.vector_norm(g) / point.share
+            mean = g
+            if point.share < 1:
+                mean = g.sub(w, alpha=self.in_loss).div_(point.share).add_(w, alpha=self.in_loss)
+            weight, gradient = torch.linalg.vector_norm(w), torch.linalg.vector_norm(mean)
             ratio = self.optim.trust * weight / (gradient + self.decay * weight)
             # a layer of zeros, or without gradient, has no ratio: it goes at the plain rate
             ratio = torch.where((weight > 0) & (gradient > 0), ratio, torch.ones_like(ratio))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import socket
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import models, probe
 from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.replica import DTYPES, Replica, outputs, weights_sha256
-from hpc_lbsgd.train.workers import groups_in_step, refuse
+from hpc_lbsgd.train.workers import groups_in_step
 
 
 class Check(NamedTuple):
@@ -59,8 +60,6 @@ def before(
 
     def build() -> torch.nn.Module:
         model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
-        for name, module in model.named_modules():  # by name, before torch trips over a layer without weights
-            refuse(name, module)
         return model.to(device, memory_format=memory_format)
 
     call = probe.Call(
@@ -70,21 +69,29 @@ def before(
         stream_key("model", recipe.seed, 0, 0),
     )
     own = build()
-    for name, module in own.named_modules():
-        refuse(name, module)
     weights = weights_sha256(own)
     try:
         seen = probe.look(own, call)
-    except ValueError as problem:
-        if "more than 1 value per channel" not in str(problem):
-            raise
-        raise RequestError(
-            f"batch.samples_per_worker = {recipe.batch.samples_per_worker}: BatchNorm gets one value a channel, and "
-            f"has nothing to normalise by ({problem}); use more samples a worker"
-        ) from None
+    except (RequestError, RunError):
+        raise
+    except Exception as problem:  # a model, a loss and data that anyone may have written
+        if "more than 1 value per channel" in str(problem):
+            raise RequestError(
+                f"batch.samples_per_worker = {recipe.batch.samples_per_worker}: BatchNorm gets one value a channel, "
+                f"and has nothing to normalise by ({problem}); use more samples a worker"
+            ) from None
+        raise RequestError(f"the first step cannot be computed: {fault(problem, call)}") from None
     evaluated = recipe.data.eval or recipe.data.dataset
     probe.refuse_state(own, seen.changed + (probe.changed_by_evaluation(own, call) if evaluated else []))
-    checks = [Check("state", True, "forward changes nothing but BatchNorm's statistics")]
+    kept = probe.remembers(own, call) if full else []
+    what = "forward changes nothing but BatchNorm's statistics"
+    if kept:
+        more = f" (and {len(kept) - 1} more)" if len(kept) > 1 else ""
+        what = (
+            f"{kept[0]}{more} is another after each forward, with the same samples: an attribute that every rank and "
+            "pass would change by itself, and no checkpoint keeps"
+        )
+    checks = [Check("state", not kept, what)]
     if full and weights_sha256(build()) != weights:
         what = "its starting weights are others each time it is made; they must come from torch's generator"
         return Before(dict(seen.calls), [*checks, Check("model", False, what)], weights)
@@ -100,6 +107,17 @@ def before(
                 )
             )
     return Before(dict(seen.calls), checks, weights)
+
+
+def fault(problem: Exception, call: probe.Call) -> str:
+    """What went wrong in a forward or backward, with what, and where in its author's code."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    place = next((f for f in reversed(frames) if "/torch/" not in f.filename), frames[-1])
+    images, labels = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (call.images, call.labels))
+    return (
+        f"{type(problem).__name__}: {problem} ({place.filename}:{place.lineno}, {place.line}); inputs are {images}, "
+        f"labels {labels}"
+    )
 
 
 def compare(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device) -> list[Check]:
@@ -204,7 +222,7 @@ class Bench:
             replica.buckets.arm(last_pass=False)
             images, labels = (torch.cat([b[i] for b in batches.values()]) for i in (0, 1))
             loss = self.loss(replica.forward(images, groups_in_step(point, self.group)), labels)
-            (loss / point.global_batch).backward()
+            replica.share(loss, len(labels), point).backward()
             replica.buckets.end_pass()
             replica.end_pass()
         return [t.clone() for t in replica.buckets.local_sums()]

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.train import models
+from hpc_lbsgd.train.attributes import snapshot
 from hpc_lbsgd.train.losses import Loss
 from hpc_lbsgd.train.statistics import RunningStatistics
 from hpc_lbsgd.train.workers import DROPOUTS, PassContext, VirtualDropout, make_virtual
@@ -56,8 +57,20 @@ def look(model: nn.Module, call: Call) -> Seen:
     """Forward and backward of a model as it is, in training, dropout off."""
     calls: Counter = Counter()
     norms = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    hooks = [m.register_forward_hook(lambda m, _i, _o: calls.update([norms[m]])) for m in norms]
     state = {name: value.clone() for name, value in everything(model)}
+    # a layer's statistics may be changed by its own forward alone: as they were when that last ended, and by whom else
+    known = {m: [b.clone() for b in m.buffers(recurse=False)] for m in norms}
+    meddled = []
+
+    def entered(m, _inputs=None):
+        if not all(map(same, known[m], m.buffers(recurse=False))):
+            meddled.append(f"{norms[m]}.running_mean".lstrip("."))
+
+    def left(m, _inputs, _outputs):
+        calls.update([norms[m]])
+        known[m] = [b.clone() for b in m.buffers(recurse=False)]
+
+    hooks = [hook for m in norms for hook in (m.register_forward_pre_hook(entered), m.register_forward_hook(left))]
     models.train(model, models.frozen_in(model))
     model.zero_grad(set_to_none=True)
     with without_dropout(model):
@@ -70,6 +83,9 @@ def look(model: nn.Module, call: Call) -> Seen:
         if made:
             raise RequestError(f"model: {made[0]} is made by the first forward; make it where the model is made")
         changed = [n for n, value in after.items() if not same(state[n], value) and not of_norm(n, norms)]
+        for norm in norms:
+            entered(norm)
+        changed += dict.fromkeys(meddled)
         # before backward: where it computes a layer again (checkpointing), torch counts the statistics twice
         statistics = {f"buffer {n}": b.clone() for n, b in model.named_buffers() if of_norm(n, norms)}
         for hook in hooks:
@@ -142,6 +158,27 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- what is found
+
+
+def remembers(model: nn.Module, call: Call) -> list[str]:
+    """Names of attributes of the model and the loss that are others after a second equal forward than after the first:
+    what they hold is no function of what is seen, and each rank would hold its own."""
+    owner = getattr(call.loss, "own", call.loss)
+    owner = getattr(owner, "__self__", owner)  # a method's
+
+    def after_forward() -> dict[str, str]:
+        torch.manual_seed(call.key)
+        with torch.no_grad():
+            call.loss(call.outputs(model, call.images), call.labels)
+        return snapshot(model) | {f"{name} of the loss": digest for name, digest in snapshot(owner).items()}
+
+    statistics = {name: value.clone() for name, value in model.named_buffers()}
+    models.train(model, models.frozen_in(model))
+    first, second = after_forward(), after_forward()
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            value.copy_(statistics[name])
+    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 
 def refuse_state(model: nn.Module, changed: list[str]) -> None:

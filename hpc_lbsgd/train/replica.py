@@ -38,6 +38,7 @@ class Replica:
         self.engine, self.device, self.autocast = engine, device, recipe.precision == "bf16"
         dtype, machine = DTYPES[recipe.precision], recipe.machine
         self.dtype = dtype
+        self.loss_decay = recipe.optim.weight_decay if recipe.optim.decay_in == "loss" else 0.0
         model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
         self.frozen = models.frozen_in(model)
         models.train(model, self.frozen)  # a model's own `train` may freeze layers
@@ -95,6 +96,17 @@ class Replica:
         """The model's outputs."""
         model = self.training_model if self.model.training else self.model
         return outputs(model, images, self.dtype, self.device, self.autocast)
+
+    def share(self, loss: torch.Tensor, samples: int, point: Point) -> torch.Tensor:
+        """What a pass differentiates: its sum of losses over kn, so that the sum over ranks is the step's gradient
+        (Goyal et al. 2017, Remark 3). In a tail too: absent samples count as zeros, and each sample of an epoch moves
+        the weights alike."""
+        loss = loss / point.global_batch
+        if self.loss_decay:
+            # each pass carries its samples' share, so that all ranks' losses sum to one decay term
+            term = torch.stack([w.square().sum() for w in self.decayed()]).sum()
+            loss = loss + 0.5 * self.loss_decay * term * (samples / point.count)
+        return loss
 
     def end_pass(self) -> None:
         """After backward."""
@@ -224,13 +236,28 @@ def outputs(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, device: 
         images = images.to(dtype)
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         found = model(images)
-    half = isinstance(found, torch.Tensor) and found.dtype in (torch.bfloat16, torch.float16)
-    return found.float() if half else found
+    return unhalved(found)
+
+
+def unhalved(found):
+    """Outputs in float32 where they were in half of it, whatever holds them: a loss is a sum over many."""
+    if isinstance(found, torch.Tensor):
+        return found.float() if found.dtype in (torch.bfloat16, torch.float16) else found
+    if isinstance(found, dict):
+        for key, value in found.items():
+            found[key] = unhalved(value)
+    elif isinstance(found, list):
+        found[:] = map(unhalved, found)
+    elif isinstance(found, tuple):
+        parts = map(unhalved, found)
+        return type(found)(*parts) if hasattr(found, "_fields") else type(found)(parts)
+    return found
 
 
 def memory_format_of(recipe, model: nn.Module, device: torch.device) -> torch.memory_format:
     """Of weights and images."""
-    last = recipe.machine.channels_last and (device.type != "cpu" or channels_last_is_safe(model))
+    last = recipe.machine.channels_last and all(t.dim() != 5 for t in (*model.parameters(), *model.buffers()))
+    last = last and (device.type != "cpu" or channels_last_is_safe(model))
     return torch.channels_last if last else torch.contiguous_format
 
 

@@ -89,7 +89,7 @@ class Outcome:
     checkpoint: bool
     measurement: noise.Measurement | None
     replaced: int  # samples that could not be had (data.on_bad_image = skip)
-    flushed: float | None  # share of gradients that fixed point made zero, where it was counted
+    flushed: float | None  # share of gradients that fixed point or a float16 wire made zero, where it was counted
     mismatch: crosscheck.Mismatch | None  # ranks that computed different bits; the step was not taken
     data_wait_s: float  # on this rank
     exposed_comm_s: float  # from the end of this rank's backward until all sums are there
@@ -112,7 +112,6 @@ class Stepper:
         self.slots = crosscheck.Slots(self.engine.size)
         self.bn_group, self.samples_per_worker = recipe.batch.group, recipe.batch.samples_per_worker
         self.loss = loss_function(recipe.train)
-        self.loss_decay = recipe.optim.weight_decay if recipe.optim.decay_in == "loss" else 0.0
 
     def run(self, point: Point, previous_lr: float = 0.0, stop: bool = False, checkpoint: bool = False) -> Outcome:
         """One step. The weights change only if every rank's loss and gradients are finite.
@@ -147,7 +146,7 @@ class Stepper:
                 loss = self.loss(replica.forward(images, groups), labels)
                 if not again:
                     losses[workers[0]] = loss.detach()
-                loss = self._share(loss, len(labels), point)
+                loss = replica.share(loss, len(labels), point)
                 # DistributedDataParallel divides its sum by the number of ranks
                 (loss * self.engine.size if buckets.summed_elsewhere else loss).backward()
             square = buckets.end_pass()
@@ -164,8 +163,8 @@ class Stepper:
         bad = ~torch.isfinite(losses.sum())
         if buckets.bits is not None:
             bad |= buckets.out_of_range
-            if buckets.flushed is not None:
-                control[NONZERO : FLUSHED + 1] = buckets.flushed
+        if buckets.flushed is not None:
+            control[NONZERO : FLUSHED + 1] = buckets.flushed
         control[COUNT] = sum(sum(w.counts) for w in work if not w.again)
         control[BAD_RANKS] = bad
         control[BAD_RANK_SUM] = bad * self.engine.rank
@@ -196,17 +195,6 @@ class Stepper:
             data_wait_s=data_wait_s,
             exposed_comm_s=exposed_comm_s,
         )
-
-    def _share(self, loss: torch.Tensor, samples: int, point: Point) -> torch.Tensor:
-        """What a pass differentiates: its sum of losses over kn, so that the sum over ranks is the step's gradient
-        (Goyal et al. 2017, Remark 3). In a tail too: absent samples count as zeros, and each sample of an epoch moves
-        the weights alike."""
-        loss = loss / point.global_batch
-        if self.loss_decay:
-            # each pass carries its samples' share, so that all ranks' losses sum to one decay term
-            term = torch.stack([w.square().sum() for w in self.replica.decayed()]).sum()
-            loss = loss + 0.5 * self.loss_decay * term * (samples / point.count)
-        return loss
 
     def _measurement(self, point: Point, squares: list[float], big_square: float) -> noise.Measurement:
         """Workers' gradients are shares of the mean over kn samples: a worker's own mean is k times its share."""

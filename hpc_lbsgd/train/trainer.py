@@ -216,7 +216,7 @@ class Trainer:
         self.journal.write("eval", step=self.state.step, epoch=epochs, **result)
         accuracy = result.get("ema_accuracy", result["accuracy"])
         score = -result["loss"] if accuracy is None else accuracy
-        best = self.state.best_score is None or score > self.state.best_score
+        best = decide.is_best(score, self.state.best_score)
         if best:
             self.state.best_score, self.state.best_step = score, self.state.step
         return best
@@ -252,11 +252,11 @@ class Trainer:
         self._give_up(verdict.bad_step(self.recipe, point, outcome, skipped, self.hosts, good))
 
     def _say_lost(self, point: Point, flushed: float) -> None:
-        """Gradients below the unit of fixed point are lost, and nothing else shows it."""
-        self.flushed_said, bits = flushed, self.recipe.fixed_point_bits
-        self.journal.event("underflow", step=point.step, flushed=flushed, fixed_point_bits=bits)
+        """Gradients below what the wire can hold are lost, and nothing else shows it."""
+        self.flushed_said, (key, bits) = flushed, verdict.unit(self.recipe)
+        self.journal.event("underflow", step=point.step, flushed=flushed, **{key: bits})
         if flushed > verdict.FLUSHED_STOP and point.step == 0:
-            self._give_up(verdict.lost(flushed, bits))
+            self._give_up(verdict.lost(self.recipe, flushed))
 
     def _name_wrong_rank(self, point: Point, mismatch: crosscheck.Mismatch) -> None:
         """Two ranks computed different bits: both, and a third, decode and compute the worker again; the run ends."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train.step import Outcome
 
-# Shares of gradients that fixed point makes zero: from where it is said, and from where a run is not begun
+# Shares of gradients that fixed point or a float16 wire makes zero: from where it is said, from where none is begun
 FLUSHED_WARN, FLUSHED_STOP = 0.01, 0.5
 
 
@@ -58,10 +58,20 @@ def advice(recipe, point: Point, outcome: Outcome) -> str:
     return lower
 
 
-def lost(flushed: float, bits: int) -> str:
-    """Why a run is not begun whose gradients fixed point makes zero."""
+def unit(recipe) -> tuple[str, int]:
+    """The key, and its value, that says how small a gradient may be."""
+    key = "fixed_point_bits" if recipe.determinism == "any-ranks" else "wire_scale_bits"
+    return key, getattr(recipe, key)
+
+
+def lost(recipe, flushed: float) -> str:
+    """Why a run is not begun whose gradients fixed point, or a float16 wire, makes zero."""
+    (key, bits), most = unit(recipe), 52
+    smallest, who = f"2^-{bits + 1}", "determinism any-ranks"
+    if key == "wire_scale_bits":
+        smallest, who, most = f"2^-{bits + 25}", "wire fp16", 24  # half of float16's smallest, 2^-24
+    other = ", or set wire = fp32" if key == "wire_scale_bits" else ""
     return (
-        f"step 0: {flushed:.0%} of the gradients that are not zero are below 2^-{bits + 1}, and determinism any-ranks "
-        f"makes them zero: raise fixed_point_bits (now {bits}, at most 52), or scale the loss up and the learning rate "
-        "down"
+        f"step 0: {flushed:.0%} of the gradients that are not zero are below {smallest}, and {who} makes them zero: "
+        f"raise {key} (now {bits}, at most {most}), or scale the loss up and the learning rate down{other}"
     )

@@ -8,7 +8,7 @@ own forward are kept. All learn from a shared `PassContext` who is in the pass.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from hpc_lbsgd.data.order import stream_key
-from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.errors import RunError
+from hpc_lbsgd.train.refusals import refuse
 
 
 class Span(NamedTuple):
@@ -146,7 +145,7 @@ class VirtualLayer:
         self.calls += 1
         return self.calls - 1
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name, for calls that use it
         raise NotImplementedError
 
     def check_rows(self, x: torch.Tensor) -> None:
@@ -179,20 +178,23 @@ class VirtualNorm(VirtualLayer):
         self.measured: list[int] = []  # groups, by call, in the pass under way
         self.inside: list[VirtualLayer] = []  # virtual layers that are parts of this module
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        sizes = self.context.sizes
+    def forward(self, input: torch.Tensor, *more, **named) -> torch.Tensor:
+        x, sizes = input, self.context.sizes
         if not self.module.training or not sizes:
-            return self.own(x)
+            return self.own(x, *more, **named)
         call = self._call()
         if len(sizes) == 1:
-            return self._group(x, call, 0)
+            return self._group(x, call, 0, more, named)
         self.check_rows(x)
+        cut = [split_like(value, x, sizes) for value in more]
+        cut_named = {key: split_like(value, x, sizes) for key, value in named.items()}
         before = [layer.calls for layer in self.inside]
         results = []
         for number, part in enumerate(x.split(sizes)):
             for layer, calls in zip(self.inside, before, strict=True):
                 layer.calls = calls  # each group makes the same calls
-            results.append(self._group(part, call, number))
+            own = [values[number] for values in cut], {key: values[number] for key, values in cut_named.items()}
+            results.append(self._group(part, call, number, *own))
         return torch.cat(results)
 
     def _call(self) -> int:
@@ -208,32 +210,32 @@ class VirtualNorm(VirtualLayer):
             )
         return call
 
-    def _group(self, x: torch.Tensor, call: int, group: int) -> torch.Tensor:
-        module = self.module
+    def _group(self, x: torch.Tensor, call: int, group: int, more=(), named=None) -> torch.Tensor:
+        module, arguments = self.module, (more, named or {})
         mean, variance = self.slots[call][group] if self.tracks else (None, None)
         if x.numel() == x.shape[1]:  # one value a channel has no variance: it normalises to zero, and says nothing
             like = x if module.running_mean is None else module.running_mean
-            return self._run(x - x, group, like.new_zeros(x.shape[1]), like.new_ones(x.shape[1]), training=False)
+            return self._run(x - x, group, like.new_zeros(x.shape[1]), like.new_ones(x.shape[1]), False, *arguments)
         if self.tracks:
             self.measured[call] += 1
             if not self.plain:  # for forwards that read them while they train
                 mean.copy_(module.running_mean)
                 variance.copy_(module.running_var)
-        return self._run(x, group, mean, variance, training=True)
+        return self._run(x, group, mean, variance, True, *arguments)
 
-    def _run(self, x: torch.Tensor, group: int, mean, variance, training: bool) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, group: int, mean, variance, training: bool, more, named) -> torch.Tensor:
         """The forward on one group, with other buffers in place of the running statistics. With momentum 1 they come
         back holding this group's mean and unbiased variance."""
         if self.plain:
             return F.batch_norm(x, mean, variance, self.module.weight, self.module.bias, training, 1.0, self.module.eps)
-        return self._run_own(x, group, mean, variance, training)
+        return self._run_own(x, group, mean, variance, training, more, named)
 
     def keep_out_of_graphs(self) -> None:
         """Where parts of the model are compiled: a forward of the user's own, on other buffers, stays as it is. Not a
         decorator, which would load torch's compiler in every rank."""
         self._run_own = torch.compiler.disable(self._run_own)
 
-    def _run_own(self, x: torch.Tensor, group: int, mean, variance, training: bool) -> torch.Tensor:
+    def _run_own(self, x: torch.Tensor, group: int, mean, variance, training: bool, more, named) -> torch.Tensor:
         module, buffers = self.module, self.module._buffers
         kept = {name: buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked")}
         momentum = module.momentum
@@ -243,10 +245,16 @@ class VirtualNorm(VirtualLayer):
         module.momentum, module.training = 1.0, training
         try:
             with self.context.within(self.context.groups[group]):
-                return self.own(x)
+                return self.own(x, *more, **named)
         finally:
             buffers.update(kept)
             module.momentum, module.training = momentum, True
+
+
+def split_like(value: object, x: torch.Tensor, sizes: list[int]) -> Sequence:
+    """What each group gets of an argument beside `x`: its rows, where it has a row for each of x's; else all of it."""
+    rows = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == x.shape[0]
+    return value.split(sizes) if rows else [value] * len(sizes)
 
 
 # nn.Dropout2d drops whole channels: its mask has size 1 in the last 2 dimensions
@@ -261,8 +269,8 @@ class VirtualDropout(VirtualLayer):
         self.shared_dims = DROPOUTS[type(module)]
         self.place = len(context.layers) - 1
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        module, context = self.module, self.context
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x, module, context = input, self.module, self.context
         if not module.training or module.p == 0 or not context.spans:
             return self.own(x)
         if torch.compiler.is_compiling():
@@ -319,36 +327,9 @@ def make_virtual(model: nn.Module, context: PassContext) -> list[VirtualNorm]:
         refuse(name, module)
         if isinstance(module, _BatchNorm):
             found[module] = VirtualNorm(name, module, context)
-        elif type(module) in DROPOUTS:
+        elif type(module) in DROPOUTS and "forward" not in vars(module):  # else what it does is its author's
             found[module] = VirtualDropout(name, module, context)
     norms = [layer for layer in found.values() if isinstance(layer, VirtualNorm)]
     for norm in norms:
         norm.inside = [found[m] for m in norm.module.modules() if m in found and m is not norm.module]
     return [norm for norm in norms if norm.tracks]
-
-
-def refuse(name: str, module: nn.Module) -> None:
-    """Layers that cannot keep the promise, by their class; preflight finds others by what they do."""
-    what = f"model: {name or 'the model itself'} ({type(module).__name__})"
-    if isinstance(module, nn.SyncBatchNorm):
-        raise RequestError(
-            f"{what} sums statistics over all ranks, so that the result depends on their number; use nn.BatchNorm, and "
-            "set batch.bn_group to the samples that it is to see together"
-        )
-    if isinstance(module, _BatchNorm) and module.momentum is None:
-        raise RequestError(f"{what} has momentum=None (a cumulative average); set a momentum, such as 0.1")
-    if isinstance(module, _InstanceNorm) and module.track_running_stats:
-        raise RequestError(
-            f"{what} has running statistics, which each rank would keep for itself; set track_running_stats=False"
-        )
-    hooks = {type(h).__name__ for h in module._forward_pre_hooks.values()}
-    if type(module).__name__ == "_SpectralNorm" or "SpectralNorm" in hooks:  # torch has it twice, both private
-        raise RequestError(
-            f"{what} is spectral_norm, whose vectors are changed by each forward: every rank and pass would change "
-            "them by itself; leave it out"
-        )
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-        raise RequestError(f"{what} has no weights before its first forward; run one in the function that makes it")
-    sparse = next((n for n, b in module.named_buffers(recurse=False) if b.layout != torch.strided), None)
-    if sparse:
-        raise RequestError(f"{what} has {sparse}, a sparse buffer, which ranks cannot compare; make it dense")

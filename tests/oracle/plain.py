@@ -35,6 +35,8 @@ def train(recipe, model, data):
             with statistics:
                 outputs = model(inputs[group].double())
             (F.cross_entropy(outputs, labels[group], reduction="sum") / kn).backward()
+        for p in parameters:
+            p.of_samples = p.grad.clone()
         if optim["decay_in"] == "loss":
             sum(optim["weight_decay"] / 2 * p.square().sum() for p in parameters if p.dim() > 1).backward()
         statistics.update(full)
@@ -113,7 +115,8 @@ class Absorbing(torch.optim.Optimizer):
             if o["name"] == "lars":
                 o.update(nesterov=False, momentum_correction=False)
                 if w.dim() > 1:  # by the norm of the mean over the samples that are there
-                    ratio = o["trust"] * w.norm() / (w.grad.norm() / o["full"] + decay * w.norm())
+                    mean = w.of_samples / o["full"] + (w.grad - w.of_samples)  # decay in the loss is whole in a tail
+                    ratio = o["trust"] * w.norm() / (mean.norm() + decay * w.norm())
             change = lr * ratio * (w.grad + decay * w)
             carried = m * lr / o.get("last_lr", lr) if o["momentum_correction"] else m  # Remark 2
             o.update(v=carried * o["v"] + change, last_lr=lr)

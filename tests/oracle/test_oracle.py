@@ -43,6 +43,7 @@ SETTINGS = {
     "v-form-uncorrected": {"optim__form": "v", "optim__momentum_correction": False},
     "constant-warmup": {"schedule__warmup": "constant"},
     "lars": {"optim__name": "lars", "optim__base_lr": 2.0},
+    "lars-decay-in-loss": {"optim__name": "lars", "optim__base_lr": 2.0, "optim__decay_in": "loss"},
     "adam": {"optim__name": "adam", "optim__base_lr": 0.003, "schedule__warmup_start_lr": 0.001},
     "decay-in-loss": {"optim__decay_in": "loss"},
     "small-groups": {"batch__bn_group": 2},

@@ -298,7 +298,7 @@ class Sparse(nn.Identity):
     (nn.SyncBatchNorm(3), "sums statistics over all ranks"),
     (nn.BatchNorm2d(3, momentum=None), "momentum=None"),
     (nn.InstanceNorm2d(3, track_running_stats=True), "set track_running_stats=False"),
-    (Sparse(), "has table, a sparse buffer"),
+    (Sparse(), "has table, a sparse tensor"),
     (nn.LazyBatchNorm2d(), "no weights before its first forward"),
 ])  # fmt: skip
 def test_layers_that_cannot_keep_the_promise_are_refused(layer, says):
