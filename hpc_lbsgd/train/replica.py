@@ -183,10 +183,9 @@ class Replica:
                 "result would depend on their number. Weights since the last checkpoint are not the recipe's"
             )
 
-    def check_equal(self, when: str) -> str:
-        """SHA-256 of the weights and running statistics; refuses to go on where ranks differ."""
-        digest = weights_sha256(self.model)
-        digests = self.engine.gather(digest)
+    def check_equal(self, when: str) -> None:
+        """Raise RunError where ranks hold different weights, statistics or buffers. Collective."""
+        digests = self.engine.gather(int(self.digest()))
         other = [rank for rank, d in enumerate(digests) if d != digests[0]]
         if other:
             raise RunError(
@@ -194,7 +193,6 @@ class Replica:
                 "computed or received something else; do not trust results since the last checkpoint",
                 everywhere=True,
             )
-        return digest
 
     def flats(self) -> list[torch.Tensor]:
         """Weights and running statistics as they lie in memory."""
@@ -202,7 +200,7 @@ class Replica:
 
     def digest(self) -> torch.Tensor:
         """Of all that the model holds: an int64 scalar."""
-        return crosscheck.digest([*self.flats(), *(tensor for _, tensor in self._others())])
+        return crosscheck.digest([*self.flats(), self.running.batches, *(tensor for _, tensor in self._others())])
 
     def averaged(self) -> dict[str, torch.Tensor]:
         """The averages of weights and BatchNorm statistics, as views, by all names of the state dict that they have

@@ -25,6 +25,7 @@ from hpc_lbsgd.train.journal import Journal
 from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.parts import build, recompute
 from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, stage_folder
+from hpc_lbsgd.train.replica import weights_sha256
 from hpc_lbsgd.train.step import Outcome, Passes, Stepper
 from hpc_lbsgd.train.stops import Stops
 from hpc_lbsgd.train.watchdog import Watchdog
@@ -224,6 +225,7 @@ class Trainer:
     def _save(self) -> None:
         self.watchdog.enter("checkpoint", self.state.step)
         self.replica.check_others()
+        self.replica.check_equal(f"checkpoint of step {self.state.step}")
         if self.lead:
             before = time.perf_counter()
             path = self.folder.checkpoints / checkpoint.name_of(self.state.step)
@@ -292,7 +294,8 @@ class Trainer:
     def _end(self, stopped: bool, seconds: float) -> int:
         self.watchdog.enter("end", self.state.step)
         self.replica.check_others()
-        digest = self.replica.check_equal("end")
+        self.replica.check_equal("end")
+        digest = weights_sha256(self.replica.model) if self.lead else None
         status = "stopped" if stopped else "done"
         facts = {"weights_sha256": digest, **self.last_eval}
         self.journal.write("end", step=self.state.step, steps=self.state.step, seconds=seconds, status=status, **facts)

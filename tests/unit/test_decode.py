@@ -1,6 +1,7 @@
 """What index accepts, every loader decodes, to the same picture."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Data
 
 RNG = np.random.default_rng(3)
+MUTANTS, SEED = (int(os.environ.get(name, default)) for name, default in (("MUTANTS", 280), ("SEED", 17)))  # 3,000 by hand
 PHOTO = RNG.integers(0, 255, (24, 36, 3), dtype=np.uint8).repeat(2, 0).repeat(2, 1)
 
 
@@ -105,7 +107,7 @@ def test_no_mutant_is_accepted_that_a_loader_refuses(tmp_path):
     bases = {suffix: encoded(Image.fromarray(PHOTO), kind) for suffix, kind in kinds.items()}
     bases |= {".jpg": jpeg(), "p.jpg": jpeg(progressive=True, exif=turned())}
     (tmp_path / "c").mkdir()
-    rng = np.random.default_rng(17)
+    rng = np.random.default_rng(SEED)
     for i in range(MUTANTS):
         suffix, base = list(bases.items())[i % len(bases)]
         data = bytearray(base)
@@ -127,9 +129,6 @@ def test_no_mutant_is_accepted_that_a_loader_refuses(tmp_path):
     for kind in ("torchvision", "dali"):
         for channels in (3, 1):
             assert len(pictures(m.path, kind, channels)) == len(m)
-
-
-MUTANTS = 280
 
 
 def test_a_jpegs_end_is_found_behind_all_its_segments():
