@@ -16,7 +16,7 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Data
 
 RNG = np.random.default_rng(3)
-MUTANTS, SEED = (int(os.environ.get(name, default)) for name, default in (("MUTANTS", 280), ("SEED", 17)))  # 3,000 by hand
+MUTANTS, SEED = (int(os.environ.get(name, default)) for name, default in (("MUTANTS", 280), ("SEED", 17)))
 PHOTO = RNG.integers(0, 255, (24, 36, 3), dtype=np.uint8).repeat(2, 0).repeat(2, 1)
 
 
