@@ -49,6 +49,8 @@ class Folder:
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 content = os.read(descriptor, expected + 1)
+                while 0 < len(content) < expected and (more := os.read(descriptor, expected + 1 - len(content))):
+                    content += more  # network file systems may give a part
             finally:
                 os.close(descriptor)
         except OSError as problem:
@@ -83,7 +85,10 @@ class Shards:
         size = int(m.sizes[sample])
         content = np.empty(size, np.uint8)
         try:
-            found = os.preadv(self._descriptor(int(m.shard_of[sample])), [content], int(m.offsets[sample]))
+            descriptor, start = self._descriptor(int(m.shard_of[sample])), int(m.offsets[sample])
+            found = os.preadv(descriptor, [content], start)
+            while 0 < found < size and (more := os.preadv(descriptor, [content[found:]], start + found)):
+                found += more  # network file systems may give a part
         except OSError as problem:
             raise SampleError(sample, f"cannot read {m.file(sample)}: {problem}. Is the shard still there?") from None
         if found != size:

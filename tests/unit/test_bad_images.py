@@ -71,3 +71,25 @@ def test_a_set_with_nothing_left_ends_the_run(tmp_path):
         (root / m.key(i)).unlink()
     with pytest.raises(RunError, match="cannot read a sample"):
         load(m, "dali", [[0, 1, 2, 3]])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_system_that_gives_a_part_is_asked_again(packed, tmp_path, monkeypatch):
+    """Short reads are no damage; a file that ends early is."""
+    import os
+
+    from hpc_lbsgd.data import pack
+    from hpc_lbsgd.data.storage import SampleError, open_storage
+
+    m = trees.index(write_images(tmp_path / "d", 4, 16), processes=1)
+    whole = [bytes(open_storage(m).read(i)) for i in range(4)]
+    if packed:
+        m = pack.pack(m.path, tmp_path / "p", pack.Encoding(), 1.0, 1)
+    read, preadv = os.read, os.preadv
+    monkeypatch.setattr(os, "read", lambda descriptor, count: read(descriptor, min(count, 100)))
+    monkeypatch.setattr(os, "preadv", lambda descriptor, into, at: preadv(descriptor, [into[0][:100]], at))
+    assert [bytes(open_storage(m).read(i)) for i in range(4)] == whole
+    path = m.root / m.shards[0]["name"] if packed else m.file(3)
+    os.truncate(path, int(m.offsets[3]) + 150 if packed else 150)
+    with pytest.raises(SampleError, match="150 bytes"):
+        open_storage(m).read(3)
