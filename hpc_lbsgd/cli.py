@@ -181,6 +181,10 @@ def add_jobs(command) -> None:
     how.add_argument("--test-only", action="store_true", help="ask Slurm whether it would take the job, and stop")
     with_json(p)
 
+    p = command("own", own, help="for batch scripts: take a run folder for this job, its ranks and its restarts")
+    p.add_argument("--run", required=True, help="run folder")
+    p.add_argument("--release", action="store_true", help="give it up: the job is done, and will not be queued again")
+
 
 def add_reproduce(command) -> None:
     from hpc_lbsgd.reproduce.experiments import EXPERIMENTS, SCALES
@@ -355,6 +359,13 @@ def submit(args) -> int:
     keys = ("nodes", "run", "resume", "chain", "sweep", "rounds", "steps", "data", "dry_run", "test_only")
     request = submits.Request(time_limit=args.time, **{key: getattr(args, key) for key in keys})
     return submits.submit(args.recipe, args.settings, args.site, request, args.json)
+
+
+def own(args) -> int:
+    from hpc_lbsgd import owner
+
+    owner.own(args.run, args.release)
+    return EXIT_DONE
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 from hpc_lbsgd import amend
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, RequestError
+from hpc_lbsgd.owner import HANDED_ON
 from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, exported, find_mpirun
 from hpc_lbsgd.records import RunFolder
-from hpc_lbsgd.runs import choose_run
+from hpc_lbsgd.runs import choose_run, own_run
 
 END_GRACE_S = 30.0  # for a launcher to notice that its ranks have ended
 
@@ -36,11 +38,16 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
     program += [flag for flag, wanted in ((job.resume, job.resume), ("--json", job.json)) if wanted]
     mpirun = find_mpirun()
     launcher = choose(mpirun, flavour)
-    line = [*launcher.line(mpirun, layout, exported(layout)), *program]
     if dry_run:
-        print(shlex.join(line))
+        print(shlex.join([*launcher.line(mpirun, layout, exported(layout)), *program]))
         return EXIT_DONE
-    return run(line, folder, launcher.passes_usr2_on)
+    folder, held = own_run(folder.path.name, str(folder.path), job.resume)
+    try:
+        os.environ[HANDED_ON] = held.lease.owner
+        line = [*launcher.line(mpirun, layout, exported(layout)), *program]
+        return run(line, folder, launcher.passes_usr2_on)
+    finally:
+        held.release()
 
 
 def wait(process: subprocess.Popen, folder: RunFolder, before: dict | None) -> int:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
+from hpc_lbsgd import owner
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.scaling import run as scaling
 from hpc_lbsgd.bench.scaling.results import Folder
@@ -269,6 +270,8 @@ def submit(name: str, settings: list[str], site_name: str, request: Request, as_
         label = f"scaling-{plain_name(stem)}" if request.sweep else plain_name(stem)
         named = request.run and site.folder_of_run(request.run)
         run = str(choose_run(label, named, request.resume, Path(site.folder_of_run(site.runs))).path)
+        if not (request.dry_run or request.test_only):
+            owner.check(run)
     if request.data:
         jobs = data_jobs(stem, recipe)
     elif request.sweep:

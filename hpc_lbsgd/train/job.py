@@ -18,10 +18,10 @@ from hpc_lbsgd.parallel.agree import agree, together
 from hpc_lbsgd.parallel.memory import keep_freed_memory
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
-from hpc_lbsgd.runs import RUNS
+from hpc_lbsgd.runs import RUNS, own_run
 from hpc_lbsgd.train.parts import build
 from hpc_lbsgd.train.preflight import Check
-from hpc_lbsgd.train.prepare import open_data, prepare
+from hpc_lbsgd.train.prepare import Prepared, open_data, prepare
 from hpc_lbsgd.train.trainer import Trainer
 
 
@@ -40,10 +40,20 @@ def train(
     """
     device = prepare_process(recipe)
     engine = engines.create(recipe.machine, recipe.determinism, device)
-    folder = None
+    folder = held = None
     where = f"rank {engine.rank} on {socket.gethostname()}"
+
+    def lost(message: str) -> None:  # from the lease's thread: another start writes to the folder, this one no more
+        print(f"hpc-lbsgd: {message}", file=sys.stderr, flush=True)
+        engine.abort(EXIT_FAILED)
+
+    def begin() -> Prepared:
+        nonlocal held
+        chosen, held = own_run(name, run, resume, lost)
+        return prepare(chosen, recipe, engine.size, amend)
+
     try:
-        found = agree(engine, lambda: prepare(name, recipe, run, resume, engine.size, amend))
+        found = agree(engine, begin)
         folder = RunFolder(found.run)
         code = Trainer(name, found, engine, device).run()
         if as_json and engine.rank == 0:
@@ -67,6 +77,9 @@ def train(
         fail(engine, folder, where, str(problem))
     except BaseException as problem:
         fail(engine, folder, where, f"{type(problem).__name__}: {problem}", traceback.format_exc())
+    finally:
+        if held:
+            held.release()
     return EXIT_FAILED
 
 
