@@ -285,7 +285,9 @@ class Trainer:
         """From the watchdog's thread. One rank speaks for those alive, all of them end the job."""
         if speaks:
             print(f"hpc-lbsgd: {message}", file=sys.stderr, flush=True)
-            self.folder.claim_failure(rank=self.engine.rank, host=socket.gethostname(), error=message)
+            # nothing says that it is the run's fault: a batch script queues the job again
+            facts = {"rank": self.engine.rank, "host": socket.gethostname(), "crashed": True}
+            self.folder.claim_failure(**facts, error=message)
         self.engine.abort(EXIT_FAILED)
 
     # ---------------------------------------------------------------- end
