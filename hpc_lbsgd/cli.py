@@ -22,7 +22,7 @@ from hpc_lbsgd.arguments import (
     with_set,
 )
 from hpc_lbsgd.bench import commands as bench
-from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, RequestError, RunError
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import world
 from hpc_lbsgd.runs import RESUME
 
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         prog="hpc-lbsgd",
         description="Large-minibatch SGD on supercomputers: plan a run, train it, measure it.",
         epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 stopped at a safe point: "
-        "start again.",
+        "start again, 130 ended by Ctrl-C.",
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -308,9 +308,13 @@ def train(args) -> int:
 
     recipe = recipes.read(args.recipe, args.settings)
     changes = amend.of_request(args.amend, args.resume)
+    from hpc_lbsgd.train.stops import Stops
+
+    stops = Stops(world.from_environment().size == 1)
+    stops.listen()
     from hpc_lbsgd.train import job
 
-    return job.train(Path(args.recipe).stem, recipe, args.run, args.resume, args.json, changes)
+    return job.train(Path(args.recipe).stem, recipe, args.run, args.resume, args.json, changes, stops)
 
 
 def preflight(args) -> int:
@@ -379,6 +383,9 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as problem:
         print(f"hpc-lbsgd: {problem}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("hpc-lbsgd: ended by Ctrl-C", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return EXIT_DONE

@@ -13,8 +13,6 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import CHUNK, SUFFIXES, Manifest, checksum, decode, listed
+from hpc_lbsgd.data.pool import Pool
 from hpc_lbsgd.errors import RequestError
 
 LABEL_KEYS = ("cls", "label", "class", "target")  # of a WebDataset's JSON
@@ -214,7 +213,7 @@ def index(
     work = chunks(samples, chosen)
     rows: dict[int, tuple | str] = {}
     with tqdm(total=len(chosen), desc=f"indexing {source}", unit="image", disable=None) as bar:
-        with ProcessPoolExecutor(processes or len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        with Pool(processes or len(os.sched_getaffinity(0))) as pool:
             futures = [
                 pool.submit(examine, str(paths[shard]), [samples[i].member for i in some]) for shard, some in work
             ]

@@ -13,9 +13,7 @@ import hashlib
 import json
 import os
 import random
-from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from hpc_lbsgd.data.pool import Pool
 from hpc_lbsgd.errors import RequestError
 
 FILE_NAME = "manifest.arrow"
@@ -296,7 +295,7 @@ def index(root: str | os.PathLike, out: str | os.PathLike | None = None, process
             for chunk in chunks:
                 add(examine(str(root), chunk))
         else:
-            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            with Pool(processes) as pool:
                 for results in pool.map(examine, [str(root)] * len(chunks), chunks):
                     add(results)
     problems = [f"{root / p}: {r}" for p, r in zip(paths, rows, strict=True) if isinstance(r, str)]

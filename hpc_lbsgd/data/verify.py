@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +11,7 @@ from tqdm import tqdm
 
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import CHUNK, EXCLUDE, Manifest, checksum, decode
+from hpc_lbsgd.data.pool import Pool
 from hpc_lbsgd.data.storage import SampleError, open_storage
 from hpc_lbsgd.records import write_atomically
 
@@ -143,7 +142,7 @@ def verify(path: str | os.PathLike, processes: int | None = None) -> Verified:
             for function, *arguments in work:
                 add(function(*arguments))
         else:
-            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            with Pool(processes) as pool:
                 for future in [pool.submit(*item) for item in work]:
                     add(future.result())
     return Verified(root, count, findings_of(seen))

@@ -22,6 +22,7 @@ from hpc_lbsgd.runs import RUNS, own_run
 from hpc_lbsgd.train.parts import build
 from hpc_lbsgd.train.preflight import Check
 from hpc_lbsgd.train.prepare import Prepared, open_data, prepare
+from hpc_lbsgd.train.stops import Stops
 from hpc_lbsgd.train.trainer import Trainer
 
 
@@ -32,12 +33,17 @@ def train(
     resume: str | None = None,
     as_json: bool = False,
     amend: dict | None = None,
+    stops: Stops | None = None,
 ) -> int:
     """Train `recipe` on all ranks of this job; returns the process's exit code.
 
     name: of the recipe, for the run folder (default: runs/NAME-TIME). resume: as for `choose_run`. as_json: rank 0
-    prints how the run ended as one JSON object. Collective: every rank calls it.
+    prints how the run ended as one JSON object. stops: listening already (default: from now on). Collective: every
+    rank calls it.
     """
+    if stops is None:
+        stops = Stops(worlds.from_environment().size == 1)
+        stops.listen()
     device = prepare_process(recipe)
     engine = engines.create(recipe.machine, recipe.determinism, device)
     folder = held = None
@@ -55,7 +61,7 @@ def train(
     try:
         found = agree(engine, begin)
         folder = RunFolder(found.run)
-        code = Trainer(name, found, engine, device).run()
+        code = Trainer(name, found, engine, device, stops).run()
         if as_json and engine.rank == 0:
             print(json.dumps({"run": found.run, **folder.status()}), flush=True)
         engine.close()
@@ -75,6 +81,14 @@ def train(
             engine.close()
             return EXIT_FAILED
         fail(engine, folder, where, str(problem))
+    except KeyboardInterrupt:
+        if engine.size > 1:
+            fail(engine, folder, where, "ended by Ctrl-C")
+        if folder is not None and found.attempt == 0:
+            folder.abandon()
+        if folder is not None and folder.exists():
+            folder.claim_failure(rank=0, host=socket.gethostname(), error="ended by Ctrl-C")
+        raise
     except BaseException as problem:
         fail(engine, folder, where, f"{type(problem).__name__}: {problem}", traceback.format_exc())
     finally:

@@ -33,8 +33,8 @@ from hpc_lbsgd.train.watchdog import Watchdog
 class Trainer:
     """All decisions come from sums that every rank has; only rank 0 writes."""
 
-    def __init__(self, name: str, found: Prepared, engine, device: torch.device):
-        self.name, self.found, self.engine, self.device = name, found, engine, device
+    def __init__(self, name: str, found: Prepared, engine, device: torch.device, stops: Stops):
+        self.name, self.found, self.engine, self.device, self.stops = name, found, engine, device, stops
         self.written = Recipe.model_validate(found.recipe)  # as the run folder has it
         first = found.state["step"] if found.state else 0
         self.recipe = recipe = recipe_now(self.written, found.amendments, first)
@@ -42,7 +42,7 @@ class Trainer:
             torch.set_num_threads(recipe.machine.threads)  # as the run's first start settled it
         self.folder = RunFolder(found.run)
         self.lead = engine.rank == 0
-        self.journal, self.stops = Journal(self.folder), Stops(self.folder, self.lead)
+        self.journal = Journal(self.folder)
         self._open_sets()
         fresh = checkpoint.State(0, self.written.fingerprint(), data_fingerprint(self.train_set, self.eval_set))
         self.state = checkpoint.State(**found.state) if found.state else fresh
@@ -94,7 +94,6 @@ class Trainer:
         self.schedule = schedule_of(self.written, len(self.train_set), decisions, self.found.amendments)
 
     def _prepare(self) -> None:
-        self.stops.listen()
         timeout_s = self.recipe.machine.stall_timeout_s
         self.watchdog = Watchdog(self.folder, self.engine.rank, self.engine.size, timeout_s, self._on_stall)
         begun = agree(self.engine, self.folder.read_preflight)
@@ -118,6 +117,7 @@ class Trainer:
                 self.folder.write_preflight(parts.facts)
             run = (self.name, self.found, self.recipe, self.schedule, self.state, self.engine)
             self.journal.open(*run, ranks, parts)
+        self.stops.watch(self.folder, self.lead)
 
     # ---------------------------------------------------------------- loop
 
