@@ -59,8 +59,10 @@ class Trainer:
         started = time.monotonic()
         try:
             stopped = self._train()
-            if self.first_step == self.state.step and self.eval_set and self.first_step:
-                self._evaluate(self.schedule.at(self.first_step - 1).epoch + 1)  # nothing was left to do
+            if self.first_step == self.state.step and self.eval_set and self.first_step:  # nothing was left to do
+                self.last_eval = agree(self.engine, lambda: self.folder.evaluation(self.first_step))
+                if not self.last_eval:
+                    self._evaluate(self.schedule.at(self.first_step - 1).epoch + 1)
         except RequestError as problem:  # on one rank, perhaps, and long after the request
             raise RunError(str(problem)) from None
         return self._end(stopped, time.monotonic() - started)

@@ -187,6 +187,12 @@ def test_a_run_can_go_on_past_its_cap(slow_recipe, tmp_path):
     again = command(*words)
     assert again.returncode == 0, again.stderr
     assert_no_step_twice_or_missing(tmp_path / "run")
+    before = [records(tmp_path / "run", kind) for kind in ("eval", "step")]
+    finished = command(*words)  # there is nothing left to do, and nothing is written twice
+    assert finished.returncode == 0, finished.stderr
+    assert [records(tmp_path / "run", kind) for kind in ("eval", "step")] == before
+    accuracies = [r["accuracy"] for r in (before[0][-1], records(tmp_path / "run", "end")[-1])]
+    assert accuracies[0] == accuracies[1] and "test accuracy" in finished.stderr
     whole = command("train", recipe, "--run", tmp_path / "whole")
     assert whole.returncode == 0
     ends = [records(tmp_path / r, "end")[-1]["weights_sha256"] for r in ("run", "whole")]
