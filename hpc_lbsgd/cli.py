@@ -23,7 +23,7 @@ from hpc_lbsgd.arguments import (
     with_set,
 )
 from hpc_lbsgd.bench import commands as bench
-from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, RequestError, RunError
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import world
 from hpc_lbsgd.runs import RESUME
 
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         prog="hpc-lbsgd",
         description="Large-minibatch SGD on supercomputers: plan a run, train it, measure it.",
         epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 stopped at a safe point: "
-        "start again.",
+        "start again, 130 ended by Ctrl-C.",
     )
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -182,6 +182,10 @@ def add_jobs(command) -> None:
     how.add_argument("--dry-run", action="store_true", help="print the script and stop")
     how.add_argument("--test-only", action="store_true", help="ask Slurm whether it would take the job, and stop")
     with_json(p)
+
+    p = command("own", own, help="for batch scripts: take a run folder for this job, its ranks and its restarts")
+    p.add_argument("--run", required=True, help="run folder")
+    p.add_argument("--release", action="store_true", help="give it up: the job is done, and will not be queued again")
 
 
 def add_reproduce(command) -> None:
@@ -322,9 +326,13 @@ def train(args) -> int:
 
     recipe = recipes.read(args.recipe, args.settings)
     changes = amend.of_request(args.amend, args.resume)
+    from hpc_lbsgd.train.stops import Stops
+
+    stops = Stops(world.from_environment().size == 1)
+    stops.listen()
     from hpc_lbsgd.train import job
 
-    return job.train(Path(args.recipe).stem, recipe, args.run, args.resume, args.json, changes)
+    return job.train(Path(args.recipe).stem, recipe, args.run, args.resume, args.json, changes, stops)
 
 
 def preflight(args) -> int:
@@ -375,6 +383,13 @@ def submit(args) -> int:
     return submits.submit(args.recipe, args.settings, args.site, request, args.json)
 
 
+def own(args) -> int:
+    from hpc_lbsgd import owner
+
+    owner.own(args.run, args.release)
+    return EXIT_DONE
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have any bytes
@@ -387,6 +402,9 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as problem:
         print(f"hpc-lbsgd: {problem}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("hpc-lbsgd: ended by Ctrl-C", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return EXIT_DONE

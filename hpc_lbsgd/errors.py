@@ -1,6 +1,7 @@
 """The two ways a command fails, and the exit codes that go with them."""
 
 EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED = 0, 1, 2, 75
+EXIT_INTERRUPTED = 130  # by Ctrl-C, at once: as shells have it
 
 
 class RequestError(Exception):

@@ -135,6 +135,18 @@ class RunFolder:
     def write_preflight(self, facts: dict) -> None:
         write_atomically(self.preflight, json.dumps(facts, indent=1) + "\n")
 
+    def evaluation(self, step: int) -> dict:
+        """What was measured after `step` steps; empty where nothing was."""
+        found = [r for r in read_metrics(self.metrics) if r["kind"] == "eval" and r["step"] == step]
+        return {k: v for k, v in found[-1].items() if k not in ("kind", "time", "step", "epoch")} if found else {}
+
+    def newest_step(self) -> int:
+        """Steps done at the newest checkpoint, as LATEST says; 0: there is none."""
+        try:
+            return int((self.checkpoints / "LATEST").read_text().strip().removeprefix("step-"))
+        except (OSError, ValueError):
+            return 0
+
     def add_environment(self, facts: dict) -> None:
         """Append what a start ran on; a resumed run has one entry a start."""
         starts = json.loads(self.environment.read_text()) if self.environment.exists() else []

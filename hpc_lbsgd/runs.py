@@ -1,11 +1,13 @@
-"""Which run folder a start means."""
+"""Which run folder a start means, and that it has it alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from glob import escape
 from pathlib import Path
 
+from hpc_lbsgd import owner
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import RunFolder
 
@@ -16,6 +18,22 @@ LIKE_TIME = "-".join(("[0-9]" * 8, "[0-9]" * 6))
 # What a start says about its run; one that says neither makes a new one
 RESUME = "--resume"  # the run is there
 RESUME_IF_EXISTS = "--resume-if-exists"  # it may be there: for the first start of a batch script, and all later ones
+
+
+def own_run(
+    name: str, run: str | None, resume: str | None, on_lost: Callable[[str], None] | None = None
+) -> tuple[RunFolder, owner.Held]:
+    """(the run folder, its lease): chosen, taken, and what was chosen by looked at again, now that it stands still.
+
+    Raises RequestError as `choose_run` and `owner.take` do.
+    """
+    folder = choose_run(name, run, resume)
+    held = owner.take(folder.path, on_lost=on_lost)
+    try:
+        return choose_run(name, str(folder.path), resume), held
+    except RequestError:
+        held.release()
+        raise
 
 
 def choose_run(name: str, run: str | None, resume: str | None, runs: Path = RUNS) -> RunFolder:

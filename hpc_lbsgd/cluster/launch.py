@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import signal
 import subprocess
@@ -11,11 +13,14 @@ from pathlib import Path
 
 from hpc_lbsgd import amend
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, RequestError
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, EXIT_STOPPED, RequestError
+from hpc_lbsgd.owner import HANDED_ON
 from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, exported, find_mpirun
 from hpc_lbsgd.records import RunFolder
-from hpc_lbsgd.runs import choose_run
+from hpc_lbsgd.runs import choose_run, own_run
+from hpc_lbsgd.train.stops import ASKED, say
 
+POLL_S = 0.5
 END_GRACE_S = 30.0  # for a launcher to notice that its ranks have ended
 
 
@@ -36,56 +41,81 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
     program += [flag for flag, wanted in ((job.resume, job.resume), ("--json", job.json)) if wanted]
     mpirun = find_mpirun()
     launcher = choose(mpirun, flavour)
-    line = [*launcher.line(mpirun, layout, exported(layout)), *program]
     if dry_run:
-        print(shlex.join(line))
+        print(shlex.join([*launcher.line(mpirun, layout, exported(layout)), *program]))
         return EXIT_DONE
-    return run(line, folder, launcher.passes_usr2_on)
+    folder, held = own_run(folder.path.name, str(folder.path), job.resume)
+    try:
+        os.environ[HANDED_ON] = held.lease.owner
+        line = [*launcher.line(mpirun, layout, exported(layout)), *program]
+        return run(line, folder)
+    finally:
+        held.release()
 
 
-def wait(process: subprocess.Popen, folder: RunFolder, before: dict | None) -> int:
+class Asked:
+    """What a person, a batch script or a closed terminal asked of this job: to stop safely, and then to end at once.
+
+    The ranks are asked by the run's stop file: every MPI understands it, and it finds them in their start-up, where a
+    signal would end them.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self.folder, self.stop, self.end = folder, False, False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame) -> None:
+        if not self.stop:
+            say(ASKED)
+        elif number in (signal.SIGINT, signal.SIGTERM):
+            self.end = True
+        self.stop = True
+
+    def pass_on(self) -> None:
+        """Again and again: a run that starts forgets what an earlier one was asked."""
+        if self.stop:
+            with contextlib.suppress(OSError):
+                self.folder.stop_file.touch()
+
+
+def wait(process: subprocess.Popen, folder: RunFolder, before: dict | None, asked: Asked) -> int:
     """The launcher's exit code. Rank 0 writes the run's status at its very end: a launcher that is still there long
     after that has missed the end of its ranks (Open MPI 5 at times: openpmix/prrte#1839), and is ended.
 
     before: the status that an earlier start left.
     """
-    since = None
-    while since is None or time.monotonic() - since < END_GRACE_S:
+    since = status = None
+    while not asked.end and (since is None or time.monotonic() - since < END_GRACE_S):
         try:
-            return process.wait(timeout=1)
+            return process.wait(timeout=POLL_S)
         except subprocess.TimeoutExpired:
             status = folder.status()
-        since = (since or time.monotonic()) if status and status != before else None
+        ended = status and status != before
+        since = (since or time.monotonic()) if ended else None
+        if not ended:
+            asked.pass_on()
     process.terminate()
     try:
         process.wait(timeout=END_GRACE_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    return EXIT_FAILED if status["status"] == "failed" else EXIT_DONE
+    return EXIT_FAILED if asked.end or status["status"] == "failed" else EXIT_DONE
 
 
-def run(line: list[str], folder: RunFolder, passes_usr2_on: bool = True) -> int:
-    """Run a job to its end. Ctrl-C asks it to stop at a safe point; a second one ends it.
-
-    passes_usr2_on: the launcher hands the signal on to its ranks; else they are asked by the run's stop file.
-    """
-    before = folder.status()
-    process = subprocess.Popen(line)
-
-    def pass_on(number, frame):
-        if pass_on.asked:
-            process.send_signal(signal.SIGTERM)
-        elif passes_usr2_on:
-            process.send_signal(signal.SIGUSR2)
-        elif folder.path.is_dir():
-            folder.stop_file.touch()
-        pass_on.asked = True
-
-    pass_on.asked = False
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, pass_on)
-    code = wait(process, folder, before)
+def run(line: list[str], folder: RunFolder) -> int:
+    """Run a job to its end. Ctrl-C asks it to stop at a safe point; a second one ends it."""
+    before, asked = folder.status(), Asked(folder)
+    # a session of its own: a terminal's Ctrl-C would reach mpirun too, and end the ranks
+    process = subprocess.Popen(line, stdin=subprocess.DEVNULL, start_new_session=True)
+    code = wait(process, folder, before, asked)
+    folder.stop_file.unlink(missing_ok=True)
+    if asked.end:
+        folder.claim_failure(error="ended by a second Ctrl-C or SIGTERM")
+        say(f"ended at once; continue with --resume --run {shlex.quote(str(folder.path))}")
+        return EXIT_INTERRUPTED
     status = folder.status()
     if code == 0 and status and status["status"] == "stopped":
         return EXIT_STOPPED

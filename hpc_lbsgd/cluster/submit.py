@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
+from hpc_lbsgd import owner
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.scaling import run as scaling
 from hpc_lbsgd.bench.scaling.results import Folder
@@ -22,6 +23,7 @@ from hpc_lbsgd.cluster.sites import Site
 from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import EXIT_DONE, RequestError, RunError
 from hpc_lbsgd.recipe import Recipe
+from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.runs import RESUME, choose_run
 from hpc_lbsgd.theory.schedule import Schedule
 
@@ -195,13 +197,18 @@ def training_jobs(name: str, recipe: Recipe, words: list[str], site: Site, run: 
         raise RequestError("--chain: schedule.kind = adaptive-batch decides its stages while it runs; submit one job")
     schedule = settled.build_schedule(samples_and_classes(settled)[0])
     pieces = batches_of(schedule)
+    done = RunFolder(run).newest_step() if request.resume else 0
+    if done >= pieces[-1][1]:
+        raise RequestError(f"--chain: {run} has done all its {done} steps; nothing is left to submit")
     jobs = []
     for i, (workers, last_step) in enumerate(pieces):
+        if last_step <= done:
+            continue
         nodes = -(-request.nodes * workers // pieces[0][0])
         end = [] if i == len(pieces) - 1 else ["--set", f"train.max_steps={last_step}"]
         # k is settled here: per_rank means the ranks of the first stage
         fixed = ["--set", f"batch.workers={settled.batch.workers}"] if recipe.batch.workers == "per_rank" else []
-        stage, starts = f"{i + 1} of {len(pieces)}", "afterok" if i else ""
+        stage, starts = f"{i + 1} of {len(pieces)}", "afterok" if jobs else ""
         words_here = [*words, *([RESUME] if i else resume), *fixed, *end]
         jobs.append(Job("train", f"{plain_name(name)}.{i + 1}", nodes, words_here, log, stage, str(i + 1), starts))
     return jobs
@@ -269,6 +276,8 @@ def submit(name: str, settings: list[str], site_name: str, request: Request, as_
         label = f"scaling-{plain_name(stem)}" if request.sweep else plain_name(stem)
         named = request.run and site.folder_of_run(request.run)
         run = str(choose_run(label, named, request.resume, Path(site.folder_of_run(site.runs))).path)
+        if not (request.dry_run or request.test_only):
+            owner.check(run)
     if request.data:
         jobs = data_jobs(stem, recipe)
     elif request.sweep:

@@ -13,8 +13,6 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from hpc_lbsgd.data import labels
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, Row, listed
+from hpc_lbsgd.data.pool import Pool
 from hpc_lbsgd.data.tree import AT_A_TIME, rows_of
 from hpc_lbsgd.errors import RequestError
 
@@ -247,7 +246,7 @@ def index(
     work = chunks(samples, chosen)
     rows: dict[int, Row | str] = {}
     with tqdm(total=len(chosen), desc=f"indexing {source}", unit="image", disable=None) as bar:
-        with ProcessPoolExecutor(processes or len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        with Pool(processes or len(os.sched_getaffinity(0))) as pool:
             futures = [
                 pool.submit(examine, str(paths[shard]), [samples[i].member for i in some]) for shard, some in work
             ]

@@ -17,9 +17,8 @@ import json
 import os
 import shutil
 import tarfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.decode import decode, eight_bits
 from hpc_lbsgd.data.manifest import PACKED_SCHEMA, PARTS, Manifest, checksum
+from hpc_lbsgd.data.pool import Pool
 from hpc_lbsgd.data.storage import SampleError, open_storage
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.records import sync_folder, write_atomically
@@ -255,14 +255,10 @@ def write_shards(m: Manifest, out: Path, cuts: list, encoding: Encoding, process
             for shard in missing:
                 bar.update(pack_shard(str(m.path), str(out), *shard, encoding))
             return
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with Pool(processes) as pool:
             waiting = {pool.submit(pack_shard, str(m.path), str(out), *shard, encoding) for shard in missing}
-            try:
-                for future in as_completed(waiting):
-                    bar.update(future.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            for future in as_completed(waiting):
+                bar.update(future.result())
 
 
 def assemble(m: Manifest, out: Path, shards: int, encoding: Encoding, request: dict) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +24,7 @@ from hpc_lbsgd.data.manifest import (
     read_excluded,
     write,
 )
+from hpc_lbsgd.data.pool import Pool
 from hpc_lbsgd.errors import RequestError
 
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's table of labels, in the folder that it is of
@@ -169,7 +168,7 @@ def index(
             for chunk in chunks:
                 add(examine(str(root), chunk))
         else:
-            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            with Pool(processes) as pool:
                 for results in pool.map(examine, [str(root)] * len(chunks), chunks):
                     add(results)
     bad = [(path, row) for path, row in zip(paths, rows, strict=True) if isinstance(row, str)]

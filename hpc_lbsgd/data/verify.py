@@ -6,8 +6,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +15,7 @@ from hpc_lbsgd.data import archive, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.decode import Facts, decode_all
 from hpc_lbsgd.data.manifest import CHUNK, Manifest, checksum
+from hpc_lbsgd.data.pool import Pool
 from hpc_lbsgd.data.storage import SampleError, open_storage
 from hpc_lbsgd.data.tree import AT_A_TIME
 from hpc_lbsgd.errors import RequestError
@@ -204,7 +203,7 @@ def verify(path: str | os.PathLike, processes: int | None = None) -> Verified:
             for function, *arguments in work:
                 add(function(*arguments))
         else:
-            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            with Pool(processes) as pool:
                 for future in [pool.submit(*item) for item in work]:
                     add(future.result())
     found = findings_of(seen)

@@ -32,7 +32,6 @@ class Launcher(ABC):
 
     name: ClassVar[str]
     said: ClassVar[str]  # a pattern in what `mpirun --version` prints
-    passes_usr2_on: ClassVar[bool] = False  # to the ranks
 
     @abstractmethod
     def line(self, mpirun: str, layout: Layout, environment: dict[str, str]) -> list[str]:
@@ -43,7 +42,6 @@ class OpenMPI(Launcher):
     """Open MPI 4: two-dash options, which version 5 takes too (it refuses Horovod's documented -bind-to)."""
 
     name, said = "openmpi", r"\(Open MPI\) [1-4]\."
-    passes_usr2_on = True
     oversubscribe = ("--map-by", "slot", "--oversubscribe")
 
     def line(self, mpirun, layout, environment):

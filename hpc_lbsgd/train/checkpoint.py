@@ -10,9 +10,11 @@ No data state: the order of samples is a function of the step.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,14 +100,51 @@ def save(folder: RunFolder, replica: Replica, state: State, keep: int) -> Path:
 
 
 def steps_there(root: Path) -> list[int]:
-    """Steps of the finished checkpoints, oldest first."""
-    return sorted(int(p.name.removeprefix("step-")) for p in root.glob("step-*") if p.is_dir())
+    """Steps of the finished checkpoints, oldest first. Folders with other names are a person's."""
+    names = (re.fullmatch(r"step-(\d{8,})", p.name) for p in root.glob("step-*") if p.is_dir())
+    return sorted(int(name[1]) for name in names if name)
 
 
 def prune(root: Path, keep: int, best_step: int | None) -> None:
-    for step in steps_there(root)[:-keep]:
-        if step != best_step:
-            discard(root / name_of(step))
+    """Delete what is older than the newest `keep` that are whole, but not the best. A torn one counts for nothing."""
+    whole = 0
+    for step in reversed(steps_there(root)):
+        path = root / name_of(step)
+        if whole < keep:
+            whole += is_whole(path)
+        elif step != best_step:
+            discard(path)
+
+
+def read_whole(path: Path) -> State:
+    """The state of a checkpoint whose files are what was written; else raises ValueError or OSError that says what
+    is not."""
+    try:
+        state = State(**json.loads((path / "state.json").read_text()))
+        broken = [n for n, digest in state.files.items() if file_sha256(path / n) != digest]
+    except (TypeError, AttributeError) as problem:
+        raise ValueError(problem) from None
+    if broken or not state.files:
+        raise ValueError(f"{', '.join(broken) or 'state.json'} is not what was written")
+    return state
+
+
+def is_whole(path: Path) -> bool:
+    """As `read_whole`, once for a process where nobody touched the files meanwhile."""
+    try:
+        stats = (f.stat() for f in sorted(path.iterdir()))
+        return _is_whole(path, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
+    except OSError:
+        return False
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_whole(path: Path, files: tuple) -> bool:
+    try:
+        read_whole(path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def discard(path: Path) -> None:
@@ -128,14 +167,9 @@ def find_newest(folder: RunFolder) -> tuple[Path, State, list[str]] | None:
     for step in reversed(steps_there(folder.checkpoints)):
         path = folder.checkpoints / name_of(step)
         try:
-            state = State(**json.loads((path / "state.json").read_text()))
-            broken = [n for n, digest in state.files.items() if file_sha256(path / n) != digest]
-        except (OSError, ValueError, TypeError, KeyError) as problem:
+            return path, read_whole(path), problems
+        except (OSError, ValueError) as problem:
             problems.append(f"{path}: {problem}")
-            continue
-        if not broken:
-            return path, state, problems
-        problems.append(f"{path}: {', '.join(broken)} is not what was written")
     if problems:
         raise RequestError(
             f"no usable checkpoint in {folder.checkpoints}:\n  "

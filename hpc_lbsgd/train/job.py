@@ -18,10 +18,11 @@ from hpc_lbsgd.parallel.agree import agree, together
 from hpc_lbsgd.parallel.memory import keep_freed_memory
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
-from hpc_lbsgd.runs import RUNS
+from hpc_lbsgd.runs import RUNS, own_run
 from hpc_lbsgd.train.parts import build
 from hpc_lbsgd.train.preflight import Check
-from hpc_lbsgd.train.prepare import open_data, prepare
+from hpc_lbsgd.train.prepare import Prepared, open_data, prepare
+from hpc_lbsgd.train.stops import Stops
 from hpc_lbsgd.train.trainer import Trainer
 
 
@@ -32,20 +33,35 @@ def train(
     resume: str | None = None,
     as_json: bool = False,
     amend: dict | None = None,
+    stops: Stops | None = None,
 ) -> int:
     """Train `recipe` on all ranks of this job; returns the process's exit code.
 
     name: of the recipe, for the run folder (default: runs/NAME-TIME). resume: as for `choose_run`. as_json: rank 0
-    prints how the run ended as one JSON object. Collective: every rank calls it.
+    prints how the run ended as one JSON object. stops: listening already (default: from now on). Collective: every
+    rank calls it.
     """
+    if stops is None:
+        stops = Stops(worlds.from_environment().size == 1)
+        stops.listen()
     device = prepare_process(recipe)
     engine = engines.create(recipe.machine, recipe.determinism, device)
-    folder = None
+    folder = held = None
     where = f"rank {engine.rank} on {socket.gethostname()}"
+
+    def lost(message: str) -> None:  # from the lease's thread: another start writes to the folder, this one no more
+        print(f"hpc-lbsgd: {message}", file=sys.stderr, flush=True)
+        engine.abort(EXIT_FAILED)
+
+    def begin() -> Prepared:
+        nonlocal held
+        chosen, held = own_run(name, run, resume, lost)
+        return prepare(chosen, recipe, engine.size, amend)
+
     try:
-        found = agree(engine, lambda: prepare(name, recipe, run, resume, engine.size, amend))
+        found = agree(engine, begin)
         folder = RunFolder(found.run)
-        code = Trainer(name, found, engine, device).run()
+        code = Trainer(name, found, engine, device, stops).run()
         if as_json and engine.rank == 0:
             print(json.dumps({"run": found.run, **folder.status()}), flush=True)
         engine.close()
@@ -65,8 +81,19 @@ def train(
             engine.close()
             return EXIT_FAILED
         fail(engine, folder, where, str(problem))
+    except KeyboardInterrupt:
+        if engine.size > 1:
+            fail(engine, folder, where, "ended by Ctrl-C")
+        if folder is not None and found.attempt == 0:
+            folder.abandon()
+        if folder is not None and folder.exists():
+            folder.claim_failure(rank=0, host=socket.gethostname(), error="ended by Ctrl-C")
+        raise
     except BaseException as problem:
         fail(engine, folder, where, f"{type(problem).__name__}: {problem}", traceback.format_exc())
+    finally:
+        if held:
+            held.release()
     return EXIT_FAILED
 
 

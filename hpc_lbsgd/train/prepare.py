@@ -21,7 +21,6 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.recipe import Decision, Recipe
 from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
-from hpc_lbsgd.runs import choose_run
 from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train import checkpoint
 
@@ -41,15 +40,12 @@ class Prepared(NamedTuple):
     amended: bool  # this start brought one
 
 
-def prepare(
-    name: str, recipe: Recipe, run: str | None, resume: str | None, ranks: int, amend: dict | None = None
-) -> Prepared:
-    """Check the request, settle the recipe, and set up the run folder. Rank 0 only. amend: keys that change from here
-    on, at a resume.
+def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = None) -> Prepared:
+    """Check the request, settle the recipe, and set up the run folder, which is ours. Rank 0 only. amend: keys that
+    change from here on, at a resume.
 
     Raises RequestError; nothing is written before everything has been checked.
     """
-    folder = choose_run(name, run, resume)
     notes: list[str] = []
     if amend and not folder.exists():
         raise RequestError(f"--amend: no run in {folder.path} to amend; a run that starts has its recipe, and --set")

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 import time
 
 from hpc_lbsgd.records import RunFolder
 
 LOOK_EVERY_S = 1.0  # a look at a parallel file system is not free
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not USR1, which NCCL may take
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)  # not USR1, which NCCL may take
+ASKED = "asked to stop: the next step ends with a checkpoint; Ctrl-C again ends at once"
+
+
+def say(text: str) -> None:
+    """A line for whoever is still there: a terminal may have been closed."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"hpc-lbsgd: {text}", file=sys.stderr, flush=True)
 
 
 class Stops:
-    """`asked()` is acted upon at the next step's sum, by all ranks together. Only rank 0 looks for the file."""
+    """`asked()` is acted upon at the next step's sum, by all ranks together. Only rank 0 looks for the file.
 
-    def __init__(self, folder: RunFolder, lead: bool):
-        self._folder, self._lead, self._asked = folder, lead, False
-        self._looked = time.monotonic()
+    alone: this process is the job, and a person may be at its terminal. Then Ctrl-C ends what comes before the first
+    step at once, as KeyboardInterrupt; so does a second one.
+    """
+
+    def __init__(self, alone: bool):
+        self._alone, self._asked = alone, False
+        self._folder: RunFolder | None = None  # where a stop is acted upon
+        self._looked = 0.0
 
     def listen(self) -> None:
+        """As early as can be: a signal that finds nobody ends the process."""
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self._on_signal)
+
+    def watch(self, folder: RunFolder, lead: bool) -> None:
+        """The run has come so far that it can stop safely."""
+        self._folder, self._lead, self._looked = folder, lead, time.monotonic()
 
     def _on_signal(self, number: int, frame) -> None:
-        if self._asked and number == signal.SIGINT:
+        if number == signal.SIGINT and (self._asked or (self._alone and not self._folder)):
             raise KeyboardInterrupt
+        if self._alone and not self._asked:
+            say(ASKED)
         self._asked = True
 
     def asked(self) -> bool:

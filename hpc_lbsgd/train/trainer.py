@@ -34,8 +34,8 @@ from hpc_lbsgd.train.watchdog import Watchdog
 class Trainer:
     """All decisions come from sums that every rank has; only rank 0 writes."""
 
-    def __init__(self, name: str, found: Prepared, engine, device: torch.device):
-        self.name, self.found, self.engine, self.device = name, found, engine, device
+    def __init__(self, name: str, found: Prepared, engine, device: torch.device, stops: Stops):
+        self.name, self.found, self.engine, self.device, self.stops = name, found, engine, device, stops
         self.written = Recipe.model_validate(found.recipe)  # as the run folder has it
         first = found.state["step"] if found.state else 0
         self.recipe = recipe = recipe_now(self.written, found.amendments, first)
@@ -43,7 +43,7 @@ class Trainer:
             torch.set_num_threads(recipe.machine.threads)  # as the run's first start settled it
         self.folder = RunFolder(found.run)
         self.lead = engine.rank == 0
-        self.journal, self.stops = Journal(self.folder), Stops(self.folder, self.lead)
+        self.journal = Journal(self.folder)
         self._open_sets()
         data = data_fingerprint(self.train_set, self.eval_set)
         fresh = checkpoint.State(0, self.written.fingerprint(), data, rules=checkpoint.RULES)
@@ -61,8 +61,10 @@ class Trainer:
         started = time.monotonic()
         try:
             stopped = self._train()
-            if self.first_step == self.state.step and self.eval_set and self.first_step:
-                self._evaluate(self.schedule.at(self.first_step - 1).epoch + 1)  # nothing was left to do
+            if self.first_step == self.state.step and self.eval_set and self.first_step:  # nothing was left to do
+                self.last_eval = agree(self.engine, lambda: self.folder.evaluation(self.first_step))
+                if not self.last_eval:
+                    self._evaluate(self.schedule.at(self.first_step - 1).epoch + 1)
         except RequestError as problem:  # on one rank, perhaps, and long after the request
             raise RunError(str(problem)) from None
         return self._end(stopped, time.monotonic() - started)
@@ -96,7 +98,6 @@ class Trainer:
         self.schedule = schedule_of(self.written, len(self.train_set), decisions, self.found.amendments)
 
     def _prepare(self) -> None:
-        self.stops.listen()
         timeout_s = self.recipe.machine.stall_timeout_s
         self.watchdog = Watchdog(self.folder, self.engine.rank, self.engine.size, timeout_s, self._on_stall)
         begun = agree(self.engine, self.folder.read_preflight)
@@ -118,6 +119,7 @@ class Trainer:
                 self.folder.write_preflight(parts.facts)
             run = (self.name, self.found, self.recipe, self.schedule, self.state, self.engine)
             self.journal.open(*run, ranks, parts)
+        self.stops.watch(self.folder, self.lead)
 
     # ---------------------------------------------------------------- loop
 
@@ -286,7 +288,9 @@ class Trainer:
         """From the watchdog's thread. One rank speaks for those alive, all of them end the job."""
         if speaks:
             print(f"hpc-lbsgd: {message}", file=sys.stderr, flush=True)
-            self.folder.claim_failure(rank=self.engine.rank, host=socket.gethostname(), error=message)
+            # nothing says that it is the run's fault: a batch script queues the job again
+            facts = {"rank": self.engine.rank, "host": socket.gethostname(), "crashed": True}
+            self.folder.claim_failure(**facts, error=message)
         self.engine.abort(EXIT_FAILED)
 
     # ---------------------------------------------------------------- end

@@ -8,6 +8,7 @@ in its file where it waits.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
@@ -17,8 +18,9 @@ from collections.abc import Callable
 
 from hpc_lbsgd.records import RunFolder
 
-# phases that may take long: as long as every rank beats
-LONG = ("start", "compile", "evaluation", "checkpoint")
+# Phases that may take long while every rank beats, in stall timeouts: the ranks that wait for one of them are no stall.
+# A thread beats where a write hangs, so a checkpoint has an end of its own.
+LONG = {"start": math.inf, "compile": math.inf, "evaluation": math.inf, "checkpoint": 10.0}
 EXEMPT = "end"  # ranks leave, and need not beat
 
 
@@ -61,6 +63,7 @@ class Watchdog:
             "pid": os.getpid(),
             "phase": phase,
             "step": step,
+            "phase_s": round(time.monotonic() - self._progress, 1),
             "beat": self._beat_count,
             "time": time.time(),
         }
@@ -86,13 +89,17 @@ class Watchdog:
                 continue
             # a healthy job may be long in such a phase, and a network file system may show beats a minute late
             silent, beats = self._look(max(self.timeout_s if phase in LONG else 0.0, 2 * self.interval_s))
-            if self._end.is_set() or self._progress != since or (phase in LONG and not silent):
+            if self._end.is_set() or self._progress != since or (not silent and self._takes_long(beats)):
                 continue
             speaks = self.rank == min(set(range(self.size)) - set(silent))
             if not speaks:
                 self._beat_for(2 * self.interval_s)  # let the one that speaks be heard
             self.on_stall(self._diagnosis(silent, beats), speaks)
             return
+
+    def _takes_long(self, beats: dict[int, dict]) -> bool:
+        """A rank is in a phase that may take so long, and the others wait for it."""
+        return any(b["phase_s"] <= LONG.get(b["phase"], 0.0) * self.timeout_s for b in beats.values())
 
     def _read(self) -> dict[int, dict]:
         beats = {}
@@ -115,12 +122,14 @@ class Watchdog:
 
     def _diagnosis(self, silent: list[int], beats: dict[int, dict]) -> str:
         """Who holds the job up: ranks that no longer beat, else those that do not wait for others."""
+        waited_s = self.timeout_s
         if silent:
             stalest, why = silent, "no heartbeat: stopped, swapped out, or its node is gone"
         else:
             oldest = min(b["step"] for b in beats.values())
             behind = [r for r, b in beats.items() if b["step"] == oldest]
             stalest = [r for r in behind if beats[r]["phase"] != "sum"] or behind
+            waited_s *= LONG.get(beats[stalest[0]]["phase"], 1.0)
             why = f"alive, in phase {beats[stalest[0]]['phase']!r} of step {oldest}"
         named = ", ".join(
             f"rank {r} on {beats[r]['host'] if r in beats else 'unknown host'}"
@@ -129,6 +138,6 @@ class Watchdog:
         )
         more = f" and {len(stalest) - 8} more" if len(stalest) > 8 else ""
         return (
-            f"no step for {self.timeout_s:g} s (machine.stall_timeout_s). Stalest: {named}{more}: {why}. "
+            f"no step for {waited_s:g} s (machine.stall_timeout_s). Stalest: {named}{more}: {why}. "
             "The job ends here; start it again with --resume"
         )

@@ -132,7 +132,15 @@ def test_a_stopped_rank_is_named_and_ends_the_job(slow_recipe, tmp_path):
     assert output.count("Stalest:") == 1
     assert took < 30
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["status"] == "failed" and "rank 1" in status["error"]
+    assert status["status"] == "failed" and "rank 1" in status["error"] and status["crashed"]
+
+
+def test_a_checkpoint_may_take_longer_than_a_step(slow_recipe, tmp_path):
+    recipe = slow_recipe(machine__stall_timeout_s=3.0, train__max_steps=4, checkpoint__steps=2, data__eval=None)
+    line = mpirun_line(2, "tests/faults/slow_save.py", 9, "train", recipe, "--run", tmp_path / "run")
+    result = subprocess.run(line, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [r["seconds"] > 9 for r in records(tmp_path / "run", "event") if r["event"] == "saved"] == [True, True]
 
 
 def test_a_signal_stops_at_a_safe_point_and_launch_says_75(slow_recipe, tmp_path):
@@ -179,6 +187,12 @@ def test_a_run_can_go_on_past_its_cap(slow_recipe, tmp_path):
     again = command(*words)
     assert again.returncode == 0, again.stderr
     assert_no_step_twice_or_missing(tmp_path / "run")
+    before = [records(tmp_path / "run", kind) for kind in ("eval", "step")]
+    finished = command(*words)  # there is nothing left to do, and nothing is written twice
+    assert finished.returncode == 0, finished.stderr
+    assert [records(tmp_path / "run", kind) for kind in ("eval", "step")] == before
+    accuracies = [r["accuracy"] for r in (before[0][-1], records(tmp_path / "run", "end")[-1])]
+    assert accuracies[0] == accuracies[1] and "test accuracy" in finished.stderr
     whole = command("train", recipe, "--run", tmp_path / "whole")
     assert whole.returncode == 0
     ends = [records(tmp_path / r, "end")[-1]["weights_sha256"] for r in ("run", "whole")]

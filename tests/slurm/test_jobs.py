@@ -14,9 +14,15 @@ from hpc_lbsgd.parallel.world import World, from_environment
 ROOT = Path(__file__).parents[2]
 NODES = (1, 2, 4, 8, 16, 32)
 STEPS = 500
-# Stands in for Python: says what it was given, rank by rank
-STUB = """\
+# In place of Python; that the run folder is the job's is always asked in earnest
+HEAD = f"""\
 #!/usr/bin/env bash
+case "$*" in *" own "*) exec {sys.executable} "$@" ;; esac
+"""
+# Says what it was given, rank by rank
+STUB = (
+    HEAD
+    + """\
 set -eu
 words=("$@")
 while [ "$1" != --run ]; do shift; done
@@ -26,6 +32,7 @@ if [ "$SLURM_PROCID" = 0 ]; then
     printf '{\\n "status": "done"\\n}\\n' > "$2/status.json"
 fi
 """
+)
 
 
 # A small model that takes its time in a job, so that the job can be hurt on the way; it hurries when `fast` is there
@@ -247,11 +254,20 @@ def test_whatever_ends_a_start_the_job_ends_as_if_nothing_had_been(lab, slow_rec
     run = folder / "hurt"
     recipe = write_recipe(folder / "hurt.yaml", slow_recipe)
     job = Victim(lab, recipe, run, site(folder, "two", ranks_per_node=1))
+    owners = set()
     for count, way in enumerate(WAYS, 1):
         job.wait_for_start(count)
         job.wait_for_new_steps(7)
+        owners.add(json.loads((run / "owner.json").read_text())["owner"])
         getattr(job, way)()
+        if way == "requeue":  # in the queue, with no process anywhere
+            assert lab.job(job.number)["JobState"] != "RUNNING"
+            refused = lab.command("train", recipe, "--run", run, "--resume", cwd=folder, check=False)
+            assert refused.returncode == 2 and f"in use by Slurm job {job.number} " in refused.stderr, refused.stderr
+            refused = lab.command("submit", recipe, "--run", run, "--resume", cwd=folder, check=False)
+            assert refused.returncode == 2 and f"in use by Slurm job {job.number} " in refused.stderr, refused.stderr
     job.wait_for_start(len(WAYS) + 1)
+    assert len(owners) == 1
     facts = lab.job(job.number)
     assert job.lost in facts["ExcNodeList"] and job.lost not in facts["NodeList"]
     (folder / "fast").touch()
@@ -260,6 +276,7 @@ def test_whatever_ends_a_start_the_job_ends_as_if_nothing_had_been(lab, slow_rec
     assert [r["step"] for r in records(run, "step")] == list(range(STEPS))
     assert [r["attempt"] for r in records(run, "event") if r["event"] == "resume"] == list(range(1, len(WAYS) + 1))
     assert weights(run) == undisturbed(slow_recipe, folder, "whole")
+    assert not (run / "owner.json").exists()
     log = job.log()
     assert log.count("asked to stop at a safe point") >= 2
     assert "no rank said why" in log and f"lost {job.lost}; queued again without" in log
@@ -283,7 +300,7 @@ def test_a_failure_that_a_rank_explains_is_the_end(lab, exact_recipe, folder):
 
 def test_restarts_without_progress_are_limited(lab, folder):
     stub = folder / "dies"
-    stub.write_text("#!/bin/sh\nkill -9 $$\n")
+    stub.write_text(HEAD + "kill -9 $$\n")
     stub.chmod(0o755)
     words = ["--site", site(folder, "dies", python=str(stub), ranks_per_node=1, max_restarts=1)]
     (number,) = submit(lab, "goyal-resnet50", folder / "restarts", *words)
@@ -296,7 +313,7 @@ def test_a_restart_that_fails_to_start_its_ranks_is_tried_again(lab, folder):
     """Slurm refuses a step now and then just after a node was lost: srun ends with 1, and no rank has run."""
     stub, run = folder / "bad-luck", folder / "luck"
     done = 'printf \'{\\n "status": "done"\\n}\\n\' > ' + f"{run}/status.json"
-    stub.write_text(f"#!/bin/sh\ncase $SLURM_RESTART_COUNT in '') kill -9 $$ ;; 1) exit 1 ;; *) {done} ;; esac\n")
+    stub.write_text(f"{HEAD}case ${{SLURM_RESTART_COUNT-}} in '') kill -9 $$ ;; 1) exit 1 ;; *) {done} ;; esac\n")
     stub.chmod(0o755)
     words = ["--site", site(folder, "luck", python=str(stub), ranks_per_node=1)]
     (number,) = submit(lab, "goyal-resnet50", run, *words)
@@ -306,7 +323,7 @@ def test_a_restart_that_fails_to_start_its_ranks_is_tried_again(lab, folder):
 
 def test_a_cancelled_job_stays_cancelled(lab, folder):
     stub = folder / "waits"
-    stub.write_text("#!/bin/sh\nsleep 60\n")
+    stub.write_text(HEAD + "sleep 60\n")
     stub.chmod(0o755)
     words = ["--site", site(folder, "waits", python=str(stub), ranks_per_node=1)]
     (number,) = submit(lab, "goyal-resnet50", folder / "cancelled", *words)
@@ -315,6 +332,30 @@ def test_a_cancelled_job_stays_cancelled(lab, folder):
     assert lab.wait(number)["JobState"] == "CANCELLED"
     time.sleep(3)
     assert lab.job(number)["JobState"] == "CANCELLED"
+
+
+def test_of_an_array_one_task_has_the_run_and_a_dead_job_none(lab, folder):
+    stub, run = folder / "busy", folder / "array"
+    done = 'printf \'{\n "status": "done"\n}\n\' > ' + f"{run}/status.json"
+    stub.write_text(f"{HEAD}touch {run}/started-$SLURM_JOB_ID\nsleep 8\n{done}\n")
+    stub.chmod(0o755)
+    shown = lab.command("submit", "goyal-resnet50", "--run", run, "--dry-run", "--site",
+                        site(folder, "busy", python=str(stub), ranks_per_node=1))  # fmt: skip
+    (folder / "array.sbatch").write_text(shown.stdout)
+    words = ["--array=0-1", f"--output={folder}/array-%a.log", folder / "array.sbatch", "goyal-resnet50", "--run", run]
+    (number,) = submitted(lab.call("sbatch", *words, cwd=folder).stdout)
+    tasks = [f"{number}_{i}" for i in range(2)]
+    assert sorted(lab.wait(task)["ExitCode"] for task in tasks) == ["0:0", "2:0"]
+    said = "".join((folder / f"array-{i}.log").read_text() for i in range(2))
+    assert said.count("in use by Slurm job") == said.count("and changed nothing in it") == 1, said
+    assert len(list(run.glob("started-*"))) == 1 and not (run / "owner.json").exists()
+    (again,) = submitted(lab.call("sbatch", *words[1:], cwd=folder).stdout)
+    lab.wait_for(again, lambda job: (run / f"started-{again}").exists())
+    lab.call("scancel", "--signal=KILL", "--full", again)  # nobody gives the folder up
+    lab.wait(again)
+    assert (run / "owner.json").exists()
+    (last,) = submitted(lab.call("sbatch", *words[1:], cwd=folder).stdout)
+    assert lab.wait(last)["JobState"] == "COMPLETED", (folder / "array-%a.log").read_text()
 
 
 # ---------------------------------------------------------------- chains

@@ -284,9 +284,9 @@ echo ' "status": "done"' >"$RUN/status.json"
     assert given[given.index("train") :] == ["train", "r.yaml", "--set", "seed=1", "--run", str(run), flag]
 
 
-def chain(recipe, nodes, text="{gpus_per_node: 8}", resume=None):
+def chain(recipe, nodes, text="{gpus_per_node: 8}", resume=None, run="run"):
     lab = sites.Site.model_validate(yaml12.mapping(text, "lab"))
-    return submit.training_jobs("r", recipe, ["r.yaml"], lab, "run", Request(nodes=nodes, resume=resume, chain=True))
+    return submit.training_jobs("r", recipe, ["r.yaml"], lab, run, Request(nodes=nodes, resume=resume, chain=True))
 
 
 def test_a_chain_has_the_nodes_that_each_stage_wants():
@@ -303,6 +303,23 @@ def test_a_chain_has_the_nodes_that_each_stage_wants():
     # a later stage goes on with what the one before left, and never starts anew
     assert ["--resume" in j.words for j in jobs] == [False, True, True]
     assert all(j.words.count("--resume") == 1 for j in chain(recipe, 1, resume="--resume"))
+
+
+def test_a_chain_that_goes_on_leaves_finished_stages_out(tmp_path):
+    settings = ["data.samples=100000", "train.epochs=30", "schedule.kind=increasing-batch", "schedule.factor=2"]
+    settings += ["schedule.milestones=[10,20]", "batch.samples_per_worker=16", "batch.workers=16"]
+    recipe, latest = read("goyal-resnet50", settings), tmp_path / "checkpoints" / "LATEST"
+    whole = chain(recipe, 2)
+    ends = [int(j.words[-1].removeprefix("train.max_steps=")) for j in whole[:2]]
+    latest.parent.mkdir()
+    for done, left in ((ends[0] - 1, whole), (ends[0], whole[1:]), (ends[1], whole[2:])):
+        latest.write_text(f"step-{done:08d}\n")
+        jobs = chain(recipe, 2, resume="--resume", run=str(tmp_path))
+        assert [(j.nodes, j.stage) for j in jobs] == [(j.nodes, j.stage) for j in left]
+        assert [j.starts for j in jobs] == ["", "afterok", "afterok"][: len(left)]
+    latest.write_text("step-99999999\n")
+    with pytest.raises(RequestError, match="has done all its 99999999 steps"):
+        chain(recipe, 2, resume="--resume", run=str(tmp_path))
 
 
 def test_a_chain_settles_k_at_its_first_stage():

@@ -108,7 +108,7 @@ time.sleep(3)
 RunFolder({str(tmp_path)!r}).write_status("done", step=9)
 time.sleep(60)"""
     start = time.monotonic()
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)}
     assert launch.run([sys.executable, "-c", script], folder) == EXIT_DONE
     for number, handler in handlers.items():
         signal.signal(number, handler)

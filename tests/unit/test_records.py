@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -86,6 +87,24 @@ def test_last_and_best_are_kept(folder):
         checkpoint.save(folder, replica, state(step, best_step=2), keep=2)
     assert checkpoint.steps_there(folder.checkpoints) == [2, 5, 6]
     assert not [p for p in os.listdir(folder.checkpoints) if p.startswith(".")]
+
+
+def test_torn_checkpoints_and_other_folders_count_for_nothing(folder):
+    """With keep = 1 the only good one must not go because a torn one is newer; a person's copies are a person's."""
+    replica = make_replica()
+    checkpoint.save(folder, replica, state(3), keep=1)
+    good = folder.checkpoints / "step-00000003"
+    shutil.copytree(good, folder.checkpoints / "step-3-keep")
+    for name, harm in (("step-00000009", "weights.pt"), ("step-00000008", "state.json"), ("step-00000002", "")):
+        shutil.copytree(good, folder.checkpoints / name)
+        if harm:
+            os.truncate(folder.checkpoints / name / harm, 9)
+    assert checkpoint.steps_there(folder.checkpoints) == [2, 3, 8, 9]
+    checkpoint.prune(folder.checkpoints, 1, None)
+    assert checkpoint.steps_there(folder.checkpoints) == [3, 8, 9] and checkpoint.find_newest(folder)[0] == good
+    checkpoint.save(folder, replica, state(4), keep=1)
+    assert checkpoint.steps_there(folder.checkpoints) == [4, 8, 9] and checkpoint.find_newest(folder)[1].step == 4
+    assert (folder.checkpoints / "step-3-keep" / "weights.pt").exists()
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(folder):

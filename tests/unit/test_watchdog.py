@@ -36,3 +36,23 @@ def test_long_phases_may_take_long_where_all_beat(tmp_path):
     for rank in ranks:
         rank.stop()
     assert "Stalest: rank 1 on" in message and "alive, in phase 'data' of step 2" in message
+
+
+def test_ranks_that_wait_for_a_checkpoint_wait_as_long_as_it_may_take(tmp_path, monkeypatch):
+    """Rank 0 writes, the others are in the next step's sum. One that never ends is named, by one rank."""
+    monkeypatch.setitem(LONG, "checkpoint", 12.0)
+    heard = queue.Queue()
+
+    def on_stall(rank):
+        return lambda message, speaks: heard.put((rank, message, speaks))
+
+    ranks = [Watchdog(RunFolder(tmp_path), r, 2, TIMEOUT_S, on_stall(r)) for r in (0, 1)]
+    ranks[0].enter("checkpoint", 3)
+    ranks[1].enter("sum", 3)
+    with pytest.raises(queue.Empty):
+        heard.get(timeout=8 * TIMEOUT_S)
+    said = [heard.get(timeout=30) for _ in ranks]
+    for rank in ranks:
+        rank.stop()
+    assert sorted((rank, speaks) for rank, _, speaks in said) == [(0, True), (1, False)]
+    assert all("Stalest: rank 0 on" in message and "in phase 'checkpoint'" in message for _, message, _ in said)

@@ -66,7 +66,9 @@ def run(program: str, contender: Contender, timeout_s: float, oversubscribe: boo
         layout = Layout(contender.ranks, place.hosts, place.hostfile, oversubscribe)
         own = environment(contender)
         line = compose(layout, exported(layout, own), words, place.mpi)
-        process = subprocess.Popen(line, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        # Ctrl-C is ours: an mpirun that hears it beside our SIGTERM leaves its ranks behind
+        process = subprocess.Popen(line, env=own, **pipes, text=True, start_new_session=True)
         with ending(process):
             try:
                 said, _ = process.communicate(timeout=timeout_s)

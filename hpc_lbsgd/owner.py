@@ -1,0 +1,289 @@
+"""Taking a run folder, by operations that are atomic on NFS and Lustre too: hard link and rename, never a lock.
+
+RUN/owner.json         the lease; its time of change is when it was renewed
+RUN/.owner-TOKEN       who follows the lease with this token: can be made once, so that of many who find an owner
+                       dead one follows it. It then replaces owner.json. The owner is the last of the line
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.lease import RENEW_S, Ask, Facts, Lease, Process, Verdict, judge
+from hpc_lbsgd.records import now, sync_folder
+
+FILE_NAME = "owner.json"
+HANDED_ON = "HPC_LBSGD_OWNER"  # to what the owner starts; this prefix is handed to ranks on other hosts as well
+TRIES = 20
+SLURM_TIMEOUT_S = 30
+# COMPLETING is none of them: processes of the job may still write
+OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+
+
+# ---------------------------------------------------------------- this process and others
+
+
+def space() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def started(pid: int) -> int | None:
+    """When a process of this host began, in ticks since boot; None: it is gone, or dead and not yet buried."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def this_process() -> Process:
+    return Process(socket.gethostname(), space(), os.getpid(), started(os.getpid()))
+
+
+def alive(process: Process) -> bool | None:
+    """None: it is where we cannot look."""
+    return started(process.pid) == process.started if process.space == space() else None
+
+
+def ask_from(env: Mapping[str, str], for_job: bool = False) -> Ask:
+    restart = int(env.get("SLURM_RESTART_COUNT") or 0)
+    return Ask(env.get(HANDED_ON) or None, env.get("SLURM_JOB_ID"), env.get("SLURM_CLUSTER_NAME"), restart, for_job)
+
+
+def job_there(job: str, cluster: str | None) -> bool | None:
+    """Whether Slurm has this job, running or waiting; None where Slurm does not answer, or is another cluster's."""
+    if cluster and cluster != (os.environ.get("SLURM_CLUSTER_NAME") or this_cluster()):
+        return None
+    result = slurm("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
+    if result is None or (result.returncode and "Invalid job id" not in result.stderr):
+        return None
+    return any(state not in OVER for state in result.stdout.split())
+
+
+def this_cluster() -> str | None:
+    result = slurm("scontrol", "show", "config")
+    lines = (line.split("=") for line in result.stdout.splitlines()) if result else ()
+    return next((words[1].strip() for words in lines if words[0].strip() == "ClusterName"), None)
+
+
+def slurm(*words: str) -> subprocess.CompletedProcess | None:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=SLURM_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def facts_of(lease: Lease, ask: Ask, renewed: float, clock: Callable[[], float]) -> Facts:
+    """clock: the file system's; it writes, and is asked where nothing else decides."""
+    there = job_there(lease.job, lease.cluster) if lease.job and lease.job != ask.job else None
+    processes = tuple(alive(p) for p in lease.processes)
+    idle_s = clock() - renewed if None in processes and True not in processes else 0.0
+    return Facts(processes, there, idle_s)
+
+
+# ---------------------------------------------------------------- the file
+
+
+class OwnerFile:
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.path = self.folder / FILE_NAME
+
+    def _heir(self, token: str) -> Path:
+        return self.folder / f".owner-{token}"
+
+    def read(self) -> tuple[Lease, float] | None:
+        """(the owner, when it was renewed by the file system's clock); None: there is none."""
+        found = heir = self._read(self.path)
+        while heir:
+            found = heir
+            heir = self._read(self._heir(found[0].token))
+        return found
+
+    def _read(self, path: Path) -> tuple[Lease, float] | None:
+        """Waits a moment for a file that is being written, where files cannot appear whole."""
+        for _ in range(TRIES):
+            try:
+                with open(path) as f:
+                    return Lease.from_json(json.load(f)), os.fstat(f.fileno()).st_mtime
+            except FileNotFoundError:
+                return None
+            except (ValueError, TypeError, KeyError):
+                time.sleep(0.1)
+            except OSError as problem:
+                raise RequestError(f"{path}: {problem.strerror}") from None
+        raise RequestError(f"{path} cannot be read: if nothing is at work in this run folder, remove that file")
+
+    def clock(self) -> float:
+        """Now, as the file system says it: its times are compared with one another, never with this host's."""
+        probe = self.folder / f".owner-{secrets.token_hex(8)}.clock"
+        probe.touch()
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink()
+
+    def follow(self, before: Lease | None, lease: Lease) -> bool:
+        """Make `lease` the owner after `before`. False: somebody else was faster."""
+        target = self._heir(before.token) if before else self.path
+        whole = self.folder / f".owner-{lease.token}.new"
+        try:
+            with open(whole, "x") as f:
+                f.write(json.dumps(lease.as_json(), indent=1) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+            self._appear(whole, target)
+            found = self.read()  # an answer that was lost on its way says that the link is there already
+            if found is None or found[0].token != lease.token:
+                found = self._read(target)
+                if found and found[0].token == lease.token:  # behind an owner that was followed meanwhile
+                    target.unlink(missing_ok=True)
+                return False
+            if before:
+                os.replace(whole, self.path)
+                target.unlink(missing_ok=True)
+            sync_folder(self.folder)
+            return True
+        finally:
+            whole.unlink(missing_ok=True)
+
+    @staticmethod
+    def _appear(whole: Path, target: Path) -> None:
+        """Give a file a second name, if nobody has it."""
+        with contextlib.suppress(FileExistsError):
+            try:
+                os.link(whole, target)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
+                with open(target, "xb") as f:
+                    f.write(whole.read_bytes())
+
+
+# ---------------------------------------------------------------- taking it
+
+
+class Held:
+    """A run folder that is ours. Renewed by a thread, until `release`."""
+
+    def __init__(self, file: OwnerFile, lease: Lease, ask: Ask, on_lost: Callable[[str], None] | None = None):
+        self.file, self.lease, self._shared = file, lease, ask.owner == lease.owner
+        self._end = threading.Event()
+        self._on_lost = on_lost
+        if not lease.held_by_job:
+            threading.Thread(target=self._renew, name="owner", daemon=True).start()
+
+    def _renew(self) -> None:
+        while not self._end.wait(RENEW_S):
+            with contextlib.suppress(OSError, RequestError):  # the next time, perhaps
+                found = self.file.read()
+                if found and found[0].owner != self.lease.owner:
+                    if self._on_lost:
+                        self._on_lost(f"{self.file.folder} was taken over by {found[0]}: this start ends here")
+                    return
+                os.utime(self.file.path)
+
+    def release(self) -> None:
+        """Where another shares the run, and may be at work, it is left to that one."""
+        self._end.set()
+        others = [p for p in self.lease.processes if p != this_process()]
+        if self._shared and (self.lease.held_by_job or any(alive(p) is not False for p in others)):
+            return
+        release(self.file, lambda lease: lease.owner == self.lease.owner)
+
+
+def release(file: OwnerFile, ours: Callable[[Lease], bool]) -> None:
+    with contextlib.suppress(OSError, RequestError):
+        found = file.read()
+        if found and ours(found[0]):
+            file.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty, mostly
+            file.folder.rmdir()
+
+
+def take(folder: str | os.PathLike, for_job: bool = False, on_lost: Callable[[str], None] | None = None) -> Held:
+    """Make this process (for_job: this Slurm job) the owner of a run folder, before anything in it is read or written.
+
+    Raises RequestError, and changes nothing, where another may be at work in it.
+    """
+    file, ask = OwnerFile(folder), ask_from(os.environ, for_job)
+    lease = Lease(
+        owner=secrets.token_hex(8),
+        token=secrets.token_hex(8),
+        since=now(),
+        host=socket.gethostname(),
+        processes=() if for_job else (this_process(),),
+        job=ask.job,
+        cluster=ask.cluster,
+        restart=ask.restart,
+    )
+    if file.folder.exists() and not file.folder.is_dir():
+        raise RequestError(f"--run {folder}: is a file, not a run folder")
+    for _ in range(TRIES):
+        try:
+            file.folder.mkdir(parents=True, exist_ok=True)
+            held, verdict = look(file, ask)
+            if verdict is Verdict.REFUSE:
+                raise refusal(file, held)
+            mine = lease
+            if verdict is Verdict.SHARE:
+                if held.held_by_job and not for_job:
+                    return Held(file, held, ask)
+                mine = replace(lease, owner=held.owner, processes=(*held.processes, *lease.processes))
+            if file.follow(held, mine):
+                return Held(file, mine, ask, on_lost)
+        except (FileNotFoundError, FileExistsError):  # meanwhile an owner gave it up, and removed the empty folder
+            continue
+        except OSError as problem:
+            raise RequestError(f"--run {folder}: cannot be written: {problem.strerror or problem}") from None
+    raise RequestError(f"--run {folder}: too many starts at the same time; start again")
+
+
+def look(file: OwnerFile, ask: Ask) -> tuple[Lease | None, Verdict]:
+    """(who has the folder, what that means for who asks)"""
+    found = file.read()
+    if not found:
+        return None, Verdict.TAKE
+    lease, renewed = found
+    facts = facts_of(lease, ask, renewed, file.clock) if ask.owner != lease.owner else Facts()
+    return lease, judge(lease, ask, facts)
+
+
+def check(folder: str | os.PathLike) -> None:
+    """Raises RequestError where another start may be at work in a run folder; takes nothing."""
+    file = OwnerFile(folder)
+    held, verdict = look(file, ask_from(os.environ))
+    if verdict is Verdict.REFUSE:
+        raise refusal(file, held)
+
+
+def refusal(file: OwnerFile, held: Lease) -> RequestError:
+    return RequestError(
+        f"--run {file.folder}: in use by {held}. Wait for its end or stop it; if you know that it is over, remove "
+        f"{file.path}"
+    )
+
+
+def own(folder: str | os.PathLike, give_up: bool) -> None:
+    """For a batch script: take a run folder for its job, and print what ranks must find in HPC_LBSGD_OWNER; or give
+    it up."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
+        raise RequestError("own: not in a Slurm job; `train` and `launch` take a run folder by themselves")
+    if give_up:
+        release(OwnerFile(folder), lambda lease: lease.job == job and lease.held_by_job)
+        return
+    print(take(folder, for_job=True).lease.owner, file=sys.stdout, flush=True)

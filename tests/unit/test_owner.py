@@ -1,0 +1,147 @@
+"""One owner a run folder: who may take it, and that of many who try at once one gets it."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from hpc_lbsgd import owner
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.lease import UNREACHABLE_S, Ask, Facts, Lease, Process, Verdict, judge
+from hpc_lbsgd.owner import HANDED_ON, OwnerFile, check, take
+
+HERE = Process("a", "boot", 7, 70)
+BY_PROCESS = Lease("o1", "t1", "noon", "a", (HERE,))
+IN_JOB = replace(BY_PROCESS, job="5", cluster="c")
+BY_JOB = replace(IN_JOB, processes=())
+TWO = replace(BY_PROCESS, processes=(HERE, HERE))
+LONG = UNREACHABLE_S + 1
+
+
+@pytest.mark.parametrize(
+    "lease, ask, facts, verdict",
+    [
+        (None, Ask(), Facts(), Verdict.TAKE),
+        (BY_PROCESS, Ask(), Facts((True,)), Verdict.REFUSE),
+        (BY_PROCESS, Ask(), Facts((True,), idle_s=LONG), Verdict.REFUSE),  # stopped, but there
+        (BY_PROCESS, Ask(), Facts((False,)), Verdict.FOLLOW),
+        (BY_PROCESS, Ask(), Facts((None,)), Verdict.REFUSE),
+        (BY_PROCESS, Ask(), Facts((None,), idle_s=LONG), Verdict.FOLLOW),
+        (TWO, Ask(), Facts((False, True)), Verdict.REFUSE),  # launch was killed, its ranks are there
+        (TWO, Ask(), Facts((False, None)), Verdict.REFUSE),
+        (TWO, Ask(), Facts((False, None), idle_s=LONG), Verdict.FOLLOW),
+        (BY_PROCESS, Ask("o1"), Facts((True,)), Verdict.SHARE),  # a rank of it
+        (IN_JOB, Ask(), Facts((None,), job_there=False), Verdict.FOLLOW),
+        (IN_JOB, Ask(), Facts((None,), job_there=True), Verdict.REFUSE),
+        (IN_JOB, Ask(job="5", cluster="c"), Facts((None,)), Verdict.REFUSE),  # two in one allocation
+        (IN_JOB, Ask(job="5", cluster="c", restart=1), Facts((None,)), Verdict.FOLLOW),
+        (IN_JOB, Ask(job="5", cluster="d", restart=1), Facts((None,)), Verdict.REFUSE),
+        (BY_JOB, Ask(), Facts(job_there=True, idle_s=LONG), Verdict.REFUSE),  # in the queue for weeks
+        (BY_JOB, Ask(), Facts(job_there=None, idle_s=LONG), Verdict.REFUSE),  # Slurm cannot be asked
+        (BY_JOB, Ask(), Facts(job_there=False), Verdict.FOLLOW),
+        (BY_JOB, Ask(job="6", cluster="c", for_job=True), Facts(job_there=True), Verdict.REFUSE),  # an array's task
+        (BY_JOB, Ask(job="5", cluster="c", restart=1, for_job=True), Facts(), Verdict.SHARE),  # queued again
+        (BY_JOB, Ask(job="5", cluster="c"), Facts(), Verdict.REFUSE),  # by hand, beside the script
+        (BY_JOB, Ask("o1", job="5", cluster="c"), Facts(), Verdict.SHARE),
+    ],
+)
+def test_who_may_take_a_run_folder(lease, ask, facts, verdict):
+    assert judge(lease, ask, facts) is verdict
+
+
+def test_a_second_is_refused_by_name_and_nothing_changes(tmp_path):
+    held = take(tmp_path / "run")
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in [*tmp_path.rglob("*")] if p.is_file()}
+    folder_time = (tmp_path / "run").stat().st_mtime_ns
+    for again in (take, check):
+        said = rf"in use by process {os.getpid()} on \S+ since 20\d\d-.*remove .*owner.json"
+        with pytest.raises(RequestError, match=said):
+            again(tmp_path / "run")
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in before} == before
+    assert (tmp_path / "run").stat().st_mtime_ns == folder_time
+    held.release()
+    assert not (tmp_path / "run").exists()
+    take(tmp_path / "run").release()
+
+
+def test_what_an_owner_starts_shares_it_and_the_last_gives_it_up(tmp_path, monkeypatch):
+    first = take(tmp_path)
+    (tmp_path / "there").touch()
+    monkeypatch.setenv(HANDED_ON, first.lease.owner)
+    rank = take(tmp_path)
+    assert rank.lease.owner == first.lease.owner and len(rank.lease.processes) == 2
+    monkeypatch.setattr(owner, "this_process", lambda: HERE)  # first is another process
+    rank.release()
+    assert OwnerFile(tmp_path).read()[0] == rank.lease
+    first.release()
+    assert os.listdir(tmp_path) == ["there"]
+
+
+def test_a_lease_that_was_lost_is_noticed(tmp_path, monkeypatch):
+    import queue
+
+    said = queue.Queue()
+    monkeypatch.setattr(owner, "RENEW_S", 0.05)
+    held = take(tmp_path, on_lost=said.put)
+    OwnerFile(tmp_path).follow(held.lease, replace(BY_PROCESS, token="t9"))
+    assert "was taken over by process 7 on a" in said.get(timeout=10)
+    held.release()
+    assert OwnerFile(tmp_path).read()[0].owner == "o1"  # not ours to remove
+
+
+def test_a_folder_whose_lease_nobody_can_read_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner.time, "sleep", lambda s: None)
+    (tmp_path / "owner.json").write_text("{")
+    with pytest.raises(RequestError, match="cannot be read: if nothing is at work"):
+        take(tmp_path)
+
+
+def test_without_hard_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(owner.os, "link", link)
+    held = take(tmp_path)
+    with pytest.raises(RequestError, match="in use"):
+        take(tmp_path)
+    held.release()
+
+
+# Takes the folder as often as it can for a while; whoever has it checks that it is alone. Some die with it.
+CONTENDER = """
+import os, random, sys, time
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.owner import take
+folder, number, until = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+rng, taken = random.Random(number), 0
+while time.time() < until:
+    try:
+        held = take(folder + "/run")
+    except RequestError as problem:
+        assert "in use by" in str(problem) or "same time" in str(problem), problem
+        continue
+    inside = os.open(folder + "/inside", os.O_CREAT | os.O_EXCL)  # fails where another is inside
+    os.close(inside)
+    time.sleep(rng.random() * 0.002)
+    os.unlink(folder + "/inside")
+    taken += 1
+    if rng.random() > 0.3:
+        held.release()
+    elif os.fork():
+        os._exit(0)  # the owner is dead, and another process goes on
+print(taken)
+"""
+
+
+def test_of_many_at_the_same_time_one_gets_it(tmp_path):
+    import time
+
+    until = str(time.time() + 6)
+    words = [sys.executable, "-c", CONTENDER, str(tmp_path)]
+    jobs = [subprocess.Popen([*words, str(n), until], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for n in range(4)]  # fmt: skip
+    ends = [job.communicate(timeout=60) for job in jobs]
+    assert not any(error for _, error in ends), ends
+    assert sum(int(n) for out, _ in ends for n in out.split()) > 8, ends
