@@ -92,7 +92,7 @@ def plan(
     }
     if amendments:
         result["amendments"] = [{"step": step, "changes": changes} for step, changes in amendments]
-    result["jobs"] = jobs(recipe, samples, decisions, amendments, gpus_per_node, result["images_per_s_per_rank"])
+    result["jobs"] = jobs(recipe, samples, gpus_per_node, result["images_per_s_per_rank"], decisions, amendments)
     if system:
         result["predicted"] = predicted(settled, classes, system, nodes, gpus_per_node, result)
     if steps:
@@ -123,7 +123,14 @@ def of_run(folder: RunFolder) -> tuple[Recipe, list[Decision], list[Amendment]]:
     return load_resolved(folder.recipe), decisions, checked(folder.read_amendments(), str(folder.amendments))
 
 
-def jobs(recipe: Recipe, samples: int, decisions, amendments, gpus_per_node: int, rate: float) -> list[dict]:
+def jobs(
+    recipe: Recipe,
+    samples: int,
+    gpus_per_node: int,
+    rate: float,
+    decisions: Sequence[Decision] = (),
+    amendments: Sequence[Amendment] = (),
+) -> list[dict]:
     """The same recipe as a job of 1 to 32 nodes: kn, learning rate, steps, time, node-hours.
 
     With `workers: per_rank` kn follows from the nodes, with a fixed k it stays. Compute only, at `rate` images/s a
@@ -171,7 +178,7 @@ def demands(recipe: Recipe, classes: int, images_per_s: float | None) -> dict:
     rate = images_per_s or ASSUMED_TFLOPS * 1e12 / flop
     # the last pass of a step is the one whose backward can hide the sum
     last_pass = recipe.batch.samples_per_worker * recipe.machine.workers_per_pass
-    item_bytes = {"fp32": 4, "fp16": 2}[recipe.wire]
+    item_bytes = {"fp32": 4, "fp16": 2, "bf16": 2}[recipe.wire]
     if recipe.precision == "float64" or recipe.determinism == "any-ranks":
         item_bytes = 8
     gradient_bytes = parameters * item_bytes

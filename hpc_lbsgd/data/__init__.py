@@ -1,10 +1,11 @@
 """Which samples there are, who gets which, and how they become tensors.
 
 order.py       the permutation of an epoch, and who gets which part of it. Pure
-manifest.py    the list of a set's images; archive.py of tars, pack.py and verify.py on top
+manifest.py    the list of a set's images. tree.py makes it from a folder, archive.py from tars, pack.py into shards;
+               decode.py says what is an image, labels.py which class it has, verify.py what is wrong
 source.py      the seam: what a loader is asked for, and a Batch
 loader.py      the choice of one; dali.py and torchvision.py decode, finish.py does the rest on CPUs
 
 May be imported by: outline, train, bench, reproduce, plan, cluster, cli.
-May import: recipe, records, imports, theory, errors.
+May import: recipe, arguments, records, imports, theory, errors.
 """

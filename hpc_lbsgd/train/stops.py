@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import sys
 import time
 
 from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.runs import ASKED, say
 
 LOOK_EVERY_S = 1.0  # a look at a parallel file system is not free
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)  # not USR1, which NCCL may take
-ASKED = "asked to stop: the next step ends with a checkpoint; Ctrl-C again ends at once"
-
-
-def say(text: str) -> None:
-    """A line for whoever is still there: a terminal may have been closed."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"hpc-lbsgd: {text}", file=sys.stderr, flush=True)
 
 
 class Stops:
