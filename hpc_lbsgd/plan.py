@@ -92,7 +92,7 @@ def plan(
     }
     if amendments:
         result["amendments"] = [{"step": step, "changes": changes} for step, changes in amendments]
-    result["jobs"] = jobs(recipe, samples, decisions, amendments, gpus_per_node, result["images_per_s_per_rank"])
+    result["jobs"] = jobs(recipe, samples, gpus_per_node, result["images_per_s_per_rank"], decisions, amendments)
     if system:
         result["predicted"] = predicted(settled, classes, system, nodes, gpus_per_node, result)
     if steps:
@@ -123,11 +123,12 @@ def of_run(folder: RunFolder) -> tuple[Recipe, list[Decision], list[Amendment]]:
     return load_resolved(folder.recipe), decisions, checked(folder.read_amendments(), str(folder.amendments))
 
 
-def jobs(recipe: Recipe, samples: int, decisions, amendments, gpus_per_node: int, rate: float) -> list[dict]:
+def jobs(recipe: Recipe, samples: int, gpus_per_node: int, rate: float, decisions=(), amendments=()) -> list[dict]:
     """The same recipe as a job of 1 to 32 nodes: kn, learning rate, steps, time, node-hours.
 
     With `workers: per_rank` kn follows from the nodes, with a fixed k it stays. Compute only, at `rate` images/s a
     rank: communication is not in it. A number of nodes that the recipe cannot have has a `problem` instead.
+    decisions, amendments: of a run that has begun.
     """
     rows = []
     for nodes in JOB_NODES:
