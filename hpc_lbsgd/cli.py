@@ -11,10 +11,8 @@ from pathlib import Path
 from hpc_lbsgd import __version__
 from hpc_lbsgd.arguments import (
     nodes_sweep,
-    not_negative,
     positive,
     positive_float,
-    quality,
     step_range,
     with_hosts,
     with_json,
@@ -23,6 +21,7 @@ from hpc_lbsgd.arguments import (
     with_set,
 )
 from hpc_lbsgd.bench import commands as bench
+from hpc_lbsgd.data import commands as data
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import world
 from hpc_lbsgd.runs import RESUME
@@ -68,61 +67,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--hosts", metavar="A,B", help="--mpi: these hosts (default: the nodes of the Slurm job, or here)")
     with_json(p)
 
-    add_data(commands)
+    data.add(commands)
     add_runs(command)
     add_jobs(command)
     bench.add(commands)
     add_reproduce(command)
     return top
-
-
-def add_data(commands) -> None:
-    p = commands.add_parser("data", help="get, list and check a data set; print who gets which sample")
-    data = p.add_subparsers(dest="data_command", metavar="fetch|index|pack|verify|order", required=True)
-    p = data.add_parser("fetch", help="get a data set by name, as image files with a manifest")
-    p.add_argument("name", choices=["fashion-mnist"])
-    p.add_argument("--out", type=Path, help="folder to write to (default: data/NAME)")
-    p.add_argument("--source", type=Path, help="folder with the original files, for machines without network")
-    with_json(p).set_defaults(function=data_fetch)
-    p = data.add_parser("index", help="list a data set in a manifest, decoding every image; nothing is copied")
-    p.add_argument("dir", type=Path, help="DIR/CLASS/IMAGE tree; a tar, or a folder of tars (WebDataset, ILSVRC's)")
-    p.add_argument("--out", type=Path, help="manifest file (default: DIR/manifest.arrow; beside a single tar)")
-    p.add_argument("--labels", type=Path, help="images without folders of classes: a table with NAME,CLASS a line")
-    p.add_argument("--classes-of", metavar="MANIFEST", help="number the classes as this manifest (the training set's)")
-    p.add_argument("--exclude", action="store_true", help="leave out images that do not decode, and list them")
-    p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
-    with_json(p).set_defaults(function=data_index)
-    p = data.add_parser("pack", help="a data set as a few tar shards with an index; goes on where it was stopped")
-    p.add_argument("manifest", help="manifest, or the folder that has one")
-    p.add_argument("out", type=Path, help="folder to write to")
-    stored = p.add_mutually_exclusive_group()
-    stored.add_argument("--jpeg", type=quality, metavar="QUALITY", help="re-encode as JPEG (1 to 95)")
-    stored.add_argument("--raw", action="store_true", help="store pixels, uint8: fastest to read, largest")
-    side = p.add_mutually_exclusive_group()
-    side.add_argument("--short-side", type=positive, metavar="PX", help="scale larger images down to this shorter side")
-    side.add_argument("--long-side", type=positive, metavar="PX", help="scale larger images down to this longer side")
-    p.add_argument("--grey", action="store_true", help="with --jpeg or --raw: one channel")
-    p.add_argument("--shard-mb", type=positive_float, default=256.0, help="size of a shard (default: %(default)g)")
-    p.add_argument("--processes", type=positive, help="packing processes (default: one a core)")
-    with_json(p).set_defaults(function=data_pack)
-    p = data.add_parser("verify", help="decode everything; list what is corrupt, odd or twice there")
-    p.add_argument("data", help="manifest, the folder that has one, or a DIR/CLASS/IMAGE tree")
-    p.add_argument(
-        "--exclude", action="store_true", help="write exclude.txt: what cannot be used is left out from now on"
-    )
-    p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
-    with_json(p).set_defaults(function=data_verify)
-    p = data.add_parser("order", help="which samples a worker gets in an epoch, in order")
-    p.add_argument("recipe", nargs="?", help="recipe; or give --samples, --workers and --samples-per-worker")
-    with_set(p)
-    p.add_argument("--samples", type=positive, help="N")
-    p.add_argument("--workers", type=positive, help="k")
-    p.add_argument("--samples-per-worker", type=positive, help="n (default 32)")
-    p.add_argument("--seed", type=int)
-    p.add_argument("--last-batch", choices=["drop", "partial"])
-    p.add_argument("--epoch", type=not_negative, default=0)
-    p.add_argument("--worker", type=not_negative, default=0)
-    with_json(p).set_defaults(function=data_order)
 
 
 def add_runs(command) -> None:
@@ -216,89 +166,6 @@ def doctor(args) -> int:
     else:
         print(doctors.show(findings))
     return EXIT_FAILED if any(f.level == doctors.FAIL for f in findings) else EXIT_DONE
-
-
-def show_manifests(args, manifests) -> int:
-    from hpc_lbsgd.data.labels import doubts
-
-    facts = [
-        {
-            "manifest": str(m.path),
-            "samples": len(m),
-            "classes": m.classes,
-            "bytes": int(m.sizes.sum()),
-            "fingerprint": m.fingerprint,
-            "left_out": m.header.get("left_out", {}),
-            "doubts": doubts(m.classes, m.labels),
-        }
-        for m in manifests
-    ]
-    if args.json:
-        print(json.dumps({"manifests": facts}))
-    else:
-        for f in facts:
-            names = ", ".join(f["classes"][:5]) + (" ..." if len(f["classes"]) > 5 else "")
-            some = f"{len(f['classes'])} classes ({names})"
-            print(f"{f['manifest']}: {f['samples']} images in {some}, {f['bytes'] / 1e6:.1f} MB")
-            if f["left_out"]:
-                rest = sorted(f["left_out"].items(), key=lambda kind: -kind[1])
-                print(f"  left out: {', '.join(f'{n} {what}' for what, n in rest[:10])}{' ...' * (len(rest) > 10)}")
-            for doubt in f["doubts"]:
-                print(f"  WARNING: {doubt}")
-    return EXIT_DONE
-
-
-def data_fetch(args) -> int:
-    from hpc_lbsgd.data import fetch
-
-    return show_manifests(args, fetch.SOURCES[args.name](args.out or Path("data") / args.name, args.source))
-
-
-def data_index(args) -> int:
-    from hpc_lbsgd.data import archive, manifest, tree
-
-    classes = manifest.Manifest(manifest.find(args.classes_of)).classes if args.classes_of else None
-    index = archive.index if archive.is_archive(args.dir) else tree.index
-    return show_manifests(args, [index(args.dir, args.out, args.processes, args.labels, classes, args.exclude)])
-
-
-def data_pack(args) -> int:
-    from hpc_lbsgd.data import pack
-
-    kind = "raw" if args.raw else "jpeg" if args.jpeg else "keep"
-    encoding = pack.Encoding(kind, args.short_side, args.long_side, args.jpeg or 90, 1 if args.grey else 3)
-    return show_manifests(args, [pack.pack(args.manifest, args.out, encoding, args.shard_mb, args.processes)])
-
-
-def data_verify(args) -> int:
-    from hpc_lbsgd.data import verify
-
-    found = verify.verify(args.data, args.processes)
-    excluded = verify.write_excluded(found) if args.exclude else None
-    print(json.dumps(verify.as_json(found, excluded)) if args.json else verify.show(found, excluded))
-    return EXIT_FAILED if found.damaged or (found.unusable and not args.exclude) else EXIT_DONE
-
-
-def data_order(args) -> int:
-    from hpc_lbsgd.data.who import order
-
-    found = order(
-        args.recipe,
-        args.settings,
-        args.samples,
-        args.workers,
-        args.samples_per_worker,
-        args.seed,
-        args.last_batch,
-        args.epoch,
-        args.worker,
-    )
-    if args.json:
-        print(json.dumps(found))
-    else:
-        for step, samples in enumerate(found["steps"]):
-            print(f"{step:6d}  {' '.join(map(str, samples))}")
-    return EXIT_DONE
 
 
 def plan(args) -> int:
