@@ -135,6 +135,7 @@ def jobs(
 
     With `workers: per_rank` kn follows from the nodes, with a fixed k it stays. Compute only, at `rate` images/s a
     rank: communication is not in it. A number of nodes that the recipe cannot have has a `problem` instead.
+    decisions, amendments: of a run that has begun.
     """
     rows = []
     for nodes in JOB_NODES:
