@@ -171,7 +171,7 @@ def demands(recipe: Recipe, classes: int, images_per_s: float | None) -> dict:
     rate = images_per_s or ASSUMED_TFLOPS * 1e12 / flop
     # the last pass of a step is the one whose backward can hide the sum
     last_pass = recipe.batch.samples_per_worker * recipe.machine.workers_per_pass
-    item_bytes = {"fp32": 4, "fp16": 2}[recipe.wire]
+    item_bytes = {"fp32": 4, "fp16": 2, "bf16": 2}[recipe.wire]
     if recipe.precision == "float64" or recipe.determinism == "any-ranks":
         item_bytes = 8
     gradient_bytes = parameters * item_bytes

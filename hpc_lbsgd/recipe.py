@@ -64,8 +64,8 @@ class Recipe(Section):
     """bf16: autocast; weights, gradients and updates stay float32"""
     determinism: Literal["off", "same-ranks", "any-ranks"] = "off"
     """same-ranks: the same bits again on as many ranks; any-ranks: on any number"""
-    wire: Literal["fp32", "fp16"] = "fp32"
-    """gradients on the wire; fp32 means as computed (float64 runs send float64)"""
+    wire: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """gradients on the wire; fp32 means as computed (float64 runs send float64); bf16: machine.engine torch only"""
     wire_scale_bits: Annotated[int, Field(ge=0, le=24)] = 10
     """wire fp16: gradients times 2**bits before the cast"""
     fixed_point_bits: Annotated[int, Field(ge=8, le=52)] = 40
@@ -93,7 +93,7 @@ class Recipe(Section):
                     "thread a CPU rank; allowed: 1"
                 )
             if self.wire != "fp32":
-                raise ValueError("wire = fp16: determinism any-ranks sends int64; allowed: fp32")
+                raise ValueError(f"wire = {self.wire}: determinism any-ranks sends int64; allowed: fp32")
         if self.determinism == "same-ranks" and self.machine.reduction == "fusion":
             raise ValueError(
                 "machine.reduction = fusion: run-time fusion changes the summation order from run to run; "
@@ -108,12 +108,19 @@ class Recipe(Section):
             for key, value, allowed in (
                 ("determinism", self.determinism, "off"),
                 ("wire", self.wire, "fp32"),
-                ("machine.reduction", self.machine.reduction, "buckets"),
             ):
                 if value != allowed:
                     raise ValueError(f"{key} = {value}: machine.engine = ddp allows: {allowed}")
-        if self.precision == "float64" and self.wire == "fp16":
-            raise ValueError("wire = fp16 with precision = float64; allowed: fp32")
+        if self.machine.engine == "horovod" and self.wire == "bf16":
+            raise ValueError("wire = bf16: Horovod has no such type; allowed: fp32, fp16, or machine.engine = torch")
+        if self.machine.engine != "horovod":
+            for key, allowed in (("reduction", "buckets"), ("allreduce", None)):
+                value = getattr(self.machine, key)
+                if value != allowed:
+                    engine = self.machine.engine
+                    raise ValueError(f"machine.{key} = {value}: machine.engine = {engine} allows: {allowed or 'none'}")
+        if self.precision == "float64" and self.wire != "fp32":
+            raise ValueError(f"wire = {self.wire} with precision = float64; allowed: fp32")
         if self.schedule.milestones and self.schedule.milestones[-1] >= self.train.epochs:
             raise ValueError(
                 f"schedule.milestones = {self.schedule.milestones}: the last must come before "

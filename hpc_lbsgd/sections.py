@@ -230,8 +230,9 @@ class Checkpoint(Section):
 
 
 class Machine(Section):
-    engine: Literal["horovod", "ddp"] = "horovod"
-    """ddp: torch.distributed's DistributedDataParallel, on Gloo or NCCL; determinism off only"""
+    engine: Literal["horovod", "torch", "ddp"] = "horovod"
+    """torch: the same buckets through torch.distributed, on Gloo or NCCL, without Horovod and MPI; ddp: its
+    DistributedDataParallel; determinism off only"""
     reduction: Literal["buckets", "fusion"] = "buckets"
     """buckets: few flat buffers; fusion: a tensor each, Horovod fuses them at run time"""
     bucket_mb: Positive = 25.0

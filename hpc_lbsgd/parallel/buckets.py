@@ -45,7 +45,7 @@ class Layout:
     views: tuple[View, ...]
     decay_end: int  # [statistics, decay_end) get weight decay, [decay_end, size) do not
     size: int
-    compress: bool  # may travel as float16
+    compress: bool  # may travel in 16 bits
 
 
 def aligned(elements: int, itemsize: int) -> int:
@@ -64,7 +64,7 @@ def plan_layouts(
     """Cut parameters, in the order backward meets them (last first), into buckets of about `bucket_bytes`.
 
     `statistics` elements ride at the start of the first bucket; with `compress` they travel apart, for variances
-    do not fit float16's range.
+    fit neither float16's range nor bfloat16's digits.
     """
     groups: list[list[tuple[str, nn.Parameter]]] = [[]]
     used = 0
@@ -117,7 +117,7 @@ class Buckets:
 
     bits        None: floating-point sums. Else sums over workers are int64 in units of 2**-bits (`any-ranks`);
                 BatchNorm's statistics in units of at most 2**-STATISTICS_BITS
-    wire_scale  None: gradients travel as computed. Else as float16, times this power of two
+    wire        None: gradients travel as computed. Else in this type, times this power of two
 
     Where the engine's own model sums gradients (`engine.sums_gradients`), only BatchNorm's statistics and the sums of
     measured steps travel from here.
@@ -130,18 +130,19 @@ class Buckets:
         device: torch.device,
         dtype: torch.dtype,
         bits: int | None = None,
-        wire_scale: float | None = None,
+        wire: tuple[torch.dtype, float] | None = None,
     ):
         self.engine, self.device, self.dtype = engine, device, dtype
         self.buckets = [Bucket(i, layout, device, dtype) for i, layout in enumerate(layouts)]
-        self.bits, self.wire_scale = bits, wire_scale
+        self.bits = bits
         if bits is not None:
             # statistics hold counts in units of 2^-ceil(log2 groups), which a coarse unit would make zero
             self._finer = 2.0 ** max(0, STATISTICS_BITS - bits)
             self.totals = [torch.zeros(b.layout.size, dtype=torch.int64, device=device) for b in self.buckets]
-        if wire_scale is not None:
+        if wire is not None:
+            wire_dtype, self.wire_scale = wire
             self.wires = [
-                torch.zeros(b.layout.size if b.layout.compress else 0, dtype=torch.float16, device=device)
+                torch.zeros(b.layout.size if b.layout.compress else 0, dtype=wire_dtype, device=device)
                 for b in self.buckets
             ]
         self.places = sorted((name, place) for b in self.buckets for name, place in b.places.items())
@@ -161,6 +162,7 @@ class Buckets:
         zero (`flushed`)."""
         for bucket in self.buckets:
             bucket.gradients.zero_()
+        self._ready, self._next = set(), 0
         if self.bits is not None:
             self._first_pass = True
             # so that not even `workers` values of the largest size allowed could wrap
@@ -293,6 +295,20 @@ class Buckets:
             bucket.gradients[: bucket.layout.statistics].mul_(factor)
 
     def _launch(self, bucket: Bucket) -> None:
+        """Begin the sum of a bucket that is complete.
+
+        Which one fills first is each rank's own affair: another branch, a layer without a gradient, no worker at all.
+        An engine that matches sums by name takes them as they come. Elsewhere a bucket waits for those before it: out
+        of order NCCL would hang, and Gloo would add buffers of one size that do not belong together.
+        """
+        if self.engine.named_sums:
+            return self._begin_sum(bucket)
+        self._ready.add(bucket.index)
+        while self._next in self._ready:
+            self._begin_sum(self.buckets[self._next])
+            self._next += 1
+
+    def _begin_sum(self, bucket: Bucket) -> None:
         tensor = bucket.gradients
         if self.summed_elsewhere:
             tensor = tensor[: bucket.layout.statistics]

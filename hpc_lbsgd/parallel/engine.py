@@ -21,13 +21,14 @@ class Engine(Protocol):
     local_rank: int
     local_size: int
     sums_gradients: bool  # the model that `wrap` returns sums its gradients over ranks in backward
+    named_sums: bool  # sums are matched by name; else by their order, which must be one on all ranks
 
     def wrap(self, model: nn.Module, bucket_mb: float) -> nn.Module:
         """What training is to call in place of `model`; it shares all parameters."""
 
     def start_sum(self, tensor: torch.Tensor, name: str) -> Any:
         """Begin to replace `tensor` (contiguous) by its sum over ranks; returns a handle for `wait`.
-        Sums of one step may begin in any order, under names that differ."""
+        With `named_sums` those of one step may begin in any order, under names that differ."""
 
     def wait(self, handle: Any) -> None: ...
 
@@ -49,7 +50,11 @@ class Engine(Protocol):
 
 
 def create(machine: Machine, determinism: str, device: torch.device) -> Engine:
-    """The engine that a recipe's `machine.engine` names. The first call of a process starts MPI."""
+    """The engine that a recipe's `machine.engine` names. Collective: ranks meet here; Horovod starts MPI."""
+    if machine.engine == "torch":
+        from hpc_lbsgd.parallel.torch_engine import TorchEngine
+
+        return TorchEngine(machine, determinism, device)
     if machine.engine == "ddp":
         from hpc_lbsgd.parallel.ddp_engine import DdpEngine
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpc_lbsgd.errors import RunError
+from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.abort import end_all_ranks
 
 
@@ -53,7 +54,7 @@ def defaults(on_gpu: bool) -> dict[str, str]:
 
 class HorovodEngine:
     name = "horovod"
-    sums_gradients = False
+    sums_gradients, named_sums = False, True
 
     def __init__(self, machine, determinism: str, device: torch.device):
         os.environ.update(environment(machine, determinism, device.type == "cuda"))
@@ -65,6 +66,12 @@ class HorovodEngine:
         self._hvd = hvd
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        world = worlds.from_environment()
+        if world.size not in (1, self.size):  # each rank would train alone
+            raise RequestError(
+                f"machine.engine = horovod: the launcher started {world.size} ranks, and MPI knows of {self.size}: "
+                "start them with mpirun or srun of Horovod's own MPI, or set machine.engine = torch"
+            )
         if device.type == "cuda" and not hvd.nccl_built():
             raise RunError(
                 "Horovod was built without NCCL, and the ranks are GPUs: rebuild it where nvcc is "

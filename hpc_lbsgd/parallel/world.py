@@ -1,4 +1,4 @@
-"""What a rank can know of its world before MPI starts: numbers that the launcher left in the environment."""
+"""What a rank can know of its world before any engine starts: numbers that the launcher left in the environment."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# (rank, size, local rank, ranks on this node), by launcher
+# launcher, and where it tells (rank, size, local rank, ranks on this node)
 _VARIABLES = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    ("PMIX_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")),  # first: mpirun or srun may start torchrun
+    (
+        "mpirun",
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ),
+    ("mpirun", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")),
+    ("srun", ("PMIX_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")),
+    ("srun", ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")),
 )
 
 
@@ -24,18 +28,29 @@ class World(NamedTuple):
 
 def from_environment(env: Mapping[str, str] = os.environ) -> World:
     """The launcher's numbers; one rank alone where there is no launcher."""
+    launcher, (rank, size, local_rank, local_size) = _told(env)
+    if launcher is None:
+        return World(0, 1, 0, 1)
+    return World(
+        int(env[rank]),
+        int(env[size]),
+        int(env.get(local_rank, env[rank])),
+        tasks_on_node(env.get(local_size, env[size]), int(env.get("SLURM_NODEID", 0))),
+    )
+
+
+def launcher(env: Mapping[str, str] = os.environ) -> str | None:
+    """What started this rank: torchrun, mpirun or srun; None where it is alone."""
+    return _told(env)[0]
+
+
+def _told(env: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:
     # a launcher that tells all four goes first: srun --mpi=pmi2 sets PMI_RANK, but the place on the node elsewhere
-    told = sorted(_VARIABLES, key=lambda names: not all(name in env for name in names))
-    for rank, size, local_rank, local_size in told:
+    for name, names in sorted(_VARIABLES, key=lambda row: not all(variable in env for variable in row[1])):
         # an interactive Slurm shell has SLURM_PROCID but no step of more than one task
-        if rank in env and size in env:
-            return World(
-                int(env[rank]),
-                int(env[size]),
-                int(env.get(local_rank, env[rank])),
-                tasks_on_node(env.get(local_size, env[size]), int(env.get("SLURM_NODEID", 0))),
-            )
-    return World(0, 1, 0, 1)
+        if all(variable in env for variable in names[: 4 if name == "torchrun" else 2]):
+            return name, names
+    return None, ("",) * 4
 
 
 def tasks_on_node(text: str, node: int) -> int:

@@ -18,6 +18,7 @@ from hpc_lbsgd.train.statistics import RunningStatistics
 from hpc_lbsgd.train.workers import PassContext, make_virtual
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.float32}  # of weights
+WIRES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of gradients under way, where not as computed
 
 
 class Replica:
@@ -48,7 +49,8 @@ class Replica:
         self.model: nn.Module = model.to(device, memory_format=memory_format)
         self.context = PassContext(recipe.seed, recipe.batch.group)
         self.running = RunningStatistics(make_virtual(self.model, self.context), calls or {}, dtype, device)
-        compress = recipe.wire == "fp16"
+        compress = recipe.wire in WIRES
+        scale = 2.0**recipe.wire_scale_bits if recipe.wire == "fp16" else 1.0  # bfloat16 has float32's range
         limit = 0 if machine.reduction == "fusion" else machine.bucket_mb * 2**20
         layouts = plan_layouts(
             [(n, p) for n, p in self.model.named_parameters() if p.requires_grad],
@@ -64,7 +66,7 @@ class Replica:
             device,
             dtype,
             bits=recipe.fixed_point_bits if recipe.determinism == "any-ranks" else None,
-            wire_scale=2.0**recipe.wire_scale_bits if compress else None,
+            wire=(WIRES[recipe.wire], scale) if compress else None,
         )
         self.optimizer = optim.create(self.buckets, recipe.optim)
         decay = recipe.train.ema_decay

@@ -169,7 +169,7 @@ class Stepper:
         control[BAD_RANKS] = bad
         control[BAD_RANK_SUM] = bad * self.engine.rank
         control[STOP], control[CHECKPOINT], control[REPLACED] = float(stop), float(checkpoint), replaced
-        handle = self.engine.start_sum(control, "control")
+        handle = self.engine.start_sum(control, "control")  # after all buckets: some engines match sums by order
         finite = buckets.finish()
         self.engine.wait(handle)
         big_square = buckets.square() if measured else control[COUNT]

@@ -1,4 +1,6 @@
-"""The promise: a run's result depends on its recipe, not on how many ranks ran it. Real mpirun, real Horovod."""
+"""The promise: a run's result depends on its recipe, not on how many ranks ran it. Real mpirun, real Horovod, and
+torch.distributed in its place.
+"""
 
 import json
 
@@ -25,6 +27,15 @@ EXACT_VARIANTS = {"exact-k16": {}, "exact-k3": {"batch__workers": 3}, "exact-dal
 # becomes 1e-11). Where float32 is compared, the recipe is a calm one.
 CALM = {"model__zero_gamma": True, "model__dropout": 0.0, "batch__bn_group": 8, "optim__base_lr": 0.05}
 CALM_VARIANTS = {"calm": {}, "calm-fp16": {"wire": "fp16"}, "calm-exact": EXACT}
+TORCH = {"machine__engine": "torch"}
+ON_TORCH = {  # on 2 and 3 ranks; small buckets, of which some are of one size
+    "k16-many-buckets": FLOAT64 | {"machine__bucket_mb": 0.005, "machine__first_bucket_mb": 0.001},
+    "k3-all-a-pass": FLOAT64 | FLOAT64_VARIANTS["k3-all-a-pass"],
+    "k3-same-ranks": FLOAT64 | {"batch__workers": 3, "determinism": "same-ranks"},
+    **{name: EXACT | v | {"machine__bucket_mb": 0.005} for name, v in EXACT_VARIANTS.items() if "dali" not in name},
+    **{name: CALM | v for name, v in CALM_VARIANTS.items()},
+    "calm-bf16": CALM | {"wire": "bf16"},
+}
 
 
 def jobs_for(ranks):
@@ -39,18 +50,29 @@ def jobs_for(ranks):
 
 
 @pytest.fixture(scope="module")
-def runs(small_recipe, tmp_path_factory):
-    """{ranks: {variant: run folder}}, each of 20 steps."""
-    root = tmp_path_factory.mktemp("ranks")
+def run_all(small_recipe, tmp_path_factory):
+    """run_all(ranks, variants) trains them; returns {variant: run folder}."""
 
     def run_all(ranks, variants):
         recipes = {name: changed(small_recipe, train__max_steps=STEPS, **v) for name, v in variants.items()}
-        return train_many(ranks, recipes, root)
+        return train_many(ranks, recipes, tmp_path_factory.mktemp("ranks"))
 
+    return run_all
+
+
+@pytest.fixture(scope="module")
+def runs(run_all):
+    """{ranks: {variant: run folder}}, each of 20 steps, through Horovod."""
     found = {ranks: run_all(ranks, jobs_for(ranks)) for ranks in (1, 2, 3, 4, 5)}
     fusion = {"machine__reduction": "fusion"}  # Horovod reads its threshold once
     found[3] |= run_all(3, {"k16-fusion": FLOAT64 | fusion, "exact-k16-fusion": EXACT | fusion})
     return found
+
+
+@pytest.fixture(scope="module")
+def torch_runs(run_all):
+    """The same on 2 and 3 ranks through torch.distributed."""
+    return {ranks: run_all(ranks, {name: v | TORCH for name, v in ON_TORCH.items()}) for ranks in (2, 3)}
 
 
 def state_of(run):
@@ -105,6 +127,20 @@ def test_float32_stays_near_one_rank(runs, ranks):
     same_to(1e-4, runs[1]["calm"], runs[ranks]["calm"])
     same_to(1e-4, runs[1]["calm"], runs[ranks]["calm-exact"])
     same_to(1e-2, runs[1]["calm"], runs[ranks]["calm-fp16"])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_torchs_collectives_give_the_results_of_horovod(runs, torch_runs, ranks):
+    """any-ranks: its hash. Else within the tolerances above; k = 3 leaves a rank of three idle in the tail."""
+    found = torch_runs[ranks]
+    assert records(found["k16-many-buckets"], "start")[0]["engine"] == "torch"
+    for variant in ("exact-k16", "exact-k3"):
+        ends = [records(run, "end")[0]["weights_sha256"] for run in (runs[1][variant], found[variant])]
+        assert ends[0] == ends[1] and losses(runs[1][variant]) == losses(found[variant])
+    for variant in ("k16-many-buckets", "k3-all-a-pass", "k3-same-ranks"):
+        same_to(1e-9, runs[1][variant[:3].rstrip("-")], found[variant])
+    for variant, tolerance in (("calm", 1e-4), ("calm-exact", 1e-4), ("calm-fp16", 1e-2), ("calm-bf16", 3e-2)):
+        same_to(tolerance, runs[1]["calm"], found[variant])
 
 
 def test_equal_is_not_idle(runs):

@@ -1,0 +1,95 @@
+"""Where the ranks of torch.distributed meet: a key-value store on rank 0. torchrun and Slurm tell by variables where it
+is, and MPI is not needed; under mpirun, MPI tells.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from datetime import timedelta
+
+from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.parallel import world as worlds
+
+MEET_S = 600.0  # from the first rank's coming to the last one's: imports from a slow file system take minutes
+LOOPBACK = "127.0.0.1"
+PORTS = range(15_000, 32_000)  # below those that Linux gives to outgoing connections
+
+
+def told(world: worlds.World, env: Mapping[str, str] = os.environ) -> str | None:
+    """The meeting point as torch.distributed writes it; None where only MPI can tell.
+
+    MASTER_ADDR and MASTER_PORT are torchrun's, or the user's own, under any launcher.
+    """
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return "env://"
+    if worlds.launcher(env) == "srun":
+        host = LOOPBACK if world.local_size == world.size else first_host(env["SLURM_STEP_NODELIST"])
+        # one job's steps may run side by side; a node's jobs too
+        port = PORTS[(17 * int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", 0))) % len(PORTS)]
+        return f"tcp://{host}:{port}"
+    return None
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's "rack[1-2]n[003-010,12],login": "rack1n003", where Slurm puts rank 0."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes).group()
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+
+
+def meet(world: worlds.World):
+    """(the store, has MPI been started). Collective; returns when all ranks are here.
+
+    Raises RunError naming the ranks that did not come within MEET_S seconds.
+    """
+    import torch.distributed as dist
+
+    if world.size == 1:
+        return dist.HashStore(), False
+    place = told(world)
+    try:
+        if place:
+            store, *_ = next(dist.rendezvous(place, world.rank, world.size, timeout=timedelta(seconds=MEET_S)))
+        else:
+            store = told_by_mpi(world)
+    except dist.DistError as problem:
+        raise RunError(
+            f"rank {world.rank} on {socket.gethostname()} does not meet rank 0 at {place or 'its port'}: "
+            f"{str(problem).splitlines()[0]}; MASTER_ADDR and MASTER_PORT, set for all ranks, name another place"
+        ) from None
+    keys = [f"here/{rank}" for rank in range(world.size)]
+    store.set(keys[world.rank], "")
+    try:
+        store.wait(keys, timedelta(seconds=MEET_S))
+    except dist.DistError:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise RunError(f"ranks {missing[:20]} of {world.size} did not come within {MEET_S:g} s") from None
+    return store, place is None
+
+
+def told_by_mpi(world: worlds.World):
+    """Rank 0 listens, MPI tells the others where."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as problem:
+        raise RequestError(
+            f"mpi4py does not load ({problem}), from which ranks under mpirun learn where to meet: start them with "
+            "torchrun or srun, or set MASTER_ADDR and MASTER_PORT"
+        ) from None
+    comm = MPI.COMM_WORLD
+    if comm.size != world.size or comm.rank != world.rank:
+        raise RunError(
+            f"the launcher's environment says rank {world.rank} of {world.size}, MPI says {comm.rank} of {comm.size}: "
+            "start the job with one launcher only"
+        )
+    import torch.distributed as dist
+
+    host = LOOPBACK if world.local_size == world.size else socket.gethostname()
+    store = port = None
+    if comm.rank == 0:
+        store = dist.TCPStore(host, 0, world.size, is_master=True, wait_for_workers=False)
+        port = store.port
+    host, port = comm.bcast((host, port))
+    return store or dist.TCPStore(host, port, world.size, is_master=False)
