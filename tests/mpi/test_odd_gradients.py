@@ -1,4 +1,5 @@
-"""Gradients that are None, shared, frozen or unused, on real ranks: the weights of the run on one rank, or refused.
+"""Gradients that are None, shared, frozen, unused, or come in another order on each rank, on real ranks: the weights of
+the run on one rank, or refused.
 
 DistributedDataParallel's part is in test_ddp.py.
 """
@@ -11,13 +12,25 @@ from conftest import changed, records, train_many, train_on, write_recipe
 
 STEPS = 6
 BASE = {"precision": "float64", "train__max_steps": STEPS, "optim__weight_decay": 0.01}
-MODELS = ("model", "frozen", "shared", "sometimes")
+MODELS = ("model", "frozen", "shared", "sometimes", "branches")
+TINY = {"machine__bucket_mb": 0.0005, "machine__first_bucket_mb": 0.0001}  # a bucket a tensor, many of one size
 WAYS = {
     "fusion": {"machine__reduction": "fusion"},  # first: Horovod reads its threshold once
-    "buckets": {"machine__bucket_mb": 0.0005, "machine__first_bucket_mb": 0.0001},
+    "buckets": TINY,
     "any-ranks": {"determinism": "any-ranks"},
     "two-a-pass": {"machine__workers_per_pass": 2},
 }
+TORCH = TINY | {"machine__engine": "torch"}
+TORCH_WAYS = {
+    "torch": TORCH,
+    "torch-any-ranks": TORCH | {"determinism": "any-ranks"},
+    "torch-idle": TORCH | {"batch__workers": 2},  # on three ranks
+}
+
+
+def models_of(way):
+    """The branch that a pass takes depends on all its workers."""
+    return MODELS if "idle" not in way and way != "two-a-pass" else MODELS[3:] if "idle" in way else MODELS[:4]
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +39,11 @@ def runs(small_recipe, tmp_path_factory):
     root = tmp_path_factory.mktemp("odd")
     os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     found = {}
-    for ranks, ways in ((1, {"buckets": {}}), (2, WAYS)):
+    for ranks, ways in ((1, {"buckets": {}, "idle": {"batch__workers": 2}}), (2, WAYS), (3, TORCH_WAYS)):
         recipes = {
             f"{model}-{way}": changed(small_recipe, **BASE | changes, model={"name": f"unused:{model}"})
             for way, changes in ways.items()
-            for model in MODELS
+            for model in models_of(way)
         }
         for name, run in train_many(ranks, recipes, root).items():
             model, way = name.split("-", 1)
@@ -42,10 +55,11 @@ def end_state(run):
     return torch.load(run / "checkpoints" / f"step-{STEPS:08d}" / "weights.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_two_ranks_give_the_weights_of_one(runs, way):
-    for model in MODELS:
-        state, expected = end_state(runs[2, way, model]), end_state(runs[1, "buckets", model])
+@pytest.mark.parametrize("ranks, way", [*((2, way) for way in WAYS), *((3, way) for way in TORCH_WAYS)])
+def test_several_ranks_give_the_weights_of_one(runs, ranks, way):
+    for model in models_of(way):
+        alone = runs[1, "idle" if "idle" in way else "buckets", model]
+        state, expected = end_state(runs[ranks, way, model]), end_state(alone)
         assert state.keys() == expected.keys()
         for key in state:
             # any-ranks rounds each worker's gradient to 2^-40
