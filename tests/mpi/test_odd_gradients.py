@@ -11,7 +11,7 @@ import torch
 from conftest import changed, records, train_many, train_on, write_recipe
 
 STEPS = 6
-BASE = {"precision": "float64", "train__max_steps": STEPS, "optim__weight_decay": 0.01}
+BASE = {"precision": "float64", "train__max_steps": STEPS, "optim__weight_decay": 0.01, "batch__bn_group": None}
 MODELS = ("model", "frozen", "shared", "sometimes", "branches")
 TINY = {"machine__bucket_mb": 0.0005, "machine__first_bucket_mb": 0.0001}  # a bucket a tensor, many of one size
 WAYS = {
