@@ -105,9 +105,12 @@ def test_killed_and_resumed_is_bit_identical(slow_recipe, tmp_path, ranks, victi
 
 
 def test_any_ranks_begun_on_two_resumed_on_three(slow_recipe, tmp_path):
+    """Through Horovod, through torch.distributed, and begun there and ended here."""
     recipe = slow_recipe(determinism="any-ranks")
     whole = finish(1, recipe, tmp_path / "whole")
     assert kill_and_resume(recipe, tmp_path / "hurt", 2, 3, victim=1, step=17) == whole
+    torch_recipe = slow_recipe(determinism="any-ranks", machine__engine="torch")
+    assert kill_and_resume(torch_recipe, tmp_path / "hurt-torch", 3, 2, victim=0, step=17) == whole
 
 
 def test_resumed_on_another_rank_count_agrees_in_float64(slow_recipe, tmp_path):
@@ -120,8 +123,10 @@ def test_resumed_on_another_rank_count_agrees_in_float64(slow_recipe, tmp_path):
         torch.testing.assert_close(b[name], value, rtol=0, atol=1e-9)
 
 
-def test_a_stopped_rank_is_named_and_ends_the_job(slow_recipe, tmp_path):
-    recipe = slow_recipe(machine__stall_timeout_s=4.0, train__epochs=4000, train__max_steps=6000)
+@pytest.mark.parametrize("engine", ["horovod", "torch"])
+def test_a_stopped_rank_is_named_and_ends_the_job(slow_recipe, tmp_path, engine):
+    endless = {"train__epochs": 4000, "train__max_steps": 6000}
+    recipe = slow_recipe(machine__stall_timeout_s=4.0, machine__engine=engine, **endless)
     job = Job(3, recipe, tmp_path / "run")
     job.wait_for_step(5)
     pid = job.pid(1)
