@@ -114,10 +114,11 @@ class Recipe(Section):
         if self.machine.engine == "horovod" and self.wire == "bf16":
             raise ValueError("wire = bf16: Horovod has no such type; allowed: fp32, fp16, or machine.engine = torch")
         if self.machine.engine != "horovod":
-            for key, unset, said in (("reduction", "buckets", "buckets"), ("allreduce", None, "none")):
-                value, engine = getattr(self.machine, key), self.machine.engine
-                if value != unset:
-                    raise ValueError(f"machine.{key} = {value}: machine.engine = {engine} allows: {said}")
+            engine, reduction, allreduce = self.machine.engine, self.machine.reduction, self.machine.allreduce
+            if reduction != "buckets":
+                raise ValueError(f"machine.reduction = {reduction}: machine.engine = {engine} allows: buckets")
+            if allreduce:
+                raise ValueError(f"machine.allreduce = {allreduce}: machine.engine = {engine} allows: none")
         if self.precision == "float64" and self.wire != "fp32":
             raise ValueError(f"wire = {self.wire} with precision = float64; allowed: fp32")
         if self.schedule.milestones and self.schedule.milestones[-1] >= self.train.epochs:

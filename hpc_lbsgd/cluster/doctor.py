@@ -67,6 +67,29 @@ def check_compiler() -> Iterator[Finding]:
     )
 
 
+def without_horovod() -> str:
+    """How bad it is that Horovod or MPI are missing: nothing is broken where Horovod was never asked for."""
+    return FAIL if version("horovod") else WARN
+
+
+def check_engines() -> Iterator[Finding]:
+    """What machine.engine may be here."""
+    import torch.distributed as dist  # noqa: TID251  (what it was built with; nothing is started)
+
+    built = [n for n, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there]
+    others = f"torch and ddp ({', '.join(built)})"
+    yield (
+        Finding(OK, "engines", f"horovod, {others}")
+        if version("horovod")
+        else Finding(
+            WARN,
+            "engines",
+            f"{others}; not horovod, the default",
+            "set machine.engine = torch (make train ENGINE=torch), or install Horovod: make setup",
+        )
+    )
+
+
 def check_mpi() -> Iterator[Finding]:
     from hpc_lbsgd.errors import RequestError
     from hpc_lbsgd.parallel.launchers import find_mpirun
@@ -75,7 +98,7 @@ def check_mpi() -> Iterator[Finding]:
         mpirun = find_mpirun()
         yield Finding(OK, "mpirun", f"{(output_of(mpirun, '--version') or '?').splitlines()[0]} ({mpirun})")
     except RequestError as problem:
-        yield Finding(FAIL, "mpirun", "none", str(problem))
+        yield Finding(without_horovod(), "mpirun", "none", str(problem))
     # in a process of its own: loading MPI may abort, and must not start MPI here
     code = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
     library = output_of(sys.executable, "-c", code)
@@ -85,7 +108,7 @@ def check_mpi() -> Iterator[Finding]:
         yield from check_mpi_is_one(seen)
     else:
         yield Finding(
-            FAIL,
+            without_horovod(),
             "mpi4py",
             f"{version('mpi4py') or 'not installed'}: does not load",
             "it finds no MPI library, or one of another kind: make setup MPI=wheel|system",
@@ -181,9 +204,8 @@ def check_horovod() -> Iterator[Finding]:
     report = output_of(sys.executable, "-c", code, timeout_s=60)
     rebuild = "python tools/build_horovod.py (make setup)"
     if report is None:
-        yield Finding(
-            FAIL, "horovod", f"{version('horovod') or 'not installed'}: does not load", f"build it: {rebuild}"
-        )
+        found = f"{version('horovod')}: does not load" if version("horovod") else "not installed"
+        yield Finding(without_horovod(), "horovod", found, f"build it: {rebuild}")
         return
     built = json.loads(report)
     parts = ", ".join(k for k in ("mpi", "gloo", "nccl") if built[k])
@@ -324,6 +346,7 @@ CHECKS: list[Callable[[], Iterator[Finding]]] = [
     check_mpi,
     check_torch,
     check_gpus,
+    check_engines,
     check_horovod,
     check_dali,
     check_slurm,

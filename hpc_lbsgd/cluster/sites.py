@@ -57,8 +57,9 @@ class Site(Section):
     launcher: Literal["srun", "mpirun"] = "srun"
     mpi: Literal["openmpi", "mpich", "intel"] = "openmpi"
     """the MPI that Horovod was built with"""
-    srun_mpi: Literal["pmix", "pmi2"] | None = None
-    """how srun wires ranks up (`srun --mpi=list` says what there is); default: pmix for openmpi, pmi2 for others"""
+    srun_mpi: Literal["pmix", "pmi2", "none"] | None = None
+    """how srun wires ranks up (`srun --mpi=list` says what there is); default: pmix for openmpi, pmi2 for others;
+    none: for machine.engine torch alone"""
     modules: list[Words] = []
     """loaded in this order"""
     environment: dict[Variable, str] = {}

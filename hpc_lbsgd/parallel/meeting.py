@@ -18,18 +18,17 @@ LOOPBACK = "127.0.0.1"
 PORTS = range(15_000, 32_000)  # below those that Linux gives to outgoing connections
 
 
-def told(world: worlds.World, env: Mapping[str, str] = os.environ) -> str | None:
-    """The meeting point as torch.distributed writes it; None where only MPI can tell.
+def told(world: worlds.World, env: Mapping[str, str] = os.environ) -> tuple[str, int] | None:
+    """Host and port of rank 0's store; None where only MPI can tell.
 
     MASTER_ADDR and MASTER_PORT are torchrun's, or the user's own, under any launcher.
     """
     if "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        return "env://"
+        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
     if worlds.launcher(env) == "srun":
         host = LOOPBACK if world.local_size == world.size else first_host(env["SLURM_STEP_NODELIST"])
         # one job's steps may run side by side; a node's jobs too
-        port = PORTS[(17 * int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", 0))) % len(PORTS)]
-        return f"tcp://{host}:{port}"
+        return host, PORTS[(17 * int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", 0))) % len(PORTS)]
     return None
 
 
@@ -49,15 +48,17 @@ def meet(world: worlds.World):
     if world.size == 1:
         return dist.HashStore(), False
     place = told(world)
+    host, port = place or told_by_mpi(world)
+    limit = timedelta(seconds=MEET_S)
     try:
-        if place:
-            store, *_ = next(dist.rendezvous(place, world.rank, world.size, timeout=timedelta(seconds=MEET_S)))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has one already
+            store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=limit))
         else:
-            store = told_by_mpi(world)
+            store = dist.TCPStore(host, port, world.size, world.rank == 0, limit, wait_for_workers=False)
     except dist.DistError as problem:
         raise RunError(
-            f"rank {world.rank} on {socket.gethostname()} does not meet rank 0 at {place or 'its port'}: "
-            f"{str(problem).splitlines()[0]}; MASTER_ADDR and MASTER_PORT, set for all ranks, name another place"
+            f"rank {world.rank} on {socket.gethostname()}: ranks cannot meet at {host}:{port} ("
+            f"{str(problem).splitlines()[0]}); MASTER_ADDR and MASTER_PORT, set for all ranks, name another place"
         ) from None
     keys = [f"here/{rank}" for rank in range(world.size)]
     store.set(keys[world.rank], "")
@@ -69,8 +70,8 @@ def meet(world: worlds.World):
     return store, place is None
 
 
-def told_by_mpi(world: worlds.World):
-    """Rank 0 listens, MPI tells the others where."""
+def told_by_mpi(world: worlds.World) -> tuple[str, int]:
+    """A free port of rank 0's host."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as problem:
@@ -84,12 +85,12 @@ def told_by_mpi(world: worlds.World):
             f"the launcher's environment says rank {world.rank} of {world.size}, MPI says {comm.rank} of {comm.size}: "
             "start the job with one launcher only"
         )
-    import torch.distributed as dist
-
     host = LOOPBACK if world.local_size == world.size else socket.gethostname()
-    store = port = None
-    if comm.rank == 0:
-        store = dist.TCPStore(host, 0, world.size, is_master=True, wait_for_workers=False)
-        port = store.port
-    host, port = comm.bcast((host, port))
-    return store or dist.TCPStore(host, port, world.size, is_master=False)
+    return comm.bcast((host, free_port()) if comm.rank == 0 else None)
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]

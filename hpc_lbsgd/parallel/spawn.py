@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+
+from hpc_lbsgd.parallel.meeting import LOOPBACK, free_port
 
 LOOK_EVERY_S = 0.1
 END_GRACE_S = 5.0  # for ranks to end after the first that failed
@@ -20,16 +21,10 @@ END_GRACE_S = 5.0  # for ranks to end after the first that failed
 
 def environments(ranks: int, port: int) -> list[dict[str, str]]:
     """What each rank is told."""
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    world = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     return [
         world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)} for rank in range(ranks)
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def wait(processes: list[subprocess.Popen]) -> int:

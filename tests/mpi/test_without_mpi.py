@@ -115,3 +115,11 @@ def test_a_refusal_and_a_killed_rank_through_launch(recipe, tmp_path):
 def test_launch_says_what_it_cannot_do(recipe):
     many = command("launch", "--np", "2", "--hosts", "a,b", "--", "train", *words(recipe, "x"), env=ABSENT)
     assert many.returncode == 2 and "torchrun on every host" in many.stderr
+
+
+def test_horovod_under_torchrun_is_refused(recipe, tmp_path):
+    """It would train once a rank: its MPI knows of one."""
+    told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    refused = command("train", recipe, "--run", tmp_path / "run", env=told)
+    assert refused.returncode == 2 and "the launcher started 2 ranks, and MPI knows of 1" in refused.stderr
+    assert not (tmp_path / "run").exists()

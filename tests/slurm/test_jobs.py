@@ -154,15 +154,19 @@ def one_rank(exact_recipe, folder):
     return undisturbed(exact_recipe, folder, "one-rank")
 
 
-@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
-def test_real_training_on_4_nodes(lab, exact_recipe, folder, one_rank, launcher):
-    recipe, run = write_recipe(folder / f"by-{launcher}.yaml", exact_recipe), folder / f"by-{launcher}"
-    four = site(folder, launcher, launcher=launcher, ranks_per_node=2, exclude_interfaces=["docker0"])
+@pytest.mark.parametrize(
+    "launcher, engine, more",
+    [("srun", "horovod", {}), ("mpirun", "horovod", {}), ("srun", "torch", {"srun_mpi": "none"})],
+)
+def test_real_training_on_4_nodes(lab, exact_recipe, folder, one_rank, launcher, engine, more):
+    name = f"{engine}-by-{launcher}"
+    recipe, run = write_recipe(folder / f"{name}.yaml", changed(exact_recipe, machine__engine=engine)), folder / name
+    four = site(folder, launcher, launcher=launcher, ranks_per_node=2, exclude_interfaces=["docker0"], **more)
     (number,) = submit(lab, recipe, run, "--nodes", 4, "--site", four)
     assert lab.wait(number, 240)["JobState"] == "COMPLETED", log_of(lab, number)
     (start,) = records(run, "start")
     (environment,) = json.loads((run / "environment.json").read_text())
-    assert start["ranks"] == 8
+    assert (start["ranks"], start["engine"]) == (8, engine)
     assert [r["host"] for r in environment["ranks"]] == [f"node{i:02d}" for i in (1, 1, 2, 2, 3, 3, 4, 4)]
     assert environment["slurm_job_id"] == str(number)
     assert weights(run) == one_rank

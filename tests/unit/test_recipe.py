@@ -70,6 +70,18 @@ def test_determinism_refuses_what_would_break_it(settings, says):
         recipes.read("goyal-resnet50", settings)
 
 
+@pytest.mark.parametrize("settings, says", [
+    (["wire=bf16"], "wire = bf16: Horovod has no such type; allowed: fp32, fp16, or machine.engine = torch"),
+    (["wire=bf16", "machine.engine=torch", "determinism=any-ranks"], "wire = bf16: determinism any-ranks"),
+    (["machine.engine=torch", "machine.reduction=fusion"], "machine.engine = torch allows: buckets"),
+    (["machine.engine=torch", "machine.allreduce=torus"], "machine.engine = torch allows: none"),
+])  # fmt: skip
+def test_an_engine_refuses_what_it_cannot_do(settings, says):
+    assert recipes.read("goyal-resnet50", ["wire=bf16", "machine.engine=torch"]).wire == "bf16"
+    with pytest.raises(RequestError, match=says):
+        recipes.read("goyal-resnet50", settings)
+
+
 @pytest.mark.parametrize(
     "setting",
     ["seed=true", "seed=yes", "seed=1.0", "seed='1'", "checkpoint.keep=true", "batch.workers=true", "batch.workers=4.0",

@@ -24,6 +24,10 @@ def recipe_of(task: dict, ranks: int, batch: int) -> Recipe:
             "precision": task["precision"],
             "determinism": "any-ranks" if mode == "any-ranks" else "off",
             "wire": "fp16" if mode == "fp16" else "fp32",
-            "machine": {"reduction": "fusion" if mode == "fusion" else "buckets", **task.get("machine", {})},
+            "machine": {
+                "engine": "torch" if mode == "torch" else "horovod",
+                "reduction": "fusion" if mode == "fusion" else "buckets",
+                **task.get("machine", {}),
+            },
         }
     )

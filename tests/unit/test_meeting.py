@@ -1,0 +1,86 @@
+"""Where ranks without MPI meet: from the environment alone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hpc_lbsgd.parallel import meeting, spawn
+from hpc_lbsgd.parallel.world import from_environment, launcher
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[07-08]"}  # fmt: skip
+OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+           "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
+OWN = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [("n1", "n1"), ("n[003-010,12],login", "n003"), ("a,b[1-2]", "a"), ("rack[1-2]n[3,5]-ib", "rack1n3-ib")],
+)
+def test_the_first_of_slurms_nodes(nodes, first):
+    assert meeting.first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    "env, starter, place",
+    [
+        ({}, None, None),
+        (TORCHRUN | OWN, "torchrun", ("a", 1)),
+        (OPENMPI, "mpirun", None),  # MPI tells
+        (OPENMPI | OWN, "mpirun", ("a", 1)),
+        (SRUN, "srun", ("n07", 16309)),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4"}, "srun", ("127.0.0.1", 16309)),
+        (SRUN | OWN, "srun", ("a", 1)),
+        (SRUN | OPENMPI, "mpirun", None),  # mpirun's daemons are a step of Slurm's
+        (SRUN | OPENMPI | TORCHRUN | OWN, "torchrun", ("a", 1)),  # torchrun on each node
+        ({"RANK": "1", "WORLD_SIZE": "2"}, None, None),  # left over from something else
+    ],
+)
+def test_who_started_the_ranks_and_where_they_meet(env, starter, place):
+    assert launcher(env) == starter
+    assert meeting.told(from_environment(env), env) == place
+
+
+def test_jobs_and_steps_meet_at_ports_of_their_own():
+    world = from_environment(SRUN)
+    steps = [SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)} for job in (77, 78, 79) for step in range(9)]
+    ports = {meeting.told(world, env)[1] for env in steps}
+    assert len(ports) == len(steps) and all(1024 < port < 32_768 for port in ports)
+
+
+@pytest.mark.parametrize(
+    "program, code",
+    [
+        ("pass", 0),
+        ("sys.exit(2)", 2),
+        ("time.sleep(60) if rank else sys.exit(3)", 3),
+        ("time.sleep(60) if rank else os.kill(os.getpid(), 9)", 137),
+        ("signal.signal(15, signal.SIG_IGN); time.sleep(2) if rank else sys.exit(3)", 3),
+    ],
+)
+def test_spawned_ranks_end_together_with_the_first_ones_code(program, code):
+    text = f"import os, signal, sys, time; rank = int(os.environ['RANK']); {program}"
+    line = [sys.executable, "-m", "hpc_lbsgd.parallel.spawn", "2", sys.executable, "-c", text]
+    done = subprocess.run(line, timeout=30, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert ("rank 0 was ended by SIGKILL" in done.stderr) == (code == 137)
+
+
+def test_what_spawned_ranks_are_told():
+    worlds = [from_environment(env) for env in spawn.environments(2, 7)]
+    assert worlds == [(0, 2, 0, 2), (1, 2, 1, 2)]
+
+
+def test_ranks_that_do_not_come_are_named():
+    code = (
+        "from hpc_lbsgd.parallel import meeting, world; meeting.MEET_S = 1.0\n"
+        "from hpc_lbsgd.errors import RunError\n"
+        "try: meeting.meet(world.from_environment())\nexcept RunError as problem: print(problem)"
+    )
+    env = os.environ | spawn.environments(3, meeting.free_port())[0]
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ranks [1, 2] of 3 did not come within 1 s\n", done.stdout + done.stderr
