@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_REQUEST, EXIT_STOPPED, RequestError
 from hpc_lbsgd.lease import RENEW_S, Ask, Facts, Lease, Process, Verdict, judge
-from hpc_lbsgd.records import now, sync_folder
+from hpc_lbsgd.records import RunFolder, appear, now, sync_folder
 
 FILE_NAME = "owner.json"
 HANDED_ON = "HPC_LBSGD_OWNER"  # to what the owner starts; this prefix is handed to ranks on other hosts as well
@@ -145,7 +145,8 @@ class OwnerFile:
                 f.write(json.dumps(lease.as_json(), indent=1) + "\n")
                 f.flush()
                 os.fsync(f.fileno())
-            self._appear(whole, target)
+            with contextlib.suppress(FileExistsError):
+                appear(whole, target)
             found = self.read()  # an answer that was lost on its way says that the link is there already
             if found is None or found[0].token != lease.token:
                 found = self._read(target)
@@ -159,18 +160,6 @@ class OwnerFile:
             return True
         finally:
             whole.unlink(missing_ok=True)
-
-    @staticmethod
-    def _appear(whole: Path, target: Path) -> None:
-        """Give a file a second name, if nobody has it."""
-        with contextlib.suppress(FileExistsError):
-            try:
-                os.link(whole, target)
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without hard links
-                with open(target, "xb") as f:
-                    f.write(whole.read_bytes())
 
 
 # ---------------------------------------------------------------- taking it
@@ -277,13 +266,16 @@ def refusal(file: OwnerFile, held: Lease) -> RequestError:
     )
 
 
-def own(folder: str | os.PathLike, give_up: bool) -> None:
-    """For a batch script: take a run folder for its job, and print what ranks must find in HPC_LBSGD_OWNER; or give
-    it up."""
+def own(folder: str | os.PathLike, ended_with: int | None) -> None:
+    """For a batch script: take a run folder for its job, and print what ranks must find in HPC_LBSGD_OWNER. Or give it
+    up, at the job's end with this exit code: a failure that no rank lived to tell is on record then."""
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         raise RequestError("own: not in a Slurm job; `train` and `launch` take a run folder by themselves")
-    if give_up:
+    if ended_with is not None:
+        run = RunFolder(folder)
+        if ended_with not in (EXIT_DONE, EXIT_REQUEST, EXIT_STOPPED) and run.exists():
+            run.claim_failure(error=f"the job ended with {ended_with}: a rank was killed or ended without a word")
         release(OwnerFile(folder), lambda lease: lease.job == job and lease.held_by_job)
         return
     print(take(folder, for_job=True).lease.owner, file=sys.stdout, flush=True)
