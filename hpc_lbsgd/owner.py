@@ -203,8 +203,14 @@ def release(file: OwnerFile, ours: Callable[[Lease], bool]) -> None:
             file.folder.rmdir()
 
 
-def take(folder: str | os.PathLike, for_job: bool = False, on_lost: Callable[[str], None] | None = None) -> Held:
-    """Make this process (for_job: this Slurm job) the owner of a run folder, before anything in it is read or written.
+def take(
+    folder: str | os.PathLike,
+    for_job: bool = False,
+    on_lost: Callable[[str], None] | None = None,
+    name: str | None = None,
+) -> Held:
+    """Make this process (for_job: this Slurm job) the owner of a folder, before anything in it is read or written.
+    name: of the folder in messages (default: --run FOLDER).
 
     Raises RequestError, and changes nothing, where another may be at work in it.
     """
@@ -219,14 +225,15 @@ def take(folder: str | os.PathLike, for_job: bool = False, on_lost: Callable[[st
         cluster=ask.cluster,
         restart=ask.restart,
     )
+    name = name or f"--run {folder}"
     if file.folder.exists() and not file.folder.is_dir():
-        raise RequestError(f"--run {folder}: is a file, not a run folder")
+        raise RequestError(f"{name}: is a file, not a run folder")
     for _ in range(TRIES):
         try:
             file.folder.mkdir(parents=True, exist_ok=True)
             held, verdict = look(file, ask)
             if verdict is Verdict.REFUSE:
-                raise refusal(file, held)
+                raise refusal(name, file, held)
             mine = lease
             if verdict is Verdict.SHARE:
                 if held.held_by_job and not for_job:
@@ -237,8 +244,8 @@ def take(folder: str | os.PathLike, for_job: bool = False, on_lost: Callable[[st
         except (FileNotFoundError, FileExistsError):  # meanwhile an owner gave it up, and removed the empty folder
             continue
         except OSError as problem:
-            raise RequestError(f"--run {folder}: cannot be written: {problem.strerror or problem}") from None
-    raise RequestError(f"--run {folder}: too many starts at the same time; start again")
+            raise RequestError(f"{name}: cannot be written: {problem.strerror or problem}") from None
+    raise RequestError(f"{name}: too many starts at the same time; start again")
 
 
 def look(file: OwnerFile, ask: Ask) -> tuple[Lease | None, Verdict]:
@@ -256,12 +263,12 @@ def check(folder: str | os.PathLike) -> None:
     file = OwnerFile(folder)
     held, verdict = look(file, ask_from(os.environ))
     if verdict is Verdict.REFUSE:
-        raise refusal(file, held)
+        raise refusal(f"--run {folder}", file, held)
 
 
-def refusal(file: OwnerFile, held: Lease) -> RequestError:
+def refusal(name: str, file: OwnerFile, held: Lease) -> RequestError:
     return RequestError(
-        f"--run {file.folder}: in use by {held}. Wait for its end or stop it; if you know that it is over, remove "
+        f"{name}: in use by {held}. Wait for its end or stop it; if you know that it is over, remove "
         f"{file.path}"
     )
 
