@@ -135,7 +135,7 @@ def add_jobs(command) -> None:
 
     p = command("own", own, help="for batch scripts: take a run folder for this job, its ranks and its restarts")
     p.add_argument("--run", required=True, help="run folder")
-    p.add_argument("--release", action="store_true", help="give it up: the job is done, and will not be queued again")
+    p.add_argument("--release", type=int, metavar="CODE", help="give it up: the job ends with CODE, for good")
 
 
 def add_reproduce(command) -> None:

@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_REQUEST, EXIT_STOPPED, RequestError
 from hpc_lbsgd.lease import RENEW_S, Ask, Facts, Lease, Process, Verdict, judge
-from hpc_lbsgd.records import now, sync_folder
+from hpc_lbsgd.records import RunFolder, appear, now, sync_folder
 
 FILE_NAME = "owner.json"
 HANDED_ON = "HPC_LBSGD_OWNER"  # to what the owner starts; this prefix is handed to ranks on other hosts as well
@@ -145,7 +145,8 @@ class OwnerFile:
                 f.write(json.dumps(lease.as_json(), indent=1) + "\n")
                 f.flush()
                 os.fsync(f.fileno())
-            self._appear(whole, target)
+            with contextlib.suppress(FileExistsError):
+                appear(whole, target)
             found = self.read()  # an answer that was lost on its way says that the link is there already
             if found is None or found[0].token != lease.token:
                 found = self._read(target)
@@ -159,18 +160,6 @@ class OwnerFile:
             return True
         finally:
             whole.unlink(missing_ok=True)
-
-    @staticmethod
-    def _appear(whole: Path, target: Path) -> None:
-        """Give a file a second name, if nobody has it."""
-        with contextlib.suppress(FileExistsError):
-            try:
-                os.link(whole, target)
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without hard links
-                with open(target, "xb") as f:
-                    f.write(whole.read_bytes())
 
 
 # ---------------------------------------------------------------- taking it
@@ -214,8 +203,14 @@ def release(file: OwnerFile, ours: Callable[[Lease], bool]) -> None:
             file.folder.rmdir()
 
 
-def take(folder: str | os.PathLike, for_job: bool = False, on_lost: Callable[[str], None] | None = None) -> Held:
-    """Make this process (for_job: this Slurm job) the owner of a run folder, before anything in it is read or written.
+def take(
+    folder: str | os.PathLike,
+    for_job: bool = False,
+    on_lost: Callable[[str], None] | None = None,
+    name: str | None = None,
+) -> Held:
+    """Make this process (for_job: this Slurm job) the owner of a folder, before anything in it is read or written.
+    name: of the folder in messages (default: --run FOLDER).
 
     Raises RequestError, and changes nothing, where another may be at work in it.
     """
@@ -230,14 +225,15 @@ def take(folder: str | os.PathLike, for_job: bool = False, on_lost: Callable[[st
         cluster=ask.cluster,
         restart=ask.restart,
     )
+    name = name or f"--run {folder}"
     if file.folder.exists() and not file.folder.is_dir():
-        raise RequestError(f"--run {folder}: is a file, not a run folder")
+        raise RequestError(f"{name}: is a file, not a run folder")
     for _ in range(TRIES):
         try:
             file.folder.mkdir(parents=True, exist_ok=True)
             held, verdict = look(file, ask)
             if verdict is Verdict.REFUSE:
-                raise refusal(file, held)
+                raise refusal(name, file, held)
             mine = lease
             if verdict is Verdict.SHARE:
                 if held.held_by_job and not for_job:
@@ -248,8 +244,8 @@ def take(folder: str | os.PathLike, for_job: bool = False, on_lost: Callable[[st
         except (FileNotFoundError, FileExistsError):  # meanwhile an owner gave it up, and removed the empty folder
             continue
         except OSError as problem:
-            raise RequestError(f"--run {folder}: cannot be written: {problem.strerror or problem}") from None
-    raise RequestError(f"--run {folder}: too many starts at the same time; start again")
+            raise RequestError(f"{name}: cannot be written: {problem.strerror or problem}") from None
+    raise RequestError(f"{name}: too many starts at the same time; start again")
 
 
 def look(file: OwnerFile, ask: Ask) -> tuple[Lease | None, Verdict]:
@@ -267,23 +263,26 @@ def check(folder: str | os.PathLike) -> None:
     file = OwnerFile(folder)
     held, verdict = look(file, ask_from(os.environ))
     if verdict is Verdict.REFUSE:
-        raise refusal(file, held)
+        raise refusal(f"--run {folder}", file, held)
 
 
-def refusal(file: OwnerFile, held: Lease) -> RequestError:
+def refusal(name: str, file: OwnerFile, held: Lease) -> RequestError:
     return RequestError(
-        f"--run {file.folder}: in use by {held}. Wait for its end or stop it; if you know that it is over, remove "
+        f"{name}: in use by {held}. Wait for its end or stop it; if you know that it is over, remove "
         f"{file.path}"
     )
 
 
-def own(folder: str | os.PathLike, give_up: bool) -> None:
-    """For a batch script: take a run folder for its job, and print what ranks must find in HPC_LBSGD_OWNER; or give
-    it up."""
+def own(folder: str | os.PathLike, ended_with: int | None) -> None:
+    """For a batch script: take a run folder for its job, and print what ranks must find in HPC_LBSGD_OWNER. Or give it
+    up, at the job's end with this exit code: a failure that no rank lived to tell is on record then."""
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         raise RequestError("own: not in a Slurm job; `train` and `launch` take a run folder by themselves")
-    if give_up:
+    if ended_with is not None:
+        run = RunFolder(folder)
+        if ended_with not in (EXIT_DONE, EXIT_REQUEST, EXIT_STOPPED) and run.exists():
+            run.claim_failure(error=f"the job ended with {ended_with}: a rank was killed or ended without a word")
         release(OwnerFile(folder), lambda lease: lease.job == job and lease.held_by_job)
         return
     print(take(folder, for_job=True).lease.owner, file=sys.stdout, flush=True)

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.errors import RequestError, RunError
 
 FLUSH_S = 1.0
 
@@ -40,6 +40,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.fsync(f.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def appear(whole: Path, target: Path) -> None:
+    """Give a finished file a second name, whole from its first moment. Raises FileExistsError where it is taken."""
+    try:
+        os.link(whole, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with open(target, "xb") as f:
+            f.write(whole.read_bytes())
 
 
 def sync_folder(folder: Path) -> None:
@@ -92,12 +103,13 @@ class RunFolder:
 
     def claim_failure(self, **facts) -> None:
         """Write status failed, unless a rank that failed earlier has done so: the first exception is the cause."""
-        try:
-            descriptor = os.open(self.status_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        except OSError:
-            return
-        with os.fdopen(descriptor, "w") as f:
-            f.write(json.dumps({"status": "failed", "time": now(), **facts}, indent=1) + "\n")
+        whole = self.path / f".status.{socket.gethostname()}.{os.getpid()}"
+        with contextlib.suppress(OSError):  # a full disk, perhaps: better no status than half of one
+            try:
+                whole.write_text(json.dumps({"status": "failed", "time": now(), **facts}, indent=1) + "\n")
+                appear(whole, self.status_file)
+            finally:
+                whole.unlink(missing_ok=True)
 
     def clear_status(self) -> None:
         """Forget how the last start ended, and what it was asked."""
@@ -147,35 +159,56 @@ class RunFolder:
         except (OSError, ValueError):
             return 0
 
+    def starts(self) -> list[dict]:
+        """What each start ran on that came as far as its first step."""
+        try:
+            return json.loads(self.environment.read_text())
+        except (OSError, ValueError):
+            return []
+
     def add_environment(self, facts: dict) -> None:
-        """Append what a start ran on; a resumed run has one entry a start."""
-        starts = json.loads(self.environment.read_text()) if self.environment.exists() else []
-        write_atomically(self.environment, json.dumps([*starts, facts], indent=1) + "\n")
+        write_atomically(self.environment, json.dumps([*self.starts(), facts], indent=1) + "\n")
 
 
 class Metrics:
     """Appends records to metrics.jsonl and hands them to listeners (progress bar, TensorBoard)."""
 
     def __init__(self, folder: RunFolder, listeners: list = ()):
-        self._file = open(folder.metrics, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        self._file = open(folder.metrics, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
+        self._waiting: list[str] = []
         self._listeners = list(listeners)
         self._flushed = time.monotonic()
 
     def write(self, kind: str, **fields) -> None:
+        """Raises RunError where the file cannot grow; it ends with a whole line then."""
         record = {"kind": kind, "time": now(), **fields}
-        self._file.write(json_line(record))
+        self._waiting.append(json_line(record))
         if kind != "step" or time.monotonic() - self._flushed > FLUSH_S:
-            self._file.flush()
+            self._flush()
             self._flushed = time.monotonic()
         for listener in self._listeners:
             listener(record)
 
+    def _flush(self) -> None:
+        end = os.fstat(self._file.fileno()).st_size
+        lines = memoryview("".join(self._waiting).encode())
+        self._waiting = []
+        try:
+            while lines:
+                lines = lines[self._file.write(lines) :]
+        except OSError as problem:
+            self._file.truncate(end)
+            raise RunError(
+                f"{self._file.name} cannot be written: {problem.strerror}. Make room and start again with --resume"
+            ) from None
+
     def sync(self) -> None:
         """Make everything written so far durable."""
-        self._file.flush()
+        self._flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        self._flush()
         self._file.close()
 
 

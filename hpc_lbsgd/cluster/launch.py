@@ -105,26 +105,30 @@ def wait(process: subprocess.Popen, folder: RunFolder, before: dict | None, aske
 
 def run(line: list[str], folder: RunFolder) -> int:
     """Run a job to its end. Ctrl-C asks it to stop at a safe point; a second one ends it."""
-    before, asked = folder.status(), Asked(folder)
+    before, asked, starts = folder.status(), Asked(folder), folder.starts()
     # a session of its own: a terminal's Ctrl-C would reach mpirun too, and end the ranks
     process = subprocess.Popen(line, stdin=subprocess.DEVNULL, start_new_session=True)
     code = wait(process, folder, before, asked)
     folder.stop_file.unlink(missing_ok=True)
     if asked.end:
-        folder.claim_failure(error="ended by a second Ctrl-C or SIGTERM")
-        say(f"ended at once; continue with --resume --run {shlex.quote(str(folder.path))}")
+        folder.abandon()  # it had not begun, perhaps
+        if folder.exists():
+            folder.claim_failure(error="ended by a second Ctrl-C or SIGTERM")
+            say(f"ended at once; continue with --resume --run {shlex.quote(str(folder.path))}")
+        else:
+            say("ended at once, before the first step")
         return EXIT_INTERRUPTED
     status = folder.status()
     if code == 0 and status and status["status"] == "stopped":
         return EXIT_STOPPED
     if code == 0:
         return EXIT_DONE
-    if status and status["status"] == "failed":
+    if status and status != before and status["status"] == "failed":
         print(
             f"hpc-lbsgd: failed first: rank {status.get('rank')} on {status.get('host')}: {status.get('error')}",
             file=sys.stderr,
         )
-    elif code != EXIT_REQUEST and folder.exists():
+    elif folder.exists() and (code != EXIT_REQUEST or folder.starts() != starts):  # ranks may end with any code
         crashed = code not in (1, 126, 127)  # those: a rank said why, or nothing could be started
         folder.claim_failure(crashed=crashed, error=f"mpirun ended with {code}: a rank was killed or crashed")
         print(
@@ -132,4 +136,5 @@ def run(line: list[str], folder: RunFolder) -> int:
             f"--run {shlex.quote(str(folder.path))}",
             file=sys.stderr,
         )
+        return EXIT_FAILED
     return code if code == EXIT_REQUEST else EXIT_FAILED

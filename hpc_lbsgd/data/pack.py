@@ -3,7 +3,7 @@
     OUT/shard-000000.tar ...   000000042.jpg and 000000042.cls, sample after sample: a WebDataset
     OUT/classes.txt            names of the classes, a line each
     OUT/manifest.arrow         where each sample lies: shard, offset, bytes; written last
-    OUT/.parts/                while packing: what is in the shards that are whole
+    OUT/.parts/                while packing: who packs, and what is in the shards that are whole
 
 Shards are written in parallel, each under a temporary name until it is whole, so that a killed pack goes on where it
 was. A process holds one image at a time.
@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import os
-import shutil
+import socket
 import tarfile
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from hpc_lbsgd import owner
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.decode import decode, eight_bits
 from hpc_lbsgd.data.manifest import PACKED_SCHEMA, PARTS, Manifest, checksum
@@ -109,7 +110,8 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
     m = Manifest(Path(source))
     storage, folder = open_storage(m), Path(out)
     name = f"shard-{number:06d}.tar"
-    temporary = folder / f".{name}.writing"
+    # a name of its own: where a pack was killed, its workers may still be at the shard that they had begun
+    temporary = folder / f".{name}.{socket.gethostname()}.{os.getpid()}.writing"
     rows: dict[str, list] = {field: [] for field in PACKED_SCHEMA.names}
     try:
         with open(temporary, "wb") as file:
@@ -219,12 +221,18 @@ def pack(
     request = {"source": m.fingerprint, "shard_mb": shard_mb, "encoding": asdict(encoding)}
     target = out / manifests.FILE_NAME
     if not same_request(out, target, request):
-        (out / PARTS).mkdir(parents=True, exist_ok=True)
-        write_atomically(out / PARTS / "request.json", json.dumps(request))
-        cuts = cut(m, encoding, int(shard_mb * 1e6))
-        write_shards(m, out, cuts, encoding, processes)
-        assemble(m, out, len(cuts), encoding, request)
-        shutil.rmtree(out / PARTS)
+        held = owner.take(out / PARTS, name=str(out))  # two at once would write the same shards
+        try:
+            if not same_request(out, target, request):  # as it is now that it stands still
+                write_atomically(out / PARTS / "request.json", json.dumps(request))
+                cuts = cut(m, encoding, int(shard_mb * 1e6))
+                write_shards(m, out, cuts, encoding, processes)
+                assemble(m, out, len(cuts), encoding, request)
+                parts = out / PARTS
+                for path in (*out.glob(".shard-*.writing"), *parts.glob("*.arrow"), parts / "request.json"):
+                    path.unlink(missing_ok=True)
+        finally:
+            held.release()  # which removes the folder where it is empty
     return Manifest(target)
 
 

@@ -1,19 +1,21 @@
 """Node-local copies of packed sets (`machine.stage_dir`): copied once a node, checked, kept for the next job.
 
-STAGE_DIR/<first 16 digits of the set's fingerprint>/
+STAGE_DIR/<user number>-<16 digits of what is in the shards>/    the user's alone
     shard-000000.tar ...   each appears when it is whole
     manifest.arrow         appears last
-    staged.json            sizes and checksums of what is whole, so that a stopped copy goes on
+    staged.json            what is whole, with the checksum that was verified and the file that it was verified of
     lock                   held while copying: two jobs on a node copy once
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,7 +35,34 @@ def folder_of(manifest: Manifest, stage_dir: str | os.PathLike) -> Path:
             f"machine.stage_dir = {stage_dir}: {manifest.path} lists single image files; stage a packed set "
             f"(hpc-lbsgd data pack {manifest.path} OUT)"
         )
-    return Path(stage_dir) / manifest.fingerprint[:16]
+    return Path(stage_dir) / f"{os.geteuid()}-{digest_of(manifest)}"
+
+
+def digest_of(manifest: Manifest) -> str:
+    """Of the shards, where each sample lies in them, and which are left out: two packs of one set differ."""
+    digest = hashlib.sha256(manifest.path.read_bytes())
+    for shard in manifest.shards:
+        if not shard["checksum"]:  # tar files of others: known by where they are, and when they were written
+            path = manifest.root / shard["name"]
+            digest.update(f"{path.resolve()} {path.stat().st_mtime_ns}".encode())
+    excluded = manifest.path.parent / EXCLUDE
+    if excluded.exists():
+        digest.update(excluded.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def make_private(target: Path) -> None:
+    """A folder that nobody else can write to; refuses one that another user put there under its name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        target.mkdir(mode=0o700)
+    there = target.lstat()
+    if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.geteuid():
+        raise RunError(
+            f"machine.stage_dir: {target} is not a folder of yours (owner: user {there.st_uid}): what is in it cannot "
+            "be trusted. Have it removed, or name another machine.stage_dir"
+        )
+    target.chmod(0o700)
 
 
 def stage(manifest: Manifest, stage_dir: str | os.PathLike, show: bool = False) -> Manifest:
@@ -43,7 +72,7 @@ def stage(manifest: Manifest, stage_dir: str | os.PathLike, show: bool = False) 
     """
     target = folder_of(manifest, stage_dir)
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        make_private(target)
         with open(target / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _copy_missing(manifest, target, show)
@@ -72,7 +101,7 @@ def _copy_missing(manifest: Manifest, target: Path, show: bool) -> None:
                     f"{manifest.root / shard['name']}: not the bytes that were packed (checksum {copied}, packed "
                     f"{shard['checksum']}); pack it again, or look closer with hpc-lbsgd data verify {manifest.path}"
                 )
-            whole[shard["name"]] = {"bytes": shard["bytes"], "checksum": copied}
+            whole[shard["name"]] = {"checksum": copied, "file": identity(target / shard["name"])}
             write_atomically(target / JOURNAL, json.dumps(whole))
     excluded = manifest.path.parent / EXCLUDE
     if excluded.exists():
@@ -87,12 +116,20 @@ def _journal(target: Path) -> dict:
         return {}
 
 
+def identity(path: Path) -> list[int]:
+    """Another one after any change of the file: no user can set the time of a change back."""
+    there = path.stat()
+    return [there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns]
+
+
 def _is_whole(target: Path, shard: dict, whole: dict) -> bool:
     try:
-        size = (target / shard["name"]).stat().st_size
-    except OSError:
+        known = whole[shard["name"]]
+        return known["checksum"] == (shard["checksum"] or known["checksum"]) and known["file"] == identity(
+            target / shard["name"]
+        )
+    except (OSError, KeyError, TypeError):
         return False
-    return shard["name"] in whole and size == shard["bytes"] == whole[shard["name"]]["bytes"]
 
 
 def _copy(source: Path, target: Path, bar: tqdm) -> str:

@@ -35,7 +35,7 @@ class Watchdog:
         self.interval_s = min(5.0, timeout_s / 4)
         self._state = ("start", 0)
         self._progress = time.monotonic()
-        self._beat_count = 0
+        self._beat_count, self._mute = 0, False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         folder.heartbeats.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,9 @@ class Watchdog:
             temporary.write_text(json.dumps(beat))
             os.replace(temporary, self._path(self.rank))
         except OSError as problem:  # a full disk must not end a run that could go on
-            print(f"rank {self.rank}: heartbeat not written: {problem}", file=sys.stderr)
+            if not self._mute:
+                print(f"rank {self.rank}: heartbeat not written: {problem}", file=sys.stderr)
+            self._mute = True
 
     def _beat_for(self, seconds: float) -> None:
         """Wait, and go on beating: other ranks are looking too, and would name this one."""

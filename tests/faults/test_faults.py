@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -150,8 +151,6 @@ def test_a_checkpoint_may_take_longer_than_a_step(slow_recipe, tmp_path):
 
 def test_a_signal_stops_at_a_safe_point_and_launch_says_75(slow_recipe, tmp_path):
     """SIGUSR2 to the launcher: all ranks stop after the same step, with a checkpoint; then on to the end."""
-    import sys
-
     recipe, run = slow_recipe(determinism="any-ranks"), tmp_path / "run"
     line = [sys.executable, "-m", "hpc_lbsgd.cli", "launch", "--np", "2", "--oversubscribe", "--", "train", recipe,
             "--run", run]  # fmt: skip
@@ -233,6 +232,68 @@ def test_a_rank_that_raises_ends_all_and_is_named(slow_recipe, small_data, tmp_p
     assert re.search(r"rank \d on \S+: .*class-1/0001.png: cannot be decoded", output), output
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["status"] == "failed" and "0001.png" in status["error"] and "rank" in status
+
+
+DIES = """
+import os, torch
+from torch import nn
+
+class Dies(nn.Module):
+    def forward(self, x):
+        if self.training and os.environ.get("OMPI_COMM_WORLD_RANK") == "1" and os.path.exists("now"):
+            os._exit(2)
+        return x
+
+def model(channels, classes):
+    return nn.Sequential(Dies(), nn.Flatten(), nn.Linear(channels * 64, classes))
+"""
+
+
+def test_a_rank_that_ends_without_a_word_leaves_a_status(slow_recipe, tmp_path):
+    """With the very code that a refusal has."""
+    (tmp_path / "dies.py").write_text(DIES)
+    recipe = slow_recipe(model={"name": "dies:model"}, train__max_steps=100000, train__epochs=100000, data__eval=None)
+    line = [sys.executable, "-m", "hpc_lbsgd.cli", "launch", "--np", "2", "--oversubscribe", "--", "train", recipe,
+            "--run", "run"]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": f"{os.getcwd()}:{tmp_path}"}
+    job = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
+    end = time.monotonic() + 120
+    while not records(tmp_path / "run", "step") and time.monotonic() < end:
+        time.sleep(0.05)
+    (tmp_path / "now").touch()
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == 1 and "a rank was killed or crashed; continue with --resume" in said, said
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+def test_a_full_disk_is_one_message_and_nothing_is_cut_short(slow_recipe, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", disk], capture_output=True).returncode:
+        pytest.skip("mounts are not permitted here")
+    try:
+        recipe = slow_recipe(train__max_steps=100000, train__epochs=100000, data__eval=None, checkpoint__steps=None)
+        line = [sys.executable, "-m", "hpc_lbsgd.cli", "train", recipe, "--run", disk / "run"]
+        job = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True)
+        end = time.monotonic() + 120
+        while not records(disk / "run", "step") and time.monotonic() < end:
+            time.sleep(0.05)
+        with open(disk / "ballast", "wb", buffering=0) as ballast, pytest.raises(OSError):
+            for size in (4096, 512, 1):
+                while True:
+                    ballast.write(b"0" * size)
+        said = job.communicate(timeout=60)[1]
+        assert job.returncode == 1, said
+        assert "Traceback" not in said and said.count("metrics.jsonl cannot be written: No space left") == 1, said
+        assert (disk / "run" / "metrics.jsonl").read_bytes().endswith(b"}\n")
+        status = disk / "run" / "status.json"
+        assert not status.exists() or json.loads(status.read_text())["status"] == "failed"
+        (disk / "ballast").unlink()
+        steps = len(records(disk / "run", "step"))
+        assert steps and command(*line[3:], "--resume", "--set", "train.max_steps=3").returncode == 0
+    finally:
+        subprocess.run(["umount", "-l", disk])
 
 
 def test_a_rank_with_other_weights_is_caught(tmp_path):

@@ -144,4 +144,4 @@ def test_of_many_at_the_same_time_one_gets_it(tmp_path):
             for n in range(4)]  # fmt: skip
     ends = [job.communicate(timeout=60) for job in jobs]
     assert not any(error for _, error in ends), ends
-    assert sum(int(n) for out, _ in ends for n in out.split()) > 8, ends
+    assert sum(int(n) for out, _ in ends for n in out.split()) > 2, ends

@@ -132,6 +132,20 @@ def test_a_killed_pack_goes_on_where_it_was(source, tmp_path):
     assert not list(out.glob(".shard*"))
 
 
+def test_of_two_packs_into_one_folder_at_the_same_time_one_goes_on(source, tmp_path):
+    words = [sys.executable, "-m", "hpc_lbsgd.cli", "data", "pack", str(source.path), str(tmp_path / "p")]
+    jobs = [subprocess.Popen([*words, "--shard-mb", mb, "--processes", "1"], stderr=subprocess.PIPE, text=True)
+            for mb in ("0.002", "0.003")]  # fmt: skip
+    said = [job.communicate(timeout=120)[1] for job in jobs]
+    assert sorted(job.returncode for job in jobs) == [0, 2], said
+    refused = said[[job.returncode for job in jobs].index(2)]
+    assert "in use by process" in refused or "was begun there" in refused or "is packed there already" in refused
+    packed = manifest.Manifest(tmp_path / "p" / "manifest.arrow")
+    assert not verify.verify(packed.path, processes=1).findings
+    left = {"classes.txt", "manifest.arrow", *(s["name"] for s in packed.shards)}
+    assert set(os.listdir(tmp_path / "p")) == left
+
+
 def test_half_written_shards_are_written_again(source, tmp_path):
     m = packed(source, tmp_path / "out")
     again = tmp_path / "again"

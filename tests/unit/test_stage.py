@@ -41,17 +41,53 @@ def test_a_copy_is_the_set_and_is_made_once(packed, tmp_path):
     assert times(m.root) == before and len(before) == len(packed.shards) > 3
 
 
-@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_two_packs_of_one_set_are_two_copies(packed, tmp_path):
+    """Bytes that are kept are the same data by fingerprint, but they lie elsewhere."""
+    source = packed.root.parent / "d" / "manifest.arrow"
+    other = pack.pack(source, tmp_path / "p", pack.Encoding(), 0.06, 1)
+    assert other.fingerprint == packed.fingerprint
+    copies = [stage.stage(m, tmp_path / "s") for m in (packed, other)]
+    assert copies[0].root != copies[1].root
+    for copy in copies:
+        assert copy.root.stat().st_mode & 0o777 == 0o700
+        assert not verify.verify(copy.path, processes=1).findings
+    (other.root / "exclude.txt").write_text(f"{other.key(3)}\n")
+    fewer = stage.stage(manifest.Manifest(other.path), tmp_path / "s")
+    assert len(fewer) == len(other) - 1 and len(manifest.Manifest(copies[1].path)) == len(other)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes files of another user")
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_folder_of_another_user_is_not_believed(packed, tmp_path, kind):
+    target = stage.folder_of(packed, tmp_path / "s")
+    target.parent.mkdir()
+    if kind == "folder":
+        target.mkdir()
+        os.chown(target, 12345, 12345)
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        target.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="is not a folder of yours"):
+        stage.stage(packed, tmp_path / "s")
+    assert not list(target.iterdir())
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "other bytes"])
 def test_a_damaged_copy_is_made_again(packed, tmp_path, harm):
     m = stage.stage(packed, tmp_path)
     victim = m.root / m.shards[1]["name"]
     before = times(m.root)
     if harm == "cut":
         os.truncate(victim, victim.stat().st_size - 1)
+    elif harm == "other bytes":
+        times_there = victim.stat()
+        victim.write_bytes(bytes(len(victim.read_bytes())))
+        os.utime(victim, ns=(times_there.st_atime_ns, times_there.st_mtime_ns))
     else:
         victim.unlink()
     stage.stage(packed, tmp_path).check_files()
     assert {n for n, t in times(m.root).items() if before[n] != t} == {victim.name}
+    assert not verify.verify(m.path, processes=1).findings
 
 
 def test_a_source_that_is_not_what_was_packed_is_named(packed, tmp_path):
