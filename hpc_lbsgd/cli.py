@@ -233,9 +233,10 @@ def launch(args) -> int:
     from hpc_lbsgd.parallel.launchers import Layout
 
     job = args.job[1:] if args.job[:1] == ["--"] else args.job
-    if job[:1] != ["train"]:
+    if job[:1] not in (["train"], ["preflight"]):
         raise RequestError(
-            f"launch runs `train`: launch --np {args.ranks} -- train RECIPE ... (got {' '.join(job) or 'nothing'})"
+            f"launch runs `train` or `preflight`: launch --np {args.ranks} -- train RECIPE ... "
+            f"(got {' '.join(job) or 'nothing'})"
         )
     inner = parser().parse_args(job)
     layout = Layout(args.ranks, args.hosts, args.hostfile, args.oversubscribe)

@@ -24,21 +24,30 @@ END_GRACE_S = 30.0  # for a launcher to notice that its ranks have ended
 
 
 def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> int:
-    """Start `train` on all ranks and wait for its end. job: the parsed arguments of `train`."""
+    """Start `train` or `preflight` on all ranks and wait for its end. job: its parsed arguments."""
     if layout.hosts:
         check_hosts(layout.hosts, layout.ranks)
     if layout.hostfile and not Path(layout.hostfile).is_file():
         raise RequestError(f"--hostfile {layout.hostfile}: no such file")
     recipe = recipes.read(job.recipe, job.settings)  # refuses a wrong recipe here, before any rank starts
-    amend.of_request(job.amend, job.resume)
-    folder = choose_run(Path(job.recipe).stem, job.run, job.resume)
-    program = [sys.executable, "-m", "hpc_lbsgd.cli", "train", job.recipe, "--run", str(folder.path)]
+    launcher, path = starter(flavour, needs_mpi=recipe.machine.engine == "horovod")
+    program = [sys.executable, "-m", "hpc_lbsgd.cli", job.command, job.recipe]
     for setting in job.settings:
         program += ["--set", setting]
+    program += ["--json"] if job.json else []
+    if job.command == "preflight":
+        line = [*launcher.line(path, layout, exported(layout)), *program]
+        if dry_run:
+            print(shlex.join(line))
+            return EXIT_DONE
+        code = subprocess.run(line, stdin=subprocess.DEVNULL).returncode
+        return code if code in (EXIT_DONE, EXIT_REQUEST) else EXIT_FAILED
+    amend.of_request(job.amend, job.resume)
+    folder = choose_run(Path(job.recipe).stem, job.run, job.resume)
+    program += ["--run", str(folder.path)]
     for change in job.amend:
         program += ["--amend", change]
-    program += [flag for flag, wanted in ((job.resume, job.resume), ("--json", job.json)) if wanted]
-    launcher, path = starter(flavour, needs_mpi=recipe.machine.engine == "horovod")
+    program += [job.resume] if job.resume else []
     if dry_run:
         print(shlex.join([*launcher.line(path, layout, exported(layout)), *program]))
         return EXIT_DONE

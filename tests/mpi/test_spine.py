@@ -246,3 +246,15 @@ def test_frozen_where_it_was_made_is_frozen_for_the_run(tmp_path):
     assert len({end_of(run) for run in [*runs.values(), *more.values()]}) == 1
     state = torch.load(next((runs["with"] / "checkpoints").glob("step-*16")) / "weights.pt", weights_only=True)
     assert state["1.running_mean"].abs().max() == 0 and state["1.num_batches_tracked"] == 0
+
+
+def test_preflight_on_many_ranks_is_launched_as_a_run_is(tmp_path):
+    """The same words, no run folder; a check that fails is exit code 1."""
+    recipe = write_recipe(tmp_path / "r.yaml", OWN)
+    words = ("launch", "--np", "2", "--oversubscribe", "--", "preflight", recipe)
+    good = command(*words, "--json", cwd=tmp_path)
+    assert good.returncode == 0, good.stderr
+    found = {c["check"]: c["ok"] for c in json.loads(good.stdout)["checks"]}
+    assert found["workers"] and found["ranks"] and not (tmp_path / "runs").exists()
+    bad = command(*words, "--set", "model.name=spine_models:spectral", cwd=tmp_path)
+    assert bad.returncode == 1 and "FAILED  start" in bad.stdout, bad.stdout + bad.stderr
