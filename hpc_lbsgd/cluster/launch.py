@@ -18,6 +18,7 @@ from hpc_lbsgd.owner import HANDED_ON
 from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, exported, find_mpirun
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.runs import choose_run, own_run
+from hpc_lbsgd.signals import undisturbed
 from hpc_lbsgd.train.stops import ASKED, say
 
 POLL_S = 0.5
@@ -108,8 +109,8 @@ def wait(process: subprocess.Popen, folder: RunFolder, before: dict | None, aske
 def run(line: list[str], folder: RunFolder) -> int:
     """Run a job to its end. Ctrl-C asks it to stop at a safe point; a second one ends it."""
     before, asked, starts = folder.status(), Asked(folder), folder.starts()
-    # a session of its own: a terminal's Ctrl-C would reach mpirun too, and end the ranks
-    process = subprocess.Popen(line, stdin=subprocess.DEVNULL, start_new_session=True)
+    with undisturbed():  # until it has a session of its own: Ctrl-C would reach mpirun too, and end the ranks
+        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, start_new_session=True)
     code = wait(process, folder, before, asked)
     folder.stop_file.unlink(missing_ok=True)
     if asked.end:
