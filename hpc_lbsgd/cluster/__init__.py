@@ -5,5 +5,6 @@ submit.py      a recipe as Slurm jobs, from templates/; sites.py and sites/: wha
 doctor.py      what this machine can do, and the fix for what it cannot; mpi_check.py runs on its ranks
 
 May be imported by: cli.
-May import: bench, data, parallel, amend, recipe, sections, reading, runs, owner, records, yaml12, theory, errors.
+May import: bench, data, parallel, amend, recipe, sections, reading, runs, owner, records, signals, yaml12, theory,
+errors.
 """

@@ -18,6 +18,7 @@ from hpc_lbsgd.owner import HANDED_ON
 from hpc_lbsgd.parallel.launchers import Layout, check_hosts, exported, starter
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.runs import ASKED, choose_run, own_run, say
+from hpc_lbsgd.signals import undisturbed
 
 POLL_S = 0.5
 END_GRACE_S = 30.0  # for a launcher to notice that its ranks have ended
@@ -115,8 +116,8 @@ def wait(process: subprocess.Popen, folder: RunFolder, before: dict | None, aske
 def run(line: list[str], folder: RunFolder) -> int:
     """Run a job to its end. Ctrl-C asks it to stop at a safe point; a second one ends it."""
     before, asked, starts = folder.status(), Asked(folder), folder.starts()
-    # a session of its own: a terminal's Ctrl-C would reach mpirun too, and end the ranks
-    process = subprocess.Popen(line, stdin=subprocess.DEVNULL, start_new_session=True)
+    with undisturbed():  # until it has a session of its own: Ctrl-C would reach mpirun too, and end the ranks
+        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, start_new_session=True)
     code = wait(process, folder, before, asked)
     folder.stop_file.unlink(missing_ok=True)
     if asked.end:

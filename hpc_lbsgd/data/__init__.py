@@ -7,5 +7,5 @@ source.py      the seam: what a loader is asked for, and a Batch
 loader.py      the choice of one; dali.py and torchvision.py decode, finish.py does the rest on CPUs
 
 May be imported by: outline, train, bench, reproduce, plan, cluster, cli.
-May import: recipe, arguments, owner, records, imports, theory, errors.
+May import: recipe, arguments, owner, records, signals, imports, theory, errors.
 """

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import active_children, get_context
+
+from hpc_lbsgd.signals import undisturbed
 
 
 def listen() -> None:
@@ -21,21 +21,6 @@ def work(function, arguments: tuple, named: dict):
         return function(*arguments, **named)
     except SystemExit as end:
         os._exit(end.code)  # the executor would go on with the next piece
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ctrl-C waits until what is here is done, and never reaches processes that are started here."""
-    asked: list[tuple] = []
-    handler = signal.signal(signal.SIGINT, lambda *what: asked.append(what))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-    if asked and callable(handler):
-        handler(*asked[0])
 
 
 class Pool(ProcessPoolExecutor):
@@ -51,7 +36,6 @@ class Pool(ProcessPoolExecutor):
 
     def __exit__(self, kind, value, trace):
         if kind:
-            self.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
                 process.terminate()
-        return super().__exit__(kind, value, trace)
+        self.shutdown(wait=True, cancel_futures=bool(kind))

@@ -19,6 +19,7 @@ from hpc_lbsgd.parallel.memory import keep_freed_memory
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.runs import RUNS, own_run
+from hpc_lbsgd.signals import undisturbed
 from hpc_lbsgd.train.parts import build
 from hpc_lbsgd.train.preflight import Check
 from hpc_lbsgd.train.prepare import Prepared, open_data, prepare
@@ -46,7 +47,7 @@ def train(
         stops.listen()
     device = prepare_process(recipe)
     engine = engines.create(recipe.machine, recipe.determinism, device)
-    folder = held = None
+    folder = chosen = held = None
     where = f"rank {engine.rank} on {socket.gethostname()}"
 
     def lost(message: str) -> None:  # from the lease's thread: another start writes to the folder, this one no more
@@ -54,8 +55,9 @@ def train(
         engine.abort(EXIT_FAILED)
 
     def begin() -> Prepared:
-        nonlocal held
-        chosen, held = own_run(name, run, resume, lost)
+        nonlocal chosen, held
+        with undisturbed():
+            chosen, held = own_run(name, run, resume, lost)
         return prepare(chosen, recipe, engine.size, amend)
 
     try:
@@ -84,10 +86,10 @@ def train(
     except KeyboardInterrupt:
         if engine.size > 1:
             fail(engine, folder, where, "ended by Ctrl-C")
-        if folder is not None and found.attempt == 0:
-            folder.abandon()
-        if folder is not None and folder.exists():
-            folder.claim_failure(rank=0, host=socket.gethostname(), error="ended by Ctrl-C")
+        if chosen is not None:
+            chosen.abandon()  # it had not begun, perhaps
+            if chosen.exists():
+                chosen.claim_failure(rank=0, host=socket.gethostname(), error="ended by Ctrl-C")
         raise
     except BaseException as problem:
         fail(engine, folder, where, f"{type(problem).__name__}: {problem}", traceback.format_exc())

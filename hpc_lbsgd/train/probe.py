@@ -162,7 +162,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 def remembers(model: nn.Module, call: Call) -> list[str]:
     """Names of attributes of the model and the loss that are others after a second equal forward than after the first:
-    what they hold is no function of what is seen, and each rank would hold its own."""
+    what they hold is no function of what is seen, and each rank would hold its own. Moves the model's statistics."""
     owner = getattr(call.loss, "own", call.loss)
     owner = getattr(owner, "__self__", owner)  # a method's
 
@@ -172,12 +172,8 @@ def remembers(model: nn.Module, call: Call) -> list[str]:
             call.loss(call.outputs(model, call.images), call.labels)
         return snapshot(model) | {f"{name} of the loss": digest for name, digest in snapshot(owner).items()}
 
-    statistics = {name: value.clone() for name, value in model.named_buffers()}
     models.train(model, models.frozen_in(model))
     first, second = after_forward(), after_forward()
-    with torch.no_grad():
-        for name, value in model.named_buffers():
-            value.copy_(statistics[name])
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 

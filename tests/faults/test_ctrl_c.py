@@ -114,7 +114,8 @@ def test_the_first_stops_a_launch_safely_also_in_its_start_up_and_the_second_at_
     terminal.ctrl_c()
     code, text = terminal.end()
     assert code == 130 and "ended at once; continue with --resume" in text, text
-    assert status(run)["status"] == "failed" and not (run / "owner.json").exists() and not (run / "stop").exists()
+    assert status(run)["status"] in ("failed", "stopped")  # mpirun wakes a rank before it kills it
+    assert not (run / "owner.json").exists() and not (run / "stop").exists()
 
 
 def test_a_closed_terminal_stops_a_launch_safely(recipe, tmp_path):

@@ -284,6 +284,28 @@ echo ' "status": "done"' >"$RUN/status.json"
     assert given[given.index("train") :] == ["train", "r.yaml", "--set", "seed=1", "--run", str(run), flag]
 
 
+@pytest.mark.parametrize("crashed, code", [(True, 0), (False, 1)])
+def test_a_rank_that_was_named_as_hung_queues_the_job_again(crashed, code, tmp_path):
+    """What the watchdog leaves; a failure that a rank explains is the end."""
+    run, asked = tmp_path / "run", tmp_path / "asked"
+    status = json.dumps({"status": "failed", "rank": 1, **({"crashed": True} if crashed else {})}, indent=1)
+    for name, text in (
+        ("srun", f"case \"$*\" in *true) exit 0 ;; esac\nprintf '%s\\n' '{status}' >{run}/status.json\nexit 1"),
+        ("squeue", "echo RUNNING"),
+        ("scontrol", f'[ "$1" = requeue ] && echo "$2" >>{asked}; [ "$1" != hostnames ] || echo n1'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\nexit 0\n")
+        (tmp_path / name).chmod(0o755)
+    script = tmp_path / "job.sbatch"
+    script.write_text(render(Job("train", "x", 1, [], ""), sites.read("lab"), "true"))
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1"}
+    env = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURMD_NODENAME": "n1"}
+    line = ["bash", script, "r.yaml", "--run", run]
+    result = subprocess.run(line, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == code, result.stderr
+    assert asked.exists() == crashed
+
+
 def chain(recipe, nodes, text="{gpus_per_node: 8}", resume=None, run="run"):
     lab = sites.Site.model_validate(yaml12.mapping(text, "lab"))
     return submit.training_jobs("r", recipe, ["r.yaml"], lab, run, Request(nodes=nodes, resume=resume, chain=True))
