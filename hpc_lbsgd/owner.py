@@ -268,8 +268,7 @@ def check(folder: str | os.PathLike) -> None:
 
 def refusal(name: str, file: OwnerFile, held: Lease) -> RequestError:
     return RequestError(
-        f"{name}: in use by {held}. Wait for its end or stop it; if you know that it is over, remove "
-        f"{file.path}"
+        f"{name}: in use by {held}. Wait for its end or stop it; if you know that it is over, remove {file.path}"
     )
 
 
