@@ -110,7 +110,6 @@ class Spawn(Launcher):
     """This machine's ranks, without MPI."""
 
     name = "spawn"
-    passes_usr2_on = True
 
     def line(self, python, layout, environment):
         if layout.hosts or layout.hostfile:
