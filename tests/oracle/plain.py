@@ -5,11 +5,10 @@ It shares one thing with the product: the order of samples. Everything else is w
 """
 
 import math
-from collections import Counter, defaultdict
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from group_statistics import Statistics
 
 from hpc_lbsgd.data.order import Permutation
 
@@ -58,40 +57,6 @@ def learning_rate(recipe, step, steps_per_epoch, kn):
     if step < warmup:
         return start + (peak - start) * step / warmup if schedule["warmup"] == "gradual" else start
     return peak / schedule["factor"] ** sum(step >= m * steps_per_epoch for m in schedule["milestones"])
-
-
-class Statistics(TorchFunctionMode):
-    """What the groups of a step measure in each call of each BatchNorm: torch's kernel is given empty running
-    statistics and momentum 1, and the layer's own are updated once a step."""
-
-    def __init__(self):
-        super().__init__()
-        self.measured = defaultdict(list)  # by number of the call and layer: what each group measured, and where to
-
-    def __enter__(self):
-        self.calls = Counter()  # each group is one forward
-        return super().__enter__()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        function = self.batch_norm if function is F.batch_norm else function
-        return function(*args, **(kwargs or {}))
-
-    def batch_norm(self, x, mean, variance, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-        if not training:
-            return F.batch_norm(x, mean, variance, weight, bias, False, momentum, eps)
-        own = torch.zeros(2, x.shape[1], dtype=x.dtype)
-        y = torch.batch_norm(x, weight, bias, *own, True, 1.0, eps, False)
-        if mean is not None:
-            if x.numel() > x.shape[1]:  # one value a channel becomes zero, and measures no variance
-                self.measured[self.calls[id(mean)], id(mean)].append((own, mean, variance, momentum))
-            self.calls[id(mean)] += 1
-        return y
-
-    def update(self, full):
-        for _, groups in sorted(self.measured.items()):
-            own, (mean, *_), (variance, *_), (momentum, *_) = zip(*groups, strict=True)
-            for running, new in zip((mean, variance), torch.stack(own).mean(0), strict=True):
-                running.lerp_(new, 1 - (1 - momentum) ** full)
 
 
 def make_optimizer(parameters, optim):
