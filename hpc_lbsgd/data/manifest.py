@@ -88,7 +88,8 @@ class Manifest:
         return self.table.num_rows
 
     def _column(self, name: str) -> np.ndarray:
-        return self.table.column(name).to_numpy()
+        column = self.table.column(name)  # in one piece, a view of the mapped file; else a copy
+        return column.chunk(0).to_numpy() if column.num_chunks == 1 else column.to_numpy()
 
     @cached_property
     def labels(self) -> np.ndarray:

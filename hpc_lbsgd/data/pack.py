@@ -35,6 +35,7 @@ from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.records import sync_folder, write_atomically
 
 TAR_BLOCK = 512
+ROWS_TOGETHER = 20_000_000  # about 2 GB while they are written
 RAW_SUFFIX, JPEG_SUFFIX = ".npy", ".jpg"
 
 
@@ -270,7 +271,8 @@ def write_shards(m: Manifest, out: Path, cuts: list, encoding: Encoding, process
 
 
 def assemble(m: Manifest, out: Path, shards: int, encoding: Encoding, request: dict) -> None:
-    """One manifest from the shards' parts, a part in memory at a time; whole or not at all."""
+    """One manifest from the shards' parts, whole or not at all. Its rows lie together, up to ROWS_TOGETHER: what lies
+    in pieces would be copied by every rank that opens it."""
     digest = hashlib.sha256(json.dumps(m.classes).encode())
     facts = []
     for number in range(shards):
@@ -282,17 +284,19 @@ def assemble(m: Manifest, out: Path, shards: int, encoding: Encoding, request: d
     # bytes that were kept are the same data wherever they lie; the rows are then the source's own
     fingerprint = m.fingerprint if encoding.kind == "keep" else digest.hexdigest()
     header = {"root": ".", "classes": m.classes, "fingerprint": fingerprint, "shards": facts, "packed": request}
-    if m.header.get("escaped"):
-        header["escaped"] = True
+    header |= {key: m.header[key] for key in ("escaped", "decoders") if key in m.header}
     if encoding.kind == "raw":
         header["raw_channels"] = encoding.channels
     write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in m.classes))
     schema = PACKED_SCHEMA.with_metadata({"hpc_lbsgd": json.dumps(header)})
     temporary = out / f".{manifests.FILE_NAME}.writing"
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        waiting: list[pa.Table] = []
         for number in range(shards):
-            table, _ = read_part(out, number)
-            writer.write_table(table.cast(schema))
+            waiting.append(read_part(out, number)[0].cast(schema))
+            if number == shards - 1 or sum(map(len, waiting)) >= ROWS_TOGETHER:
+                writer.write_table(pa.concat_tables(waiting).combine_chunks())
+                waiting = []
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, out / manifests.FILE_NAME)

@@ -236,3 +236,13 @@ def test_more_shards_than_open_files_allowed(source, tmp_path):
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= len(m.shards) + 256
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_ranks_share_a_packed_sets_manifest(source, tmp_path):
+    """Its columns are views of the mapped file, however many shards there are: no rank holds its own."""
+    m = packed(source, tmp_path / "out")
+    assert len(m.shards) > 3 and m.header["decoders"] == source.header["decoders"]
+    for name in m.table.schema.names:
+        assert m.table.column(name).num_chunks == 1, name
+    mapped = m.table.column("label").chunk(0).buffers()[1].address
+    assert m.labels.ctypes.data == mapped + 4 * m.table.column("label").chunk(0).offset
