@@ -226,7 +226,7 @@ def take(
         restart=ask.restart,
     )
     name = name or f"--run {folder}"
-    if file.folder.exists() and not file.folder.is_dir():
+    if file.folder.is_file():  # asked at once: the folder may come and go meanwhile
         raise RequestError(f"{name}: is a file, not a run folder")
     for _ in range(TRIES):
         try:
