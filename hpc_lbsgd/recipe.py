@@ -60,8 +60,9 @@ class Decision(NamedTuple):
 
 class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["float64", "float32", "bf16"] = "float32"
-    """bf16: autocast; weights, gradients and updates stay float32"""
+    precision: Literal["float64", "float32", "tf32", "bf16"] = "float32"
+    """tf32: float32 whose products GPUs take with 10 bits after the point (on CPUs it is float32); bf16: autocast;
+    weights, gradients and updates stay float32"""
     determinism: Literal["off", "same-ranks", "any-ranks"] = "off"
     """same-ranks: the same bits again on as many ranks; any-ranks: on any number"""
     wire: Literal["fp32", "fp16", "bf16"] = "fp32"

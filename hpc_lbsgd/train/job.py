@@ -182,3 +182,6 @@ def configure_torch(recipe: Recipe, world: worlds.World, device: torch.device) -
         # filling what `empty` returns with NaN finds kernels that read it; it makes nothing deterministic
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not exact
+    # of convolutions torch's own default is tf32, whatever the recipe says
+    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        backend.fp32_precision = "tf32" if recipe.precision == "tf32" else "ieee"

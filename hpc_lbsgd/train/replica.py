@@ -17,7 +17,7 @@ from hpc_lbsgd.train import crosscheck, models, optim
 from hpc_lbsgd.train.statistics import RunningStatistics
 from hpc_lbsgd.train.workers import PassContext, make_virtual
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.float32}  # of weights
+DTYPES = dict.fromkeys(("float32", "tf32", "bf16"), torch.float32) | {"float64": torch.float64}  # of weights
 WIRES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of gradients under way, where not as computed
 
 
