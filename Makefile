@@ -3,7 +3,8 @@ VENV   ?= .venv
 PYTHON ?= python3
 MPI    ?= wheel
 ENGINE ?= horovod
-NP     ?= $(shell nproc)
+# a rank a GPU; without GPUs one a core
+NP     ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$gpus -gt 0 ] && echo $$gpus || nproc)
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are of CPUs, with more ranks than there are GPUs
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: a core each, or their threads wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -7,6 +7,8 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -61,6 +63,7 @@ def train(
         return prepare(chosen, recipe, engine.size, amend)
 
     try:
+        refuse_shared(engine.gather(place_of(device)))
         found = agree(engine, begin)
         folder = RunFolder(found.run)
         code = Trainer(name, found, engine, device, stops).run()
@@ -113,6 +116,7 @@ def preflight(recipe: Recipe, as_json: bool = False) -> int:
 
     seconds = 0.0
     try:
+        refuse_shared(engine.gather(place_of(device)))
         content, *paths = agree(engine, request)
         settled = Recipe.model_validate(content)
         sets = together(engine, lambda: [path and loaders.open_set(settled, path) for path in paths])
@@ -156,18 +160,50 @@ def prepare_process(recipe: Recipe) -> torch.device:
 
 
 def choose_device(world: worlds.World) -> torch.device:
-    """The GPU of this rank's place on its node, or the CPU where there is none."""
+    """The GPU of this rank's place on its node, or the CPU where there is none. Where each rank sees one GPU alone
+    (--gpus-per-task, jsrun), that one; `refuse_shared` finds out whether it is its own."""
     if not torch.cuda.is_available():
+        refuse_lost_gpus()
         return torch.device("cpu")
-    if torch.cuda.device_count() <= world.local_rank:
+    visible = torch.cuda.device_count()
+    if 1 < visible <= world.local_rank:
         raise RequestError(
-            f"rank {world.rank} is the {world.local_rank + 1}th on its node, which shows "
-            f"{torch.cuda.device_count()} GPUs: start at most one rank a GPU, and let every rank see all GPUs of its "
-            "node (--gpus-per-node, not --gpus-per-task)"
+            f"rank {world.rank} is the {world.local_rank + 1}th on its node, which shows {visible} GPUs: start at most "
+            "one rank a GPU, and let every rank see all GPUs of its node, or one of its own"
         )
-    device = torch.device("cuda", world.local_rank)
+    device = torch.device("cuda", 0 if visible == 1 else world.local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def refuse_lost_gpus(driver: Path = Path("/proc/driver/nvidia/version")) -> None:
+    """Raise RequestError where this process was given GPUs that torch cannot use: on the CPU it would train for days
+    without a word."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+    if driver.exists() and not hidden:
+        told = driver.read_text().splitlines()[0]
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+        raise RequestError(
+            f"this node has NVIDIA GPUs, and torch {torch.__version__}, built for {built}, cannot use them (driver: "
+            f"{told}): ask the job for GPUs, load a newer driver, or install a torch for this one; CUDA_VISIBLE_DEVICES= "
+            "trains on the CPU"
+        )
+
+
+def refuse_shared(places: Sequence[tuple[str, str | None]]) -> None:
+    """Raise RequestError where two ranks have one GPU. places: (host, identity of the GPU; None: no GPU) by rank."""
+    first: dict[tuple[str, str | None], int] = {}
+    for rank, place in enumerate(places):
+        if place[1] is not None and first.setdefault(place, rank) != rank:
+            raise RequestError(
+                f"ranks {first[place]} and {rank} on {place[0]} have the same GPU: start at most one rank a GPU"
+            )
+
+
+def place_of(device: torch.device) -> tuple[str, str | None]:
+    """For `refuse_shared`."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    return socket.gethostname(), uuid
 
 
 def configure_torch(recipe: Recipe, world: worlds.World, device: torch.device) -> None:
