@@ -185,8 +185,8 @@ def refuse_lost_gpus(driver: Path = Path("/proc/driver/nvidia/version")) -> None
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
         raise RequestError(
             f"this node has NVIDIA GPUs, and torch {torch.__version__}, built for {built}, cannot use them (driver: "
-            f"{told}): ask the job for GPUs, load a newer driver, or install a torch for this one; CUDA_VISIBLE_DEVICES= "
-            "trains on the CPU"
+            f"{told}): ask the job for GPUs, load a newer driver, or install a torch for this one; "
+            "CUDA_VISIBLE_DEVICES= trains on the CPU"
         )
 
 
