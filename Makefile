@@ -1,8 +1,9 @@
 # Everything runs in .venv; runs go to runs/. `make` alone lists the targets.
 VENV   ?= .venv
 PYTHON ?= python3
-MPI    ?= wheel
-ENGINE ?= horovod
+# An environment that is there goes on as it was set up.
+MPI    ?= $(if $(wildcard $(VENV)/.ready-system),system,wheel)
+ENGINE ?= $(if $(wildcard $(VENV)/.ready-torch),torch,horovod)
 # a rank a GPU; without GPUs one a core
 NP     ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$gpus -gt 0 ] && echo $$gpus || nproc)
 BIN    := $(VENV)/bin
@@ -76,7 +77,7 @@ lint: setup  ## style, format, who may import whom, types (pyproject.toml)
 
 docs: setup  ## the manual as a site in site/; warnings are errors
 	@test -x $(BIN)/mkdocs || $(PIP) install -q -c constraints.txt -e '.[docs]' --no-build-isolation
-	$(BIN)/mkdocs build -q
+	$(BIN)/mkdocs build --strict
 
 module:  ## modulefiles for this environment in PREFIX [PREREQ="gcc/12 openmpi/4.1"] [CONFLICT=...]
 	@$(PYTHON) tools/make_module.py --environment "$(VENV)" --prereq "$(PREREQ)" --conflict "$(CONFLICT)" "$(PREFIX)"

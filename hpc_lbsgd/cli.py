@@ -25,6 +25,7 @@ from hpc_lbsgd.data import commands as data
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import world
 from hpc_lbsgd.runs import RESUME
+from hpc_lbsgd.signals import Steadfast
 
 LATER_S = 10.0
 
@@ -261,6 +262,9 @@ def own(args) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have any bytes
+    runs = args.command in ("train", "launch")
+    if runs:  # what cannot be told any more must not end them
+        sys.stdout, sys.stderr = Steadfast(sys.stdout), Steadfast(sys.stderr)
     try:
         return args.function(args)
     except RequestError as problem:
@@ -275,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
-        return EXIT_DONE
+        return EXIT_FAILED if runs else EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def judge(lease: Lease | None, ask: Ask, facts: Facts) -> Verdict:
             return Verdict.SHARE
         if lease.restart < ask.restart:
             return Verdict.FOLLOW
-    elif lease.job and facts.job_there is False:
+    elif lease.job and facts.job_there is False and True not in facts.alive:  # a shell may have an old job's number
         return Verdict.FOLLOW
     if lease.held_by_job or True in facts.alive:
         return Verdict.REFUSE

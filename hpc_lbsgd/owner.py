@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -70,7 +71,10 @@ def job_there(job: str, cluster: str | None) -> bool | None:
     result = slurm("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
     if result is None or (result.returncode and "Invalid job id" not in result.stderr):
         return None
-    return any(state not in OVER for state in result.stdout.split())
+    states = result.stdout.split()
+    if not (states or result.returncode):  # it is kept from us (PrivateData)
+        return None
+    return any(state not in OVER for state in states)
 
 
 def this_cluster() -> str | None:
@@ -226,8 +230,9 @@ def take(
         restart=ask.restart,
     )
     name = name or f"--run {folder}"
-    if file.folder.is_file():  # asked at once: the folder may come and go meanwhile
-        raise RequestError(f"{name}: is a file, not a run folder")
+    with contextlib.suppress(OSError):  # what is wrong with the name is said below
+        if stat.S_ISREG(file.folder.stat().st_mode):  # asked at once: the folder may come and go meanwhile
+            raise RequestError(f"{name}: is a file, not a run folder")
     for _ in range(TRIES):
         try:
             file.folder.mkdir(parents=True, exist_ok=True)

@@ -35,19 +35,28 @@ def model_costs(recipe: Recipe, classes: int) -> tuple[int, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from hpc_lbsgd.train import models
+    from hpc_lbsgd.train.probe import tensors
+
+    def counted(model: torch.nn.Module, device: str) -> float:
+        inputs = torch.zeros(2, *shape, dtype=dtype, device=device)
+        with FlopCounterMode(display=False) as counter:
+            sum(t.sum() for t in tensors(model(inputs)) if t.requires_grad).backward()
+        return counter.get_total_flops() / len(inputs)
 
     shape, dtype = sample_shape(recipe)
-    model = models.without_storage(recipe, classes)
-    inputs = torch.empty(2, *shape, dtype=dtype, device="meta")
     try:
-        with FlopCounterMode(display=False) as counter:
-            model(inputs).sum().backward()
-    except Exception as problem:  # a model that anyone may have written
-        raise RequestError(
-            f"model.name = {recipe.model.name}: it cannot be run on 2 samples of {tuple(shape)}, {dtype}, without "
-            f"storage, and what an image costs is not known ({type(problem).__name__}: {problem})"
-        ) from None
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / len(inputs)
+        model = models.without_storage(recipe, classes)
+        flop = counted(model, "meta")
+    except Exception:  # a model that anyone may have written, whose forward looks at values
+        model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed)
+        try:
+            flop = counted(model, "cpu")
+        except Exception as problem:
+            raise RequestError(
+                f"model.name = {recipe.model.name}: it cannot be run on 2 samples of {tuple(shape)}, {dtype} "
+                f"({type(problem).__name__}: {problem})"
+            ) from None
+    return sum(p.numel() for p in model.parameters()), flop
 
 
 def sample_shape(recipe: Recipe):

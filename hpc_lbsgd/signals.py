@@ -1,10 +1,11 @@
-"""Ctrl-C and processes that are being started."""
+"""Ctrl-C, terminals that are closed, and processes that are being started."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 
 @contextmanager
@@ -20,3 +21,28 @@ def undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
     if asked and callable(handler):
         handler(*asked[0])
+
+
+class Steadfast:
+    """A stream to a person that never fails: a run outlives its terminal, and the `tee` behind it."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except (OSError, ValueError):
+            return False
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)

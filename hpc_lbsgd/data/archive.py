@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from hpc_lbsgd.data import labels
+from hpc_lbsgd.data import labels, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, Row, listed
 from hpc_lbsgd.data.pool import Pool
@@ -73,7 +73,8 @@ def whole(file: BinaryIO, path: str, size: int) -> Iterator[tuple[tarfile.TarFil
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 check(path, info)
-                if info.isreg():
+                info.name = str(PurePosixPath(info.name))  # without ./
+                if info.isreg() and not any(part.startswith(".") for part in PurePosixPath(info.name).parts):
                     yield tar, info
             at = tar.offset
     except (tarfile.TarError, ValueError) as problem:  # ValueError: numbers in a header that are none
@@ -97,6 +98,8 @@ def check(path: str, info: tarfile.TarInfo) -> None:
         raise RequestError(f"{path}: member {info.name!r} points outside the archive")
     if info.issym() or info.islnk():
         raise RequestError(f"{path}: member {info.name!r} is a link to {info.linkname!r}")
+    if info.issparse():
+        raise RequestError(f"{path}: member {info.name!r} is stored with holes (tar -S): its bytes do not lie together")
     if not (info.isreg() or info.isdir()):
         raise RequestError(f"{path}: member {info.name!r} is neither a file nor a folder")
 
@@ -114,12 +117,16 @@ def samples_of(paths: list[Path], table: dict[str, str] | None) -> Listed:
     images: list[Member] = []
     beside: dict[tuple[int, str], dict[str, str]] = {}  # (shard, key) -> label by the suffix of its file
     left_out: Counter[str] = Counter()
+    known: set[tuple[int, str]] = set()
     with tqdm(paths, desc="listing", unit="tar", disable=None) as bar:
         for shard, path in enumerate(bar):
             with open(path, "rb") as file:
                 for member in members(path, shard):
                     suffix = PurePosixPath(member.name).suffix.lower()
                     if suffix in SUFFIXES:
+                        if (shard, member.name) in known:
+                            raise RequestError(f"{path}: holds {member.name} twice (tar -r?); pack it anew")
+                        known.add((shard, member.name))
                         images.append(member)
                     elif suffix in LABEL_SUFFIXES and member.size <= LONGEST_LABEL:
                         file.seek(member.offset)
@@ -130,6 +137,8 @@ def samples_of(paths: list[Path], table: dict[str, str] | None) -> Listed:
                         left_out[f"{suffix or 'no suffix'}"] += 1
     if not images:
         raise RequestError(f"{paths[0].parent}: no images ({', '.join(sorted(SUFFIXES))}) in these tar files")
+    keys = {(image.shard, key_of(image.name)) for image in images}
+    beside = {key: found for key, found in beside.items() if key in keys}  # not a VERSION.txt in a tree of classes
     if beside:
         images = inputs_of(images, beside, left_out)
     if table is not None:
@@ -195,15 +204,19 @@ def field_of(name: str) -> str:
 
 
 def label_in(data: bytes, suffix: str) -> str | None:
+    """A class's name or number in a file beside an image; None where there is none."""
     text = data.decode("utf-8", errors="replace").strip()
     if suffix == ".json":
         try:
             content = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         content = content if isinstance(content, dict) else {"label": content}
-        return next((str(content[k]) for k in LABEL_KEYS if k in content), None)
-    return text if suffix != ".txt" or text.isdigit() else None  # a .txt may be a caption
+        found = next((content[k] for k in LABEL_KEYS if k in content), None)
+        text = str(found) if isinstance(found, (int, str)) and not isinstance(found, bool) else ""
+    if suffix == ".txt" and not text.isdigit():  # a caption
+        return None
+    return text or None
 
 
 def examine(path: str, members_: list[Member]) -> list[Row | str]:
@@ -234,6 +247,9 @@ def index(
     if (root / PARTS).exists():
         raise RequestError(f"{root}: a pack is under way there, or was ended; start the same `data pack` again")
     paths = [source] if source.is_file() else sorted(source.glob("*.tar"))
+    loose = None if source.is_file() else next(tree.images_below(source, Counter()), None)
+    if loose:
+        raise RequestError(f"{source}: has tar files ({paths[0].name}) and images ({loose}); index a tar by its name")
     out = Path(out) if out else (source.with_suffix(".arrow") if source.is_file() else root / manifests.FILE_NAME)
     found = samples_of(paths, labels.read_table(table) if table else None)
     samples = distinct(found.samples, paths)

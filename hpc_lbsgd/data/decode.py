@@ -79,7 +79,12 @@ def decode(data: bytes) -> Facts:
             eight_bits(image)
             return Facts(image.width, image.height, image.format, image.mode)
     except Exception as problem:  # Pillow raises many kinds; each means: not usable as an image
-        raise ValueError(str(problem)) from None
+        raise ValueError(told(problem)) from None
+
+
+def told(problem: Exception) -> str:
+    """Pillow's words, without the address of a buffer."""
+    return "not an image that Pillow knows" if "cannot identify image file" in str(problem) else str(problem)
 
 
 def pixels(data, channels: int) -> np.ndarray:
@@ -90,7 +95,7 @@ def pixels(data, channels: int) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             found = np.array(eight_bits(image).convert("L" if channels == 1 else "RGB"))
     except Exception as problem:  # Pillow raises many kinds
-        raise ValueError(str(problem)) from None
+        raise ValueError(told(problem)) from None
     return found.reshape(*found.shape[:2], -1)
 
 

@@ -33,13 +33,16 @@ def read_table(path: Path) -> dict[str, str]:
     """NAME,CLASS or NAME CLASS a line; columns of boxes are ignored, and so is a heading. A comma or a tab ends a name
     where the line has one, and a class may then have spaces."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise RequestError(f"--labels {path}: {getattr(problem, 'strerror', None) or problem}") from None
     table = {}
     for line in lines:
         if "," in line:
-            row = next(csv.reader([line]), [])
+            try:
+                row = next(csv.reader([line]), [])
+            except csv.Error as problem:
+                raise RequestError(f"--labels {path}: {problem}") from None
         else:
             row = line.split("\t") if "\t" in line else line.split(maxsplit=1)
         if len(row) >= 2 and row[1].strip():
@@ -66,6 +69,9 @@ def number(labels: Sequence[str], numbers: bool, listing: Path | None = None) ->
     if count < len(texts):
         name = next(t for t in sorted(texts) if not NUMBER.fullmatch(t))
         raise RequestError(f"labels are numbers and names: {name!r} beside {next(t for t in texts if t != name)!r}")
+    endless = next((t for t in texts if len(t) > 18), None)
+    if endless:
+        raise RequestError(f"a label is {endless[:20]}...; classes are numbered from 0, up to {MOST_CLASSES:,}")
     lowest, highest = min(map(int, texts)), max(map(int, texts))
     if lowest < 0 or highest >= MOST_CLASSES:
         wrong = lowest if lowest < 0 else highest

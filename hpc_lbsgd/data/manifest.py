@@ -69,6 +69,7 @@ class Manifest:
         if unwanted := read_excluded(self.path.parent):
             if self.header.get("escaped"):
                 unwanted = {escaped(name) for name in unwanted}
+            unwanted = {name for name in unwanted if is_utf8(name)}  # others are in no table
             gone = pc.is_in(self.table.column("path"), value_set=pa.array(sorted(unwanted), pa.large_string()))
             self.excluded = self.table.filter(gone).column("path").to_pylist()
             if self.excluded:
@@ -296,5 +297,6 @@ def subset(source: Manifest, out: Path, count: int, seed: int = 0) -> Manifest:
     columns = source.table.take(chosen).to_pydict()
     facts = list(zip(*(columns[name] for name in ("width", "height", "bytes", "checksum")), strict=True))
     places = list(zip(columns["shard"], columns["offset"], strict=True)) if source.shards else None
-    write(out, source.root, source.classes, columns["path"], columns["label"], facts, places, source.shards)
+    paths = [unescaped(path) for path in columns["path"]] if source.header.get("escaped") else columns["path"]
+    write(out, source.root, source.classes, paths, columns["label"], facts, places, source.shards)
     return Manifest(out)

@@ -102,44 +102,44 @@ def look(path: str, data: bytes, facts: Facts | str, expected: int | None) -> Se
 def look_at_files(root: str, paths: list[str]) -> list[Seen]:
     """Files of a tree that was not indexed."""
 
-    def read(path: str) -> bytes | Seen:
+    def read(path: str, _: int) -> bytes | Seen:
         try:
             return Path(root, path).read_bytes()
         except OSError as problem:
             return Seen(path, [("missing", problem.strerror or str(problem))], None, False)
 
-    return look_at_all([(path, None) for path in paths], read)
+    return look_at_all([(path, i, None) for i, path in enumerate(paths)], read)
 
 
 def look_at_samples(manifest: str, samples: range) -> list[Seen]:
     """Samples of a manifest, wherever they lie."""
     m = Manifest(Path(manifest))
-    storage, number = open_storage(m), {m.key(sample): sample for sample in samples}
+    storage = open_storage(m)
 
-    def read(path: str) -> bytes | Seen:
+    def read(path: str, sample: int) -> bytes | Seen:
         try:
-            data = storage.content(number[path]).tobytes()
+            data = storage.content(sample).tobytes()
         except SampleError as problem:
             return Seen(path, [("missing", str(problem))], None, False)
         if m.raw_channels:  # pixels: there is nothing to decode
             check = checksum(data)
-            same = check == int(m.checksums[number[path]])
+            same = check == int(m.checksums[sample])
             return Seen(path, [] if same else [("changed", "checksum differs from the index")], check, False)
         return data
 
-    return look_at_all([(path, int(m.checksums[sample])) for path, sample in number.items()], read)
+    return look_at_all([(m.key(sample), sample, int(m.checksums[sample])) for sample in samples], read)
 
 
-def look_at_all(work: list[tuple[str, int | None]], read: Callable[[str], bytes | Seen]) -> list[Seen]:
-    """work: (path, checksum when it was indexed). read: an image's bytes, or what is wrong without them."""
+def look_at_all(work: list[tuple[str, int, int | None]], read: Callable[[str, int], bytes | Seen]) -> list[Seen]:
+    """work: (path, number, checksum when it was indexed). read: an image's bytes, or what is wrong without them."""
     seen = []
     for start in range(0, len(work), AT_A_TIME):
         some = work[start : start + AT_A_TIME]
-        contents = [read(path) for path, _ in some]
+        contents = [read(path, number) for path, number, _ in some]
         facts = iter(decode_all([c for c in contents if isinstance(c, bytes)]))
         seen += [
             content if isinstance(content, Seen) else look(path, content, next(facts), expected)
-            for (path, expected), content in zip(some, contents, strict=True)
+            for (path, _, expected), content in zip(some, contents, strict=True)
         ]
     return seen
 

@@ -59,6 +59,8 @@ def create(machine: Machine, determinism: str, device: torch.device) -> Engine:
         from hpc_lbsgd.parallel.ddp_engine import DdpEngine
 
         return DdpEngine(machine, determinism, device)
-    from hpc_lbsgd.parallel.horovod_engine import HorovodEngine
+    if machine.engine == "horovod":
+        from hpc_lbsgd.parallel.horovod_engine import HorovodEngine
 
-    return HorovodEngine(machine, determinism, device)
+        return HorovodEngine(machine, determinism, device)
+    raise AssertionError(f"no engine is called {machine.engine}")  # a word of the schema without one

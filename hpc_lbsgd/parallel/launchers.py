@@ -189,7 +189,7 @@ def exported(layout: Layout, environment: Mapping[str, str] = os.environ) -> dic
     """What ranks on other hosts must find in their environment; their engine sets its own part itself."""
     elsewhere = layout.hosts or layout.hostfile or int(environment.get("SLURM_JOB_NUM_NODES", 1)) > 1
     names = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
-    prefixes = ("HOROVOD_", "NCCL_", "OMP_NUM_THREADS", "UCX_", "FI_", "HPC_LBSGD_")
+    prefixes = ("HOROVOD_", "NCCL_", "GLOO_", "MASTER_", "MALLOC_", "OMP_NUM_THREADS", "UCX_", "FI_", "HPC_LBSGD_")
     return {k: v for k, v in environment.items() if elsewhere and (k in names or k.startswith(prefixes))}
 
 

@@ -176,6 +176,8 @@ class Schedule:
         progress = max(0.0, epoch - begin) / (self.epochs - begin)  # a warm-up is rounded to whole steps
         if stage.shape == "cosine":
             return stage.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        if stage.shape != "polynomial":
+            raise AssertionError(f"no schedule has the shape {stage.shape}")
         remaining: float = (1 - progress) ** stage.power
         return stage.lr * remaining
 

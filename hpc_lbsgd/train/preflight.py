@@ -65,7 +65,8 @@ def before(
     call = probe.Call(
         *(torch.cat(parts)[: probe.SAMPLES] for parts in zip(*((b[0], b[1]) for b in batches.values()), strict=True)),
         loss_function(recipe.train),
-        lambda model, images: outputs(model, images, dtype, device, recipe.precision == "bf16"),
+        # a model may work in place
+        lambda model, images: outputs(model, images.clone(), dtype, device, recipe.precision == "bf16"),
         stream_key("model", recipe.seed, 0, 0),
     )
     own = build()
@@ -82,14 +83,18 @@ def before(
             ) from None
         raise RequestError(f"the first step cannot be computed: {fault(problem, call)}") from None
     evaluated = recipe.data.eval or recipe.data.dataset
-    probe.refuse_state(own, seen.changed + (probe.changed_by_evaluation(own, call) if evaluated else []))
-    kept = probe.remembers(own, call) if full else []
+    probe.refuse_state(own, seen.changed)
+    if full:
+        probe.refuse_state(*probe.followers(build, call), "each forward once its weights have moved")
+    if evaluated:
+        probe.refuse_state(own, probe.changed_by_evaluation(own, call), "an evaluation")
+    kept = probe.remembers(build, call) if full else []
     what = "forward changes nothing but BatchNorm's statistics"
     if kept:
         more = f" (and {len(kept) - 1} more)" if len(kept) > 1 else ""
         what = (
-            f"{kept[0]}{more} is another after each forward, with the same samples: an attribute that every rank and "
-            "pass would change by itself, and no checkpoint keeps"
+            f"{kept[0]}{more} is another where other samples went before: an attribute that every rank and pass would "
+            "change by itself, and no checkpoint keeps"
         )
     checks = [Check("state", not kept, what)]
     if full and weights_sha256(build()) != weights:

@@ -160,33 +160,51 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 # ---------------------------------------------------------------- what is found
 
 
-def remembers(model: nn.Module, call: Call) -> list[str]:
-    """Names of attributes of the model and the loss that are others after a second equal forward than after the first:
-    what they hold is no function of what is seen, and each rank would hold its own. Moves the model's statistics."""
+def remembers(build: Callable[[], nn.Module], call: Call) -> list[str]:
+    """Names of attributes of the model and the loss that are others where another forward went before: what they hold
+    is no function of what is seen last, and each rank and each start would hold its own."""
     owner = getattr(call.loss, "own", call.loss)
     owner = getattr(owner, "__self__", owner)  # a method's
+    others = call.images.flip(0) * 0.75 if call.images.is_floating_point() else call.images.flip(0)
+    other = call._replace(images=others, labels=call.labels.flip(0))
 
-    def after_forward() -> dict[str, str]:
-        torch.manual_seed(call.key)
-        with torch.no_grad():
-            call.loss(call.outputs(model, call.images), call.labels)
-        return snapshot(model) | {f"{name} of the loss": digest for name, digest in snapshot(owner).items()}
+    def after(*calls: Call) -> dict[str, str]:
+        model = build()
+        models.train(model, models.frozen_in(model))
+        for one in calls:
+            torch.manual_seed(one.key)
+            with torch.no_grad():
+                one.loss(one.outputs(model, one.images), one.labels)
+        return snapshot(model)
 
-    models.train(model, models.frozen_in(model))
-    first, second = after_forward(), after_forward()
-    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+    alone, both = after(call), after(other, call)
+    # there is one loss for all models: after equal forwards it is equal, or it remembers
+    first, _, second = snapshot(owner), after(call), snapshot(owner)
+    moved = {f"{name} of the loss" for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+    return sorted(moved | {name for name in alone.keys() | both.keys() if alone.get(name) != both.get(name)})
 
 
-def refuse_state(model: nn.Module, changed: list[str]) -> None:
-    """Raise RequestError where forward changes what is not accounted for."""
+def followers(build: Callable[[], nn.Module], call: Call) -> tuple[nn.Module, list[str]]:
+    """(a model whose weights have moved, what its forward changes then): a moving average of weights, in the model, is
+    equal to them at the start."""
+    model = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.mul_(1 + 2.0**-6)
+    return model, look(model, call).changed
+
+
+def refuse_state(model: nn.Module, changed: list[str], by: str = "each forward") -> None:
+    """Raise RequestError where forward (or what `by` says) changes what is not accounted for."""
     if not changed:
         return
     name = changed[0]
     owner, _, last = name.rpartition(".")
     more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
     raise RequestError(
-        f"model: {name} of {owner or 'the model'} ({type(model.get_submodule(owner)).__name__}) is changed by each "
-        f"forward{more}. Every rank and every pass would change it by itself, and the result would depend on their "
+        f"model: {name} of {owner or 'the model'} ({type(model.get_submodule(owner)).__name__}) is changed by "
+        f"{by}{more}. Every rank and every pass would change it by itself, and the result would depend on their "
         "number: only BatchNorm's statistics may change in a forward. Leave that layer out, or freeze it"
     )
 

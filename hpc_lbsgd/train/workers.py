@@ -7,6 +7,7 @@ own forward are kept. All learn from a shared `PassContext` who is in the pass.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -172,14 +173,16 @@ class VirtualNorm(VirtualLayer):
 
     def __init__(self, name: str, module: _BatchNorm, context: PassContext):
         super().__init__(name, module, context)
+        self.first = next(iter(inspect.signature(self.own).parameters))  # its author's name for the input
         self.plain = type(module) in PLAIN_NORMS and getattr(self.own, "__func__", None) is type(module).forward
         self.tracks = module.track_running_stats and module.running_mean is not None
         self.slots: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self.measured: list[int] = []  # groups, by call, in the pass under way
         self.inside: list[VirtualLayer] = []  # virtual layers that are parts of this module
 
-    def forward(self, input: torch.Tensor, *more, **named) -> torch.Tensor:
-        x, sizes = input, self.context.sizes
+    def forward(self, *inputs, **named) -> torch.Tensor:
+        x, *more = inputs if inputs else (named.pop(self.first),)
+        sizes = self.context.sizes
         if not self.module.training or not sizes:
             return self.own(x, *more, **named)
         call = self._call()
@@ -195,6 +198,12 @@ class VirtualNorm(VirtualLayer):
                 layer.calls = calls  # each group makes the same calls
             own = [values[number] for values in cut], {key: values[number] for key, values in cut_named.items()}
             results.append(self._group(part, call, number, *own))
+            if not isinstance(results[-1], torch.Tensor):
+                raise RunError(
+                    f"{self.name} ({type(self.module).__name__}) returns {type(results[-1]).__name__}, and groups are "
+                    "put together from tensors: set machine.workers_per_pass = 1 and batch.bn_group = "
+                    "batch.samples_per_worker"
+                )
         return torch.cat(results)
 
     def _call(self) -> int:
@@ -253,7 +262,12 @@ class VirtualNorm(VirtualLayer):
 
 def split_like(value: object, x: torch.Tensor, sizes: list[int]) -> Sequence:
     """What each group gets of an argument beside `x`: its rows, where it has a row for each of x's; else all of it."""
-    rows = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == x.shape[0]
+    rows = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == x.shape[0]
+    if rows and value.dim() == 1 and x.shape[0] == x.shape[1]:
+        raise RunError(
+            f"a BatchNorm's second input of {len(value)} elements may be one a sample or one a channel: set "
+            "machine.workers_per_pass = 1 and batch.bn_group = batch.samples_per_worker, or give it two dimensions"
+        )
     return value.split(sizes) if rows else [value] * len(sizes)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import changed, records, write_images, write_recipe
 
-from hpc_lbsgd.data import manifest
+from hpc_lbsgd.data import tree as trees
 
 
 class Terminal:
@@ -23,6 +24,8 @@ class Terminal:
         if self.pid == 0:
             try:
                 os.chdir(cwd)
+                for number in (signal.SIGINT, signal.SIGHUP):  # a test run in the background has them ignored
+                    signal.signal(number, signal.SIG_DFL)
                 os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
                 os.execv(sys.executable, [sys.executable, "-m", "hpc_lbsgd.cli", *map(str, words)])
             finally:
@@ -143,9 +146,32 @@ def test_train_alone(recipe, tmp_path):
     assert code == 75 and "asked to stop" in text and status(run)["status"] == "stopped", text
 
 
+def test_train_alone_outlives_its_terminal_and_its_pipe(recipe, tmp_path):
+    """Nobody is there to be told any more: the run still ends with a checkpoint, a status and its own code."""
+    run = tmp_path / "run"
+    terminal = Terminal("train", recipe, "--run", "run", cwd=tmp_path)
+    terminal.wait_for(lambda: len(records(run, "step")) > 2)
+    terminal.close()
+    assert terminal.end(90)[0] == 75
+    done = status(run)["step"]
+    assert status(run)["status"] == "stopped" and (run / "checkpoints" / f"step-{done:08d}").exists()
+    reader, writer = os.pipe()
+    line = [sys.executable, "-m", "hpc_lbsgd.cli", "train", str(recipe), "--run", "run", "--resume"]
+    job = subprocess.Popen(line, cwd=tmp_path, stdout=writer, stderr=writer)
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)  # `train 2>&1 | head -1`
+    begun = time.monotonic()
+    while len(records(run, "step")) < done + 12 and time.monotonic() < begun + 90:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 75
+    assert status(run)["status"] == "stopped" and status(run)["step"] > done
+
+
 def test_commands_end_with_one_line_and_nothing_half_written(tmp_path):
     write_images(tmp_path / "set", 1500, 64)
-    manifest.index(write_images(tmp_path / "small", 40, 64), processes=1)
+    trees.index(write_images(tmp_path / "small", 40, 64), processes=1)
     for words, delay_s in (
         (["data", "index", "set", "--processes", 2], 0.0),
         (["data", "index", "set", "--processes", 2], 0.4),

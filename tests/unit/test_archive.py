@@ -162,3 +162,40 @@ def test_an_archive_is_whole_or_refused(tree, tmp_path, nested):
     with pytest.raises(RequestError, match=r"from byte \d+ on \(a damaged header, or another archive joined"):
         index(content + content)
     assert len(index(content + bytes(4096))) == 60
+
+
+def test_a_tar_is_read_as_its_folder_would_be(tree, tmp_path):
+    """Made with ./ in front, with hidden files of editors and other systems, beside a file that is no label."""
+    root = tmp_path / "d"
+    for name in ("cat/1.jpg", "dog/2.jpg", "cat/.ipynb_checkpoints/1.jpg", ".cache/x.jpg", "dog/._2.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(bytes_of(tree, 0))
+    (root / "VERSION.txt").write_text("2")
+    folder = trees.index(root, processes=1)
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        for path in sorted(p for p in root.rglob("*") if p.is_file() and p.suffix != ".arrow"):
+            tar.add(path, f"./{path.relative_to(root)}")
+    m = archive.index(tmp_path / "d.tar", processes=1)
+    assert m.classes == folder.classes == ["cat", "dog"] and m.fingerprint == folder.fingerprint
+
+
+def test_what_a_tar_or_its_folder_hides_is_refused(tree, tmp_path):
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in (0, 1, 0):
+            add(tar, f"c/{i}.jpg", bytes_of(tree, i))
+    with pytest.raises(RequestError, match=r"holds c/0\.jpg twice"):
+        archive.index(path)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.jpg").write_bytes(bytes_of(tree, 0))
+    with pytest.raises(RequestError, match=r"has tar files \(set\.tar\) and images \(cat/1\.jpg\)"):
+        archive.index(tmp_path)
+    import subprocess
+
+    with open(tmp_path / "holes.bmp", "wb") as f:
+        f.write(b"BM")
+        f.seek(2**22)
+        f.write(b"x")
+    subprocess.run(["tar", "-S", "-cf", tmp_path / "holes.tar", "-C", tmp_path, "holes.bmp"], check=True)
+    with pytest.raises(RequestError, match="stored with holes"):
+        archive.index(tmp_path / "holes.tar")

@@ -10,7 +10,7 @@ import pytest
 from conftest import command, write_images
 from test_archive import add
 
-from hpc_lbsgd.data import archive, labels, pack, verify
+from hpc_lbsgd.data import archive, labels, manifest, pack, verify
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.loader import open_set
 from hpc_lbsgd.data.manifest import Manifest
@@ -70,6 +70,7 @@ def test_tables_of_labels_for_folders_and_tars(table, expected, image, tmp_path)
             zip(("a.png", "b.png"), expected, strict=True)
         )
     (tmp_path / "val" / trees.ANNOTATIONS).write_text(BOXES)  # as Tiny-ImageNet is shipped
+    (tmp_path / "val" / trees.ANNOTATIONS).write_text("\ufeff" + BOXES)  # and as other systems save it
     job = command("data", "index", tmp_path / "val", "--json")
     assert json.loads(job.stdout)["manifests"][0]["classes"] == ["n01", "n02"], job.stderr
     (tmp_path / "labels.txt").write_text("a.png cat\n")
@@ -90,7 +91,9 @@ def test_a_webdatasets_other_fields_are_no_images(image, tmp_path):
     ({"a.cls": "-1"}, "a label is -1"), ({"a.cls": "1000000000000"}, "a label is 1000000000000"),
     ({"a.cls": "0", "b.png": None, "b.cls": "cat"}, "labels are numbers and names: 'cat' beside '0'"),
     ({"a.jpg": None, "a.cls": "0"}, "a sample has several images"),
-    ({"a.txt": "a photo of a cat"}, "1 images have no label"),
+    ({"a.txt": "a photo of a cat"}, "1 images have no label"), ({"a.cls": ""}, "1 images have no label"),
+    ({"a.json": '{"label": null}'}, "no label"), ({"a.json": '{"label": [1, 2]}'}, "no label"),
+    ({"a.cls": "1" * 5000}, "a label is 11111"),
 ])  # fmt: skip
 def test_labels_that_cannot_be_meant_are_refused(files, says, image, tmp_path):
     files = {"a.png": image} | {name: image if data is None else data for name, data in files.items()}
@@ -188,6 +191,22 @@ def test_files_may_have_any_name(packed, image, tmp_path):
         assert job.returncode == 0, job.stderr
         m = Manifest(m.path)
     assert [m.key(i) for i in range(len(m))] == ["c/plain.png"]
+
+
+def test_a_bad_image_of_any_name_can_be_left_out(image, tmp_path):
+    root = tmp_path / "d" / "c"
+    root.mkdir(parents=True)
+    (root / "good.png").write_bytes(image)
+    (root / os.fsdecode(b"bad\xff.png")).write_bytes(b"garbage")
+    for _ in range(2):
+        job = command("data", "index", tmp_path / "d", "--exclude")
+        assert job.returncode == 0, job.stderr
+    assert len(Manifest(tmp_path / "d" / "manifest.arrow")) == 1
+    (root / os.fsdecode(b"late\xff.png")).write_bytes(image)
+    m = trees.index(tmp_path / "d", processes=1)
+    part = manifest.subset(m, tmp_path / "d" / "part.arrow", 2)
+    part.check_files()
+    assert [part.key(i) for i in range(2)] == [m.key(i) for i in range(2)]
 
 
 def test_a_set_with_nothing_left_and_one_with_labels_that_no_class_has(tmp_path):

@@ -12,7 +12,7 @@ from test_workers import CPU, batches, engine, point_of, run_steps, small_recipe
 from torch import nn
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.train import decide, losses, models, preflight, step, verdict
 from hpc_lbsgd.train.replica import Replica
 
@@ -44,88 +44,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.fc(self.body(x))
-
-
-# ---------------------------------------------------------------- state that is no buffer
-
-
-class Counter(Net):
-    """A temperature that falls with the number of forwards."""
-
-    seen = 0
-
-    def forward(self, x):
-        self.seen += 1
-        return super().forward(x) / max(1.0, 4 - self.seen / 12)
-
-
-class Centre(Net):
-    """A moving centre in a tensor that is no buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.held = {"centre": torch.zeros(5)}
-
-    def forward(self, x):
-        y = super().forward(x)
-        self.held["centre"] = 0.9 * self.held["centre"] + 0.1 * y.detach().mean(0)
-        return y - self.held["centre"]
-
-
-class Keeps(Net):
-    """What it saw last: a function of that, and no harm."""
-
-    def forward(self, x):
-        self.last, self.shape = self.body(x), x.shape
-        return self.fc(self.last)
-
-
-@pytest.mark.parametrize("make, name", [(Counter, "seen"), (Centre, "held")])
-def test_attributes_that_each_forward_changes_are_named(monkeypatch, make, name):
-    assert checks(monkeypatch, make)["state"].startswith(f"{name} is another after each forward")
-
-
-def test_attributes_that_hold_the_last_batch_do_no_harm(monkeypatch):
-    assert set(checks(monkeypatch, Keeps).values()) == {None}
-    assert set(checks(monkeypatch, Net).values()) == {None}
-
-
-class Focused:
-    """A loss that remembers."""
-
-    def __init__(self):
-        self.mean = 1.0
-
-    def __call__(self, outputs, labels):
-        loss = F.cross_entropy(outputs, labels, reduction="none")
-        self.mean = 0.9 * self.mean + 0.1 * loss.mean().item()
-        return loss / self.mean
-
-
-def test_a_loss_that_remembers_or_has_parameters_is_refused(monkeypatch):
-    remembers = Focused()
-    monkeypatch.setattr(losses, "load", lambda name, key: remembers)
-    base = changed(small_recipe().model_dump(), train__loss="users:loss")
-    monkeypatch.setattr("test_users_models.small_recipe", lambda **changes: recipes.validate(base))
-    assert checks(monkeypatch, Net)["state"].startswith("mean of the loss is another after each forward")
-    monkeypatch.setattr(losses, "load", lambda name, key: nn.CosineEmbeddingLoss())
-    losses.loss_function(recipes.validate(base).train)
-    monkeypatch.setattr(losses, "load", lambda name, key: nn.Bilinear(1, 1, 1))
-    with pytest.raises(RequestError, match="train.loss = users:loss: has parameters, which no step trains"):
-        losses.loss_function(recipes.validate(base).train)
-
-
-class Functional(Net):
-    """A BatchNorm used through its buffers alone."""
-
-    def body(self, x):
-        n = self.norm
-        return F.batch_norm(self.conv(x), n.running_mean, n.running_var, n.weight, n.bias, True, 0.1).mean((2, 3))
-
-
-def test_statistics_that_something_else_writes_are_refused(monkeypatch):
-    with pytest.raises(RequestError, match=r"norm\.running_mean of norm \(BatchNorm2d\) is changed"):
-        checks(monkeypatch, Functional)
 
 
 # ---------------------------------------------------------------- tensors
@@ -221,7 +139,7 @@ class ByName(nn.Module):
         self.norm, self.plain, self.drop = Conditional(4, affine=False), nn.BatchNorm2d(4), nn.Dropout(0.0)
 
     def forward(self, x):
-        return self.drop(input=self.plain(input=self.norm(x, x.mean((2, 3)), scale=2.0)))
+        return self.drop(input=self.plain(input=self.norm(condition=x.mean((2, 3)), x=x, scale=2.0)))
 
 
 @pytest.mark.parametrize("counts, group", [([8], 8), ([8, 4], 4)])
@@ -232,6 +150,24 @@ def test_layers_with_more_than_one_input(counts, group):
     virtual, plain = Virtual(ByName().double(), group), ByName().double()
     (found,) = virtual.step([(list(range(len(counts))), counts, x)])
     torch.testing.assert_close(found, torch.cat([plain(part) for part in x.split(group)]))
+
+
+def test_what_groups_cannot_be_told_from_is_said():
+    class PerChannel(nn.BatchNorm2d):
+        def forward(self, x, scale):
+            return super().forward(x) * scale[:, None, None]
+
+    class Pair(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x), x
+
+    layer = PerChannel(8)
+    virtual = Virtual(nn.Sequential(layer), 4)
+    virtual.model.forward = lambda x: layer(x, torch.ones(8))
+    with pytest.raises(RunError, match="may be one a sample or one a channel"):
+        virtual.step([([0], [8], torch.randn(8, 8, 2, 2))])
+    with pytest.raises(RunError, match=r"0 \(Pair\) returns tuple, and groups are put together from tensors"):
+        Virtual(nn.Sequential(Pair(3)), 4).step([([0], [8], torch.randn(8, 3, 2, 2))])
 
 
 def test_a_dropout_with_its_authors_own_forward_keeps_it(monkeypatch):
