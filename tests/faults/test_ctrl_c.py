@@ -84,6 +84,14 @@ def processes(folder):
     return found
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path):
+    """Where a test fails, its long run must not take the cores of those after it."""
+    yield
+    for pid in processes(str(tmp_path)):
+        os.kill(pid, signal.SIGKILL)
+
+
 @pytest.fixture
 def recipe(small_recipe, tmp_path):
     long = {"train__max_steps": 100000, "train__epochs": 100000, "data__eval": None, "checkpoint__steps": 5}
