@@ -237,7 +237,7 @@ class Buckets:
                 f"machine.engine = {self.engine.name}: no gradient for {', '.join(unused[:5])}"
                 + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
                 + ": DistributedDataParallel cannot sum where a step leaves parameters unused; freeze them, or use "
-                "machine.engine = horovod"
+                "machine.engine = horovod or torch"
             )
 
     def _hold(self) -> None:

@@ -120,7 +120,7 @@ def refuse_idle_ranks(recipe: Recipe, schedule: Schedule, ranks: int) -> None:
             if 0 < busy < ranks:
                 raise RequestError(
                     f"{where} = {busy} on {ranks} ranks: machine.engine = ddp needs samples for every rank at every "
-                    "step; use fewer ranks, batch.last_batch = drop, or machine.engine = horovod"
+                    "step; use fewer ranks, batch.last_batch = drop, or machine.engine = horovod or torch"
                 )
 
 
