@@ -49,6 +49,7 @@ def train(
         stops.listen()
     device = prepare_process(recipe)
     engine = engines.create(recipe.machine, recipe.determinism, device)
+    stops.listen()  # again: MPI takes SIGHUP for itself
     folder = chosen = held = None
     where = f"rank {engine.rank} on {socket.gethostname()}"
 
