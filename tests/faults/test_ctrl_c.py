@@ -179,12 +179,12 @@ def test_train_alone_outlives_its_terminal_and_its_pipe(recipe, tmp_path):
 
 def test_commands_end_with_one_line_and_nothing_half_written(tmp_path):
     write_images(tmp_path / "set", 1500, 64)
-    trees.index(write_images(tmp_path / "small", 40, 64), processes=1)
+    trees.index(write_images(tmp_path / "small", 1500, 64), processes=1)
     for words, delay_s in (
         (["data", "index", "set", "--processes", 2], 0.0),
         (["data", "index", "set", "--processes", 2], 0.4),
         (["data", "verify", "set", "--processes", 2], 0.4),
-        (["data", "pack", "small", "out", "--jpeg", 90, "--shard-mb", 0.01, "--processes", 2], 0.4),
+        (["data", "pack", "small", "out", "--jpeg", 90, "--shard-mb", 0.05, "--processes", 2], 0.4),
         (["bench", "step", "--ranks", 2, "--rounds", 9], 1.0),
     ):
         terminal = Terminal(*words, cwd=tmp_path)

@@ -24,7 +24,7 @@ from hpc_lbsgd.errors import RequestError
         ("schedule.warmup_epochs=100", r"schedule.warmup_epochs = 100.0 is more than train.epochs = 90"),
         ("data.mean=[1,2]", r"data.mean has 2 values for data.channels = 3"),
         ("data.crop_area=[0.9,0.1]", r"data.crop_area = \[0.9, 0.1\]"),
-        ("precision=fp8", r"precision = 'fp8': .*'float64', 'float32' or 'bf16'"),
+        ("precision=fp8", r"precision = 'fp8': .*'float64', 'float32', 'tf32' or 'bf16'"),
         ("model.name=resnet51", r"model.name = 'resnet51'"),
         ("optim.nesterov=off", r"optim.nesterov = 'off': .*; allowed: true, false"),
         ("data.train=1e4", r"data.train = 10000.0: .*valid string; put it in quotes"),
