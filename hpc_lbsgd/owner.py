@@ -176,6 +176,7 @@ class Held:
         self.file, self.lease, self._shared = file, lease, ask.owner == lease.owner
         self._end = threading.Event()
         self._on_lost = on_lost
+        self.above: list[Path] = []  # folders that were made for it
         if not lease.held_by_job:
             threading.Thread(target=self._renew, name="owner", daemon=True).start()
 
@@ -196,6 +197,9 @@ class Held:
         if self._shared and (self.lease.held_by_job or any(alive(p) is not False for p in others)):
             return
         release(self.file, lambda lease: lease.owner == self.lease.owner)
+        for folder in self.above:
+            with contextlib.suppress(OSError):  # not empty: something came of it
+                folder.rmdir()
 
 
 def release(file: OwnerFile, ours: Callable[[Lease], bool]) -> None:
@@ -233,6 +237,7 @@ def take(
     with contextlib.suppress(OSError):  # what is wrong with the name is said below
         if stat.S_ISREG(file.folder.stat().st_mode):  # asked at once: the folder may come and go meanwhile
             raise RequestError(f"{name}: is a file, not a run folder")
+    above = [parent for parent in file.folder.absolute().parents if not parent.exists()]
     for _ in range(TRIES):
         try:
             file.folder.mkdir(parents=True, exist_ok=True)
@@ -245,7 +250,9 @@ def take(
                     return Held(file, held, ask)
                 mine = replace(lease, owner=held.owner, processes=(*held.processes, *lease.processes))
             if file.follow(held, mine):
-                return Held(file, mine, ask, on_lost)
+                owner = Held(file, mine, ask, on_lost)
+                owner.above = above
+                return owner
         except (FileNotFoundError, FileExistsError):  # meanwhile an owner gave it up, and removed the empty folder
             continue
         except OSError as problem:
