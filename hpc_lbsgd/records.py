@@ -34,11 +34,15 @@ FLUSH_S = 1.0
 def write_atomically(path: Path, content: str | bytes) -> None:
     """The whole file or the old one, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # nodes may use the same numbers
-    with open(temporary, "wb") as f:
-        f.write(content.encode() if isinstance(content, str) else content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # Ctrl-C too
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
