@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Callable
 from datetime import datetime
 from glob import escape
@@ -20,15 +18,6 @@ LIKE_TIME = "-".join(("[0-9]" * 8, "[0-9]" * 6))
 # What a start says about its run; one that says neither makes a new one
 RESUME = "--resume"  # the run is there
 RESUME_IF_EXISTS = "--resume-if-exists"  # it may be there: for the first start of a batch script, and all later ones
-
-
-ASKED = "asked to stop: the next step ends with a checkpoint; Ctrl-C again ends at once"
-
-
-def say(text: str) -> None:
-    """A line for whoever is still there: a terminal may have been closed."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"hpc-lbsgd: {text}", file=sys.stderr, flush=True)
 
 
 def own_run(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
+
+ASKED = "asked to stop: the next step ends with a checkpoint; Ctrl-C again ends at once"
 
 
 @contextmanager
@@ -21,6 +24,12 @@ def undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
     if asked and callable(handler):
         handler(*asked[0])
+
+
+def say(text: str) -> None:
+    """A line for whoever is still there: a terminal may have been closed."""
+    with suppress(OSError, ValueError):
+        print(f"hpc-lbsgd: {text}", file=sys.stderr, flush=True)
 
 
 class Steadfast:

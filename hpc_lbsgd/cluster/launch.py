@@ -17,8 +17,8 @@ from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQU
 from hpc_lbsgd.owner import HANDED_ON
 from hpc_lbsgd.parallel.launchers import Layout, check_hosts, exported, starter
 from hpc_lbsgd.records import RunFolder
-from hpc_lbsgd.runs import ASKED, choose_run, own_run, say
-from hpc_lbsgd.signals import undisturbed
+from hpc_lbsgd.runs import choose_run, own_run
+from hpc_lbsgd.signals import ASKED, say, undisturbed
 
 POLL_S = 0.5
 END_GRACE_S = 30.0  # for a launcher to notice that its ranks have ended

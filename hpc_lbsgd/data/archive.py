@@ -21,8 +21,8 @@ from tqdm import tqdm
 from hpc_lbsgd.data import labels, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, Row, listed
-from hpc_lbsgd.data.pool import Pool
-from hpc_lbsgd.data.tree import AT_A_TIME, rows_of
+from hpc_lbsgd.data.pool import in_order
+from hpc_lbsgd.data.tree import AT_A_TIME, rows_of, usable
 from hpc_lbsgd.errors import RequestError
 
 BLOCK = tarfile.BLOCKSIZE  # bytes; a tar ends with two of zeros
@@ -219,12 +219,12 @@ def label_in(data: bytes, suffix: str) -> str | None:
     return text or None
 
 
-def examine(path: str, members_: list[Member]) -> list[Row | str]:
+def examine(path: str, chosen_members: list[Member]) -> list[Row | str]:
     """For each image (width, height, bytes, checksum), or what is wrong with it."""
     rows: list[Row | str] = []
     with open(path, "rb") as file:
-        for start in range(0, len(members_), AT_A_TIME):
-            some = members_[start : start + AT_A_TIME]
+        for start in range(0, len(chosen_members), AT_A_TIME):
+            some = chosen_members[start : start + AT_A_TIME]
             rows += rows_of([os.pread(file.fileno(), m.size, m.offset) for m in some])
     return rows
 
@@ -260,35 +260,26 @@ def index(
     chosen = [i for i, s in enumerate(samples) if s.member.name not in excluded]
     chosen.sort(key=lambda i: (numbers[i], samples[i].member.name))  # as a tree of folders would be
     work = chunks(samples, chosen)
-    rows: dict[int, Row | str] = {}
-    with tqdm(total=len(chosen), desc=f"indexing {source}", unit="image", disable=None) as bar:
-        with Pool(processes or len(os.sched_getaffinity(0))) as pool:
-            futures = [
-                pool.submit(examine, str(paths[shard]), [samples[i].member for i in some]) for shard, some in work
-            ]
-            for (_, some), future in zip(work, futures, strict=True):
-                rows.update(zip(some, future.result(), strict=True))
-                bar.update(len(some))
-    bad = [(samples[i].member, row) for i in chosen if isinstance(row := rows[i], str)]
-    if bad and not exclude:
-        raise RequestError(
-            f"{len(bad)} of {len(chosen)} images cannot be read; have them left out (--exclude):\n"
-            f"{listed([f'{paths[member.shard]}:{member.name}: {row}' for member, row in bad])}"
-        )
-    good = [i for i in chosen if not isinstance(rows[i], str)]
+    jobs = [(examine, str(paths[shard]), [samples[i].member for i in some]) for shard, some in work]
+    found_rows = in_order(jobs, len(chosen), f"indexing {source}", processes)
+    by_sample: dict[int, Row | str] = {}
+    for (_, some), rows in zip(work, found_rows, strict=True):
+        by_sample.update(zip(some, rows, strict=True))
+    chosen_members = [samples[i].member for i in chosen]
+    rows, keys = [by_sample[i] for i in chosen], [member.name for member in chosen_members]
+    shown = [f"{paths[member.shard]}:{member.name}" for member in chosen_members]
+    good = usable(keys, rows, shown, out.parent if exclude else None)
     manifests.write(
         out,
         root,
         classes or names,
-        [samples[i].member.name for i in good],
-        [numbers[i] for i in good],
+        [keys[i] for i in good],
+        [numbers[chosen[i]] for i in good],
         [rows[i] for i in good],
-        [(samples[i].member.shard, samples[i].member.offset) for i in good],
+        [(chosen_members[i].shard, chosen_members[i].offset) for i in good],
         [{"name": p.name, "bytes": p.stat().st_size, "checksum": None} for p in paths],
         found.left_out,
     )
-    if bad:
-        manifests.add_excluded(out.parent, [(member.name, row) for member, row in bad])
     return Manifest(out)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from hpc_lbsgd.errors import RequestError
 
@@ -91,9 +92,9 @@ def renumber(names: Sequence[str], labels: Sequence[int], classes: list[str], wh
     return [place[names[label]] for label in labels]
 
 
-def doubts(classes: Sequence[str], labels: Iterable[int]) -> list[str]:
+def doubts(classes: Sequence[str], labels: Sequence[int]) -> list[str]:
     """What looks as if a set was not read as it was meant."""
-    counts = Counter(int(label) for label in labels)
+    counts = np.bincount(labels, minlength=len(classes))
     found = []
     parts = [name for name in classes if name.lower() in PARTS]
     if parts:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import active_children, get_context
+
+from tqdm import tqdm
 
 from hpc_lbsgd.signals import undisturbed
 
@@ -39,3 +42,21 @@ class Pool(ProcessPoolExecutor):
             for process in active_children():
                 process.terminate()
         self.shutdown(wait=True, cancel_futures=bool(kind))
+
+
+def in_order(jobs: Sequence[tuple], total: int, title: str, processes: int | None) -> Iterator[list]:
+    """What each job (function, arguments ...) returns, a list, in order; a bar counts their items up to `total`.
+    Several jobs are done in processes (default: one a core)."""
+    processes = min(processes or len(os.sched_getaffinity(0)), len(jobs))
+    with tqdm(total=total, desc=title, unit="image", disable=None) as bar:
+
+        def counted(found: list) -> list:
+            bar.update(len(found))
+            return found
+
+        if processes <= 1:
+            yield from (counted(function(*arguments)) for function, *arguments in jobs)
+            return
+        with Pool(processes) as pool:
+            for future in [pool.submit(*job) for job in jobs]:
+                yield counted(future.result())

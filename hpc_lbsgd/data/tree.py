@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from hpc_lbsgd.data import labels
 from hpc_lbsgd.data.decode import decode_all
 from hpc_lbsgd.data.manifest import (
@@ -24,7 +22,7 @@ from hpc_lbsgd.data.manifest import (
     read_excluded,
     write,
 )
-from hpc_lbsgd.data.pool import Pool
+from hpc_lbsgd.data.pool import in_order
 from hpc_lbsgd.errors import RequestError
 
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's table of labels, in the folder that it is of
@@ -155,31 +153,22 @@ def index(
     numbers = [tree.labels[i] for i in chosen]
     if classes is not None:
         numbers = labels.renumber(tree.classes, numbers, classes, str(root))
-    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    rows: list[Row | str] = []
-    processes = min(processes or len(os.sched_getaffinity(0)), max(1, len(chunks)))
-    with tqdm(total=len(paths), desc=f"indexing {root}", unit="image", disable=None) as bar:
-
-        def add(results):
-            rows.extend(results)
-            bar.update(len(results))
-
-        if processes == 1:
-            for chunk in chunks:
-                add(examine(str(root), chunk))
-        else:
-            with Pool(processes) as pool:
-                for results in pool.map(examine, [str(root)] * len(chunks), chunks):
-                    add(results)
-    bad = [(path, row) for path, row in zip(paths, rows, strict=True) if isinstance(row, str)]
-    if bad and not exclude:
-        raise RequestError(
-            f"{len(bad)} of {len(paths)} images cannot be read; mend or remove them, or have them left out (--exclude)"
-            f":\n{listed([f'{root / path}: {row}' for path, row in bad])}"
-        )
-    good = [i for i, row in enumerate(rows) if not isinstance(row, str)]
+    jobs = [(examine, str(root), paths[i : i + CHUNK]) for i in range(0, len(paths), CHUNK)]
+    rows = [row for some in in_order(jobs, len(paths), f"indexing {root}", processes) for row in some]
+    good = usable(paths, rows, [str(root / path) for path in paths], root if exclude else None)
     columns = ([values[i] for i in good] for values in (paths, numbers, rows))
     write(out, root, classes or tree.classes, *columns, left_out=tree.left_out)
-    if bad:
-        add_excluded(root, bad)
     return Manifest(out)
+
+
+def usable(names: list[str], rows: list[Row | str], shown: list[str], exclude_in: Path | None) -> list[int]:
+    """The places of images that decode; others are refused, as they are `shown`, or go to a folder's exclude.txt."""
+    bad = [i for i, row in enumerate(rows) if isinstance(row, str)]
+    if bad and exclude_in is None:
+        raise RequestError(
+            f"{len(bad)} of {len(rows)} images cannot be read; mend or remove them, or have them left out (--exclude)"
+            f":\n{listed([f'{shown[i]}: {rows[i]}' for i in bad])}"
+        )
+    if bad:
+        add_excluded(exclude_in, [(names[i], rows[i]) for i in bad])
+    return [i for i, row in enumerate(rows) if not isinstance(row, str)]

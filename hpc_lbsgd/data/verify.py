@@ -9,13 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from hpc_lbsgd.data import archive, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.decode import Facts, decode_all
 from hpc_lbsgd.data.manifest import CHUNK, Manifest, checksum
-from hpc_lbsgd.data.pool import Pool
+from hpc_lbsgd.data.pool import in_order
 from hpc_lbsgd.data.storage import SampleError, open_storage
 from hpc_lbsgd.data.tree import AT_A_TIME
 from hpc_lbsgd.errors import RequestError
@@ -191,21 +189,7 @@ def verify(path: str | os.PathLike, processes: int | None = None) -> Verified:
         m.check_labels()
         root, count = m.path.parent, len(m)
         work = [(look_at_samples, str(m.path), range(i, min(i + CHUNK, count))) for i in range(0, count, CHUNK)]
-    seen: list[Seen] = []
-    processes = min(processes or len(os.sched_getaffinity(0)), max(1, len(work)))
-    with tqdm(total=count, desc=f"verifying {path}", unit="image", disable=None) as bar:
-
-        def add(some: list[Seen]) -> None:
-            seen.extend(some)
-            bar.update(len(some))
-
-        if processes == 1:
-            for function, *arguments in work:
-                add(function(*arguments))
-        else:
-            with Pool(processes) as pool:
-                for future in [pool.submit(*item) for item in work]:
-                    add(future.result())
+    seen = [one for some in in_order(work, count, f"verifying {path}", processes) for one in some]
     found = findings_of(seen)
     shards = look_at_shards(m, {f.path for f in found if f.kind in UNUSABLE}) if m is not None else []
     return Verified(root, count, shards + found)

@@ -170,7 +170,8 @@ class Buckets:
             self._largest = 2.0**62 / workers
             self.out_of_range = torch.zeros((), dtype=torch.bool, device=self.device)
         # gradients of this rank that are not zero, and those of them that fixed point or a float16 wire made zero
-        count = count_flushed and (self.bits is not None or self.wires is not None)
+        narrow = self.wires is not None and self.wires[0].dtype == torch.float16  # bfloat16 has float32's range
+        count = count_flushed and (self.bits is not None or narrow)
         self.flushed = torch.zeros(2, dtype=torch.float64, device=self.device) if count else None
 
     def arm(self, last_pass: bool, measured: bool = False, digest: Digest | None = None, apart: bool = False) -> None:

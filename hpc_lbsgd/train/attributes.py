@@ -56,8 +56,7 @@ def parts(value: object, depth: int) -> Iterator[bytes]:
         for item in value:
             yield from parts(item, depth - 1)
     elif isinstance(value, (set, frozenset)):
-        for item in sorted(map(repr, value)):
-            yield item.encode()
+        yield from sorted(b"".join(parts(item, depth - 1)) for item in value)
     elif isinstance(value, FunctionType):  # what it closes over
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # nothing in it yet

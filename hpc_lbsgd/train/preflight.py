@@ -71,8 +71,15 @@ def before(
     )
     own = build()
     weights = weights_sha256(own)
+    kept: list[str] = []
     try:
         seen = probe.look(own, call)
+        probe.refuse_state(own, seen.changed)
+        if full:
+            probe.refuse_state(*probe.followers(build, call), "each forward once its weights have moved")
+            kept = probe.remembers(build, call)
+        if recipe.data.eval or recipe.data.dataset:
+            probe.refuse_state(own, probe.changed_by_evaluation(own, call), "an evaluation")
     except (RequestError, RunError):
         raise
     except Exception as problem:  # a model, a loss and data that anyone may have written
@@ -82,13 +89,6 @@ def before(
                 f"and has nothing to normalise by ({problem}); use more samples a worker"
             ) from None
         raise RequestError(f"the first step cannot be computed: {fault(problem, call)}") from None
-    evaluated = recipe.data.eval or recipe.data.dataset
-    probe.refuse_state(own, seen.changed)
-    if full:
-        probe.refuse_state(*probe.followers(build, call), "each forward once its weights have moved")
-    if evaluated:
-        probe.refuse_state(own, probe.changed_by_evaluation(own, call), "an evaluation")
-    kept = probe.remembers(build, call) if full else []
     what = "forward changes nothing but BatchNorm's statistics"
     if kept:
         more = f" (and {len(kept) - 1} more)" if len(kept) > 1 else ""

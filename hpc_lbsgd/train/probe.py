@@ -168,20 +168,25 @@ def remembers(build: Callable[[], nn.Module], call: Call) -> list[str]:
     others = call.images.flip(0) * 0.75 if call.images.is_floating_point() else call.images.flip(0)
     other = call._replace(images=others, labels=call.labels.flip(0))
 
-    def after(*calls: Call) -> dict[str, str]:
+    def around(*calls: Call) -> tuple[dict[str, str], dict[str, str]]:
         model = build()
         models.train(model, models.frozen_in(model))
+        fresh = snapshot(model)
         for one in calls:
             torch.manual_seed(one.key)
             with torch.no_grad():
                 one.loss(one.outputs(model, one.images), one.labels)
-        return snapshot(model)
+        return fresh, snapshot(model)
 
-    alone, both = after(call), after(other, call)
-    # there is one loss for all models: after equal forwards it is equal, or it remembers
-    first, _, second = snapshot(owner), after(call), snapshot(owner)
-    moved = {f"{name} of the loss" for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
-    return sorted(moved | {name for name in alone.keys() | both.keys() if alone.get(name) != both.get(name)})
+    (fresh, alone), (fresh_too, both) = around(call), around(other, call)
+    # numbers of handles, times, names of files are others in each model, whatever it has seen
+    comparable = {name for name in fresh.keys() | alone.keys() | both.keys() if fresh.get(name) == fresh_too.get(name)}
+    found = {name for name in comparable if alone.get(name) != both.get(name)}
+    if first := snapshot(owner):  # there is one loss for all models: after equal forwards it is equal, or it remembers
+        around(call)
+        second = snapshot(owner)
+        found |= {f"{n} of the loss" for n in first.keys() | second.keys() if first.get(n) != second.get(n)}
+    return sorted(found)
 
 
 def followers(build: Callable[[], nn.Module], call: Call) -> tuple[nn.Module, list[str]]:

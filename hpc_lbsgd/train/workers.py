@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -132,7 +133,7 @@ def groups_in_step(point, bn_group: int) -> int:
     return full * len(group_sizes(point.samples_per_worker, bn_group)) + len(group_sizes(rest, bn_group))
 
 
-class VirtualLayer:
+class VirtualLayer(ABC):
     """A module of the model whose own forward runs through here."""
 
     def __init__(self, name: str, module: nn.Module, context: PassContext):
@@ -146,8 +147,9 @@ class VirtualLayer:
         self.calls += 1
         return self.calls - 1
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name, for calls that use it
-        raise NotImplementedError
+    @abstractmethod
+    def forward(self, *inputs, **named) -> torch.Tensor:
+        """In place of the module's own."""
 
     def check_rows(self, x: torch.Tensor) -> None:
         """Several workers or groups can be told apart only where the input has a row a sample."""
@@ -283,7 +285,7 @@ class VirtualDropout(VirtualLayer):
         self.shared_dims = DROPOUTS[type(module)]
         self.place = len(context.layers) - 1
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name, for calls that use it
         x, module, context = input, self.module, self.context
         if not module.training or module.p == 0 or not context.spans:
             return self.own(x)
