@@ -6,12 +6,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import changed
 from test_layers import Virtual
 from test_workers import CPU, batches, engine, point_of, run_steps, small_recipe  # noqa: F401
 from torch import nn
 
-from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.train import decide, losses, models, preflight, step, verdict
 from hpc_lbsgd.train.replica import Replica
@@ -223,18 +221,20 @@ def test_a_first_step_that_fails_is_one_message(monkeypatch, inputs, says):
 # ---------------------------------------------------------------- numbers
 
 
-def test_gradients_that_a_float16_wire_loses_are_counted(engine, monkeypatch):  # noqa: F811
-    shares = {}
-    for bits in (0, -40):
-        monkeypatch.setattr(losses, "scaled", lambda o, y, b=bits: F.cross_entropy(o, y, reduction="none") * 2.0**b,
+@pytest.mark.parametrize("way, bits, says", [
+    ({"determinism": "any-ranks"}, -38, r"below 2\^-41, and determinism any-ranks .* raise fixed_point_bits \(now 40"),
+    ({"wire": "fp16"}, -40, r"below 2\^-35, and wire fp16 .* raise wire_scale_bits \(now 10, at most 24\)"),
+])  # fmt: skip
+def test_gradients_that_are_lost_on_the_way_are_counted(engine, monkeypatch, way, bits, says):  # noqa: F811
+    shares = []
+    for scale in (1.0, 2.0**bits):
+        monkeypatch.setattr(losses, "scaled", lambda o, y, s=scale: F.cross_entropy(o, y, reduction="none") * s,
                             raising=False)  # fmt: skip
-        recipe = recipes.validate(changed(small_recipe(wire="fp16").model_dump(),
-                                          train__loss="hpc_lbsgd.train.losses:scaled"))  # fmt: skip
+        recipe = small_recipe(train__loss="hpc_lbsgd.train.losses:scaled", **way)
         replica = Replica(recipe, 5, engine, CPU)
-        shares[bits] = step.Stepper(replica, recipe, batches(recipe, point_of())).run(point_of()).flushed
-    assert shares[0] < 0.01 and shares[-40] > 0.99
-    said = verdict.lost(recipe, shares[-40])
-    assert "wire fp16 makes them zero: raise wire_scale_bits (now 10, at most 24)" in said and "2^-35" in said
+        shares.append(step.Stepper(replica, recipe, batches(recipe, point_of())).run(point_of()).flushed)
+    assert shares[0] < 0.01 and shares[1] > 0.9
+    assert re.search(says, verdict.lost(recipe, shares[1]))
 
 
 def test_an_evaluation_that_is_no_number_is_never_the_best():
