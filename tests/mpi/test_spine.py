@@ -228,9 +228,12 @@ def test_float64_data_is_trained_and_evaluated(tmp_path):
 
 
 def test_state_that_later_forwards_change_ends_the_run_at_a_checkpoint(tmp_path):
-    """What preflight cannot see: a scale that falls every 30th forward."""
+    """A scale that falls every 30th forward: preflight sees what counts them, and without it the first checkpoint sees
+    the scale."""
     recipe = write_recipe(tmp_path / "r.yaml", changed(OWN, model__name="spine_models:drifts", checkpoint__steps=4))
-    result = train_on(2, recipe, tmp_path / "run")
+    refused = command("train", recipe, "--run", tmp_path / "run")
+    assert refused.returncode == 2 and "state: count is another where other samples went before" in refused.stderr
+    result = train_on(2, recipe, tmp_path / "run", "--set", "train.preflight=false")
     assert result.returncode == 1 and "scale was changed since the start" in result.stderr, result.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
 
