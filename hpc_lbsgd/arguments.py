@@ -114,10 +114,14 @@ def with_run(p):
         (RESUME_IF_EXISTS, "the same if there is a run in --run, else start it: for batch scripts"),
     ):
         flags.add_argument(flag, dest="resume", action="store_const", const=flag, help=what)
+    with_amend(p, "--resume: ")
+
+
+def with_amend(p, when: str = ""):
     p.add_argument(
         "--amend",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="--resume: change a key from here on (learning rate, milestones ahead, epochs, scales); journaled",
+        help=f"{when}change a key from here on (learning rate, milestones ahead, epochs, scales); journaled",
     )

@@ -14,6 +14,7 @@ from hpc_lbsgd.arguments import (
     positive,
     positive_float,
     step_range,
+    with_amend,
     with_hosts,
     with_json,
     with_recipe,
@@ -24,8 +25,9 @@ from hpc_lbsgd.bench import commands as bench
 from hpc_lbsgd.data import commands as data
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import world
-from hpc_lbsgd.runs import RESUME
+from hpc_lbsgd.runs import RESUME, name_of
 from hpc_lbsgd.signals import Steadfast
+from hpc_lbsgd.trained import commands as trained
 
 LATER_S = 10.0
 
@@ -68,12 +70,26 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--hosts", metavar="A,B", help="--mpi: these hosts (default: the nodes of the Slurm job, or here)")
     with_json(p)
 
+    add_beginning(command)
     data.add(commands)
     add_runs(command)
+    trained.add(command)
     add_jobs(command)
     bench.add(commands)
     add_reproduce(command)
     return top
+
+
+def add_beginning(command) -> None:
+    p = command("init", init, help="a first recipe for your own images, each choice with its reason")
+    p.add_argument("dir", type=Path, help="DIR/CLASS/IMAGE, DIR/train and DIR/val of them, or tar files")
+    p.add_argument("--out", type=Path, metavar="FILE", help="the recipe (default: NAME.yaml in this folder)")
+    p.add_argument("--small", action="store_true", help="64 pixels and ResNet-20: for CPUs, and for a first look")
+    p.add_argument("--exclude", action="store_true", help="leave out images that do not decode, and list them")
+    p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
+
+    p = command("recipes", list_recipes, help="the recipes that are shipped")
+    with_json(p)
 
 
 def add_runs(command) -> None:
@@ -96,6 +112,20 @@ def add_runs(command) -> None:
     )
     with_recipe(p)
     with_run(p)
+    with_json(p)
+
+    p = command("resume", resume, help="go on with a run, on as many ranks as before")
+    p.add_argument("run", help="run folder")
+    with_set(p)
+    p.add_argument("--np", type=positive, dest="ranks", help="ranks (default: those of its last start)")
+    p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
+    with_amend(p)
+    p.add_argument("--dry-run", action="store_true", help="print the command and stop")
+    with_json(p)
+
+    p = command("compare", compare, help="the first step at which two runs differ, and in what")
+    p.add_argument("a", metavar="A", help="run folder")
+    p.add_argument("b", metavar="B", help="run folder")
     with_json(p)
 
     p = command("preflight", preflight, help="does this model, data and machine keep the promise? train asks it first")
@@ -169,6 +199,35 @@ def doctor(args) -> int:
     return EXIT_FAILED if any(f.level == doctors.FAIL for f in findings) else EXIT_DONE
 
 
+def init(args) -> int:
+    from hpc_lbsgd import first_recipe
+
+    print(first_recipe.show(first_recipe.init(args.dir, args.out, args.small, args.exclude, args.processes)))
+    return EXIT_DONE
+
+
+def list_recipes(args) -> int:
+    from hpc_lbsgd import reading
+
+    found = {name: reading.heading(name) for name in reading.shipped()}
+    print(json.dumps({"recipes": found}) if args.json else "\n".join(f"{n:34s} {h}" for n, h in found.items()))
+    return EXIT_DONE
+
+
+def resume(args) -> int:
+    from hpc_lbsgd.cluster import resume as resumes
+
+    return resumes.resume(args.run, args.ranks, args.oversubscribe, args.settings, args.amend, args.json, args.dry_run)
+
+
+def compare(args) -> int:
+    from hpc_lbsgd.report import compare as compares
+
+    found = compares.compare(args.a, args.b)
+    print(json.dumps(found) if args.json else compares.show(found))
+    return EXIT_DONE
+
+
 def plan(args) -> int:
     from hpc_lbsgd import plan as plans
     from hpc_lbsgd import recipe as recipes
@@ -184,7 +243,7 @@ def plan(args) -> int:
     critical = plans.measured_noise_scale(args.noise_from) if args.noise_from else args.critical_batch
     where = (args.nodes, args.gpus_per_node, args.images_per_s)
     result = plans.plan(recipe, *where, args.steps, critical, args.system, *past)
-    print(json.dumps(result) if args.json else plans.show(Path(args.recipe).stem, recipe, result))
+    print(json.dumps(result) if args.json else plans.show(name_of(args.recipe), recipe, result))
     return EXIT_DONE
 
 
@@ -200,7 +259,7 @@ def train(args) -> int:
     stops.listen()
     from hpc_lbsgd.train import job
 
-    return job.train(Path(args.recipe).stem, recipe, args.run, args.resume, args.json, changes, stops)
+    return job.train(name_of(args.recipe), recipe, args.run, args.resume, args.json, changes, stops)
 
 
 def preflight(args) -> int:

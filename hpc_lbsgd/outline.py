@@ -8,6 +8,8 @@ from hpc_lbsgd.theory.schedule import Schedule
 
 GOYALS_LIMIT = 8192  # Goyal et al. 2017, figure 1: above it accuracy falls on ImageNet
 
+FAR = 32  # 8192 of 256, figure 1: as far as linear scaling was shown to hold
+
 
 def warnings(recipe, schedule: Schedule, critical_batch: float | None = None) -> list[str]:
     """What the papers would say against this run. Never an error: people may know better."""
@@ -28,6 +30,18 @@ def warnings(recipe, schedule: Schedule, critical_batch: float | None = None) ->
         found.append(
             f"kn = {largest} is more than N = {schedule.samples}: an epoch is one tail, whose gradient is its sum over "
             f"kn, as if the learning rate were {schedule.samples / largest:.3g} of what it is"
+        )
+    reached = [s for s in schedule.stages if s.first_epoch < schedule.epochs]
+    if len(reached) == 1 and reached[0].shape == "constant" and recipe.schedule.kind != "adaptive-batch":
+        found.append(
+            "the learning rate never falls and the batch never grows: most of the accuracy comes when they do "
+            "(schedule.milestones, or schedule.kind = cosine)"
+        )
+    far = start / recipe.optim.base_batch
+    if recipe.schedule.scaling != "none" and not 1 / FAR <= far <= FAR:
+        found.append(
+            f"the run starts at kn = {start}, {far:.3g} times optim.base_batch = {recipe.optim.base_batch}: scaling "
+            f"was not tried that far (Goyal et al. 2017: up to {FAR} times); find base_lr at a nearer base_batch"
         )
     if largest == n and recipe.train.noise_scale_steps:
         found.append("k = 1: the noise scale is not measured (train.noise_scale_steps), it takes two workers")

@@ -48,7 +48,7 @@ def model_costs(recipe: Recipe, classes: int) -> tuple[int, float]:
         model = models.without_storage(recipe, classes)
         flop = counted(model, "meta")
     except Exception:  # a model that anyone may have written, whose forward looks at values
-        model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed)
+        model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, fresh=True)
         try:
             flop = counted(model, "cpu")
         except Exception as problem:

@@ -32,6 +32,12 @@ def shipped() -> list[str]:
     return names_in(resources.files("hpc_lbsgd.recipes"))
 
 
+def heading(name: str) -> str:
+    """What a shipped recipe's first line says of it."""
+    lines = (resources.files("hpc_lbsgd.recipes") / f"{name}.yaml").read_text("utf-8").splitlines()
+    return lines[0].lstrip("# ").rstrip(".:")
+
+
 def recipe_content(name: str, settings: Iterable[str] = ()) -> dict[str, Any]:
     """Keys and values of a recipe by shipped name or path, machine files and settings in place; not yet checked."""
     path = Path(name)

@@ -179,6 +179,7 @@ class Recipe(Section):
                 "checkpoint": True,
                 "train": {"max_steps", "preflight", "eval_epochs"},
                 "data": {"train", "eval", "samples", "classes"},
+                "model": {"init_from"},
             },
         )
         part["batch"]["bn_group"] = self.batch.group

@@ -3,6 +3,7 @@ benchmarks all read these.
 
     recipe.yaml         the recipe, settled (k no longer `per_rank`)
     environment.json    versions, hosts, devices, job id; one entry a start
+    classes.json        names of the classes, by label
     amendments.json     what `--amend` changed, by step; written before it takes effect
     preflight.json      digests of the first start's first batch and gradient; a resume must compute the same
     metrics.jsonl       one JSON object a line: kind = start|step|epoch|eval|checkpoint|event|end
@@ -87,6 +88,7 @@ class RunFolder:
         self.status_file = self.path / "status.json"
         self.environment = self.path / "environment.json"
         self.preflight = self.path / "preflight.json"
+        self.classes = self.path / "classes.json"
         self.amendments = self.path / "amendments.json"
         self.checkpoints = self.path / "checkpoints"
         self.heartbeats = self.path / "heartbeats"
@@ -124,7 +126,8 @@ class RunFolder:
         """Forget a first start that was refused before any step: the folder can be used again."""
         if self.metrics.exists() or self.checkpoints.exists():
             return  # it was no first start
-        self.recipe.unlink(missing_ok=True)
+        for path in (self.recipe, self.classes):
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.heartbeats, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: it was there before
             self.path.rmdir()

@@ -20,6 +20,12 @@ RESUME = "--resume"  # the run is there
 RESUME_IF_EXISTS = "--resume-if-exists"  # it may be there: for the first start of a batch script, and all later ones
 
 
+def name_of(recipe: str) -> str:
+    """What a recipe is called, by its file's name; that of a run folder is called as the folder."""
+    path = Path(recipe)
+    return path.resolve().parent.name if path.name == "recipe.yaml" else path.stem
+
+
 def own_run(
     name: str, run: str | None, resume: str | None, on_lost: Callable[[str], None] | None = None
 ) -> tuple[RunFolder, owner.Held]:

@@ -47,6 +47,9 @@ class Model(Section):
     """start each residual block's last BatchNorm at gamma = 0 (Goyal et al. 2017, section 5.1)"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """dropout before the classifier"""
+    init_from: str | None = None
+    """weights to start from: a run folder, or a state dict (.pt, .pth, .safetensors); a classifier of another number of
+    classes starts anew. Compared by content at a resume (preflight), not part of the fingerprint"""
 
 
 class Data(Section):

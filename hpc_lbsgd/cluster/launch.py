@@ -17,7 +17,7 @@ from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQU
 from hpc_lbsgd.owner import HANDED_ON
 from hpc_lbsgd.parallel.launchers import Layout, check_hosts, exported, starter
 from hpc_lbsgd.records import RunFolder
-from hpc_lbsgd.runs import choose_run, own_run
+from hpc_lbsgd.runs import choose_run, name_of, own_run
 from hpc_lbsgd.signals import ASKED, say, undisturbed
 
 POLL_S = 0.5
@@ -44,7 +44,7 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
         code = subprocess.run(line, stdin=subprocess.DEVNULL).returncode
         return code if code in (EXIT_DONE, EXIT_REQUEST) else EXIT_FAILED
     amend.of_request(job.amend, job.resume)
-    folder = choose_run(Path(job.recipe).stem, job.run, job.resume)
+    folder = choose_run(name_of(job.recipe), job.run, job.resume)
     program += ["--run", str(folder.path)]
     for change in job.amend:
         program += ["--amend", change]

@@ -6,6 +6,6 @@ manifest.py    the list of a set's images. tree.py makes it from a folder, archi
 source.py      the seam: what a loader is asked for, and a Batch
 loader.py      the choice of one; dali.py and torchvision.py decode, finish.py does the rest on CPUs
 
-May be imported by: outline, train, bench, reproduce, plan, cluster, cli.
+May be imported by: outline, train, bench, reproduce, plan, cluster, trained, first_recipe, cli.
 May import: recipe, arguments, owner, records, signals, imports, theory, errors.
 """

@@ -293,8 +293,12 @@ def write(
 
 def subset(source: Manifest, out: Path, count: int, seed: int = 0) -> Manifest:
     """Write a manifest of `count` samples of `source`, chosen at random and kept in its order; files stay in place."""
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:count])
-    columns = source.table.take(chosen).to_pydict()
+    return pick(source, out, np.sort(np.random.default_rng(seed).permutation(len(source))[:count]))
+
+
+def pick(source: Manifest, out: Path, rows: np.ndarray) -> Manifest:
+    """Write a manifest of these rows of `source`, in their order; files stay in place."""
+    columns = source.table.take(rows).to_pydict()
     facts = list(zip(*(columns[name] for name in ("width", "height", "bytes", "checksum")), strict=True))
     places = list(zip(columns["shard"], columns["offset"], strict=True)) if source.shards else None
     paths = [unescaped(path) for path in columns["path"]] if source.header.get("escaped") else columns["path"]

@@ -24,7 +24,7 @@ from hpc_lbsgd.runs import RUNS, own_run
 from hpc_lbsgd.signals import undisturbed
 from hpc_lbsgd.train.parts import build
 from hpc_lbsgd.train.preflight import Check
-from hpc_lbsgd.train.prepare import Prepared, open_data, prepare
+from hpc_lbsgd.train.prepare import Prepared, open_data, prepare, with_start_settled
 from hpc_lbsgd.train.stops import Stops
 from hpc_lbsgd.train.trainer import Trainer
 
@@ -111,7 +111,8 @@ def preflight(recipe: Recipe, as_json: bool = False) -> int:
 
     def request() -> tuple[dict, str, str | None]:
         # the folder is for manifests of data that cannot be written beside
-        train, evaluation, settled = open_data(recipe.with_workers(engine.size), RunFolder(RUNS / "preflight"))
+        asked = with_start_settled(recipe.with_workers(engine.size))
+        train, evaluation, settled = open_data(asked, RunFolder(RUNS / "preflight"))
         content = settled.model_dump(mode="json")
         return content, str(train.path), str(evaluation.path) if evaluation is not None else None
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.imports import load
+from hpc_lbsgd.train import start
 from hpc_lbsgd.train.refusals import refuse, refuse_shared_memory
 from hpc_lbsgd.train.workers import PassContext, VirtualNorm
 
@@ -134,8 +135,13 @@ MODELS = {
 }
 
 
-def build(section, channels: int, classes: int, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model of a recipe's `model` section, on the CPU; the same weights for the same seed on every rank."""
+def build(
+    section, channels: int, classes: int, seed: int, dtype: torch.dtype = torch.float32, fresh: bool = False
+) -> nn.Module:
+    """The model of a recipe's `model` section, on the CPU; the same weights for the same seed on every rank.
+
+    fresh: leave `init_from` alone, for those who bring weights of their own, or none.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if ":" in section.name:  # the user's own, initialised by its author
@@ -145,16 +151,18 @@ def build(section, channels: int, classes: int, seed: int, dtype: torch.dtype = 
             for name, module in model.named_modules():  # before a change of type would hide what it was
                 refuse(name, module)
             refuse_shared_memory(model)
-            return model.to(dtype)
-        model = MODELS[section.name](section, channels, classes)
-        initialise(model, section.zero_gamma)
+        else:
+            model = MODELS[section.name](section, channels, classes)
+            initialise(model, section.zero_gamma)
+    if section.init_from and not fresh:
+        start.load_into(model, section.init_from)
     return model.to(dtype)
 
 
 def without_storage(recipe, classes: int) -> nn.Module:
     """The model of a recipe on device meta: shapes and names only."""
     with torch.device("meta"):
-        return build(recipe.model, recipe.data.channels, classes, recipe.seed)
+        return build(recipe.model, recipe.data.channels, classes, recipe.seed, fresh=True)
 
 
 def initialise(model: nn.Module, zero_gamma: bool) -> None:

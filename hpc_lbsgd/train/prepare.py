@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import platform
 import socket
@@ -53,6 +54,7 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = 
         recipe = settle_again(recipe, recipes.load_resolved(folder.recipe))
     else:
         recipe = recipe.with_workers(ranks).with_threads(worlds.cores_per_rank(worlds.from_environment().local_size))
+        recipe = with_start_settled(recipe)
     train, evaluation, recipe = open_data(recipe, folder)
     recipe.build_schedule(len(train))  # refuses what cannot be scheduled
     newest = checkpoint.find_newest(folder) if folder.exists() else None
@@ -86,6 +88,7 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = 
         checkpoint.sweep(folder)
         if attempt:
             cut_metrics(folder, state.step if state else 0)
+        write_atomically(folder.classes, json.dumps(train.classes) + "\n")
         write_atomically(folder.recipe, recipe.to_yaml())
         if amend:
             folder.write_amendments(amendments)
@@ -127,6 +130,7 @@ def refuse_idle_ranks(recipe: Recipe, schedule: Schedule, ranks: int) -> None:
 def settle_again(asked: Recipe, before: Recipe) -> Recipe:
     """The recipe to resume with: the run's own k and threads, and no other difference in the result part."""
     asked = asked.with_workers(before.batch.workers)
+    asked = asked.model_copy(update={"model": asked.model.model_copy(update={"init_from": before.model.init_from})})
     if before.machine.threads:
         asked = asked.with_threads(before.machine.threads)
     old, new = amends.flatten(before.result_part()), amends.flatten(asked.result_part())
@@ -138,6 +142,19 @@ def settle_again(asked: Recipe, before: Recipe) -> Recipe:
     if changed:
         raise RequestError(f"--resume: the run was made by another recipe: {'; '.join(changed)}")
     return asked
+
+
+def with_start_settled(recipe: Recipe) -> Recipe:
+    """model.init_from as a file: of a run its newest checkpoint's weights, the averaged ones where it has them."""
+    where = recipe.model.init_from
+    if where is None or not Path(where).is_dir():
+        return recipe
+    found = checkpoint.find_newest(RunFolder(where))
+    if found is None:
+        raise RequestError(f"model.init_from = {where}: no checkpoint in it")
+    averaged = found[0] / checkpoint.AVERAGE
+    path = str(averaged if averaged.exists() else found[0] / checkpoint.WEIGHTS)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"init_from": path})})
 
 
 def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | None, Recipe]:

@@ -10,6 +10,10 @@ SLOW = ("torch", "torchvision", "horovod", "nvidia", "matplotlib", "mpi4py", "te
 # modules and packages that are about tensors: they import torch at their top. Nothing else does, not even indirectly.
 WITH_TORCH = (
     "hpc_lbsgd.train",
+    "hpc_lbsgd.trained.evaluate",
+    "hpc_lbsgd.trained.export",
+    "hpc_lbsgd.trained.opened",
+    "hpc_lbsgd.trained.predict",
     "hpc_lbsgd.parallel.buckets",
     "hpc_lbsgd.parallel.ddp_engine",
     "hpc_lbsgd.parallel.engine",

@@ -1,0 +1,88 @@
+"""`evaluate`, `predict` and `export`: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hpc_lbsgd.arguments import positive, with_json
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED
+
+
+def add(command) -> None:
+    """Add them to the top level's commands."""
+    p = with_trained(command("evaluate", evaluate, help="loss and accuracy of a run on its own or other data"))
+    p.add_argument("data", nargs="?", help="manifest, or the folder that has one (default: the recipe's data.eval)")
+    with_json(p)
+    p = with_trained(command("predict", predict, help="classes of image files, by a run's model"))
+    p.add_argument("images", nargs="+", help="image files, or folders of them")
+    p.add_argument("--top", type=positive, default=1, help="classes an image, the likeliest first (default: 1)")
+    with_json(p)
+    p = with_trained(command("export", export, help="a run's model for other programs, read back and compared"))
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="FILE.pt: state dict; .safetensors; .pt2: torch.export, model and weights; .onnx",
+    )
+    with_json(p)
+
+
+def with_trained(p):
+    p.add_argument("run", help="run folder")
+    p.add_argument(
+        "--at", default="newest", metavar="WHICH", help="checkpoint: newest, best, or a step (default: newest)"
+    )
+    p.add_argument(
+        "--plain", action="store_true", help="the weights themselves, where the recipe averages them (train.ema_decay)"
+    )
+    return p
+
+
+def evaluate(args) -> int:
+    from hpc_lbsgd.trained import evaluate as evaluates
+
+    found = evaluates.evaluate(args.run, args.data, args.at, args.plain)
+    if found is None:
+        return EXIT_DONE
+    if args.json:
+        print(json.dumps(found))
+    else:
+        accuracy = "" if found["accuracy"] is None else f", accuracy {found['accuracy']:.2%}"
+        averaged = ", averaged weights" if found["averaged"] else ""
+        print(f"{found['run']}, step {found['step']}{averaged}, on {found['data']}:")
+        print(f"  loss {found['loss']:.4f}{accuracy}, {found['samples']} samples")
+    return EXIT_DONE
+
+
+def predict(args) -> int:
+    from hpc_lbsgd.trained import predict as predicts
+    from hpc_lbsgd.trained.opened import open_run
+
+    paths = predicts.images_of(args.images)
+    found = open_run(args.run, args.at, args.plain)
+    made = []
+    for p in predicts.predict(found, paths, args.top):
+        made.append(p)
+        if not args.json:
+            said = ", ".join(f"{name} {share:.1%}" for name, share in zip(p.classes, p.shares, strict=True))
+            print(f"{p.path}: {p.problem or said}", flush=True)
+    if args.json:
+        print(json.dumps({"run": args.run, "step": found.step, "images": [p._asdict() for p in made]}))
+    return EXIT_FAILED if any(p.problem for p in made) else EXIT_DONE
+
+
+def export(args) -> int:
+    from hpc_lbsgd.trained import export as exports
+    from hpc_lbsgd.trained.opened import open_run
+
+    found = open_run(args.run, args.at, args.plain)
+    made = exports.export(found, args.out)
+    if args.json:
+        print(json.dumps(made))
+    else:
+        how = "weights equal to the bit" if made["largest_difference"] is None else "outputs differ by at most "
+        how += "" if made["largest_difference"] is None else f"{made['largest_difference']:.1e}"
+        print(f"{made['file']}: {found.said()}, {made['bytes'] / 1e6:.1f} MB; read back: {how}")
+    return EXIT_DONE
