@@ -1,5 +1,11 @@
-"""What was measured, for people to look at: how figures are made, and how two runs compare.
+"""What runs and benchmarks wrote down, for people to look at.
+
+facts.py       a run folder's records in the shape that the others want
+curves.py      a report's figures; page.py, page.html: the page itself
+watch.py       a run as it goes
+compare.py     two runs, to the last digit
+figures.py     how benchmarks make their plots
 
 May be imported by: bench, reproduce, plan, cluster, cli.
-May import: yaml12, records, theory, errors.
+May import: train, amend, recipe, yaml12, records, theory, errors.
 """

@@ -1,0 +1,179 @@
+"""`report` and `watch` on records as runs write them: right numbers, no matter how a run went."""
+
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from conftest import SMALL_RECIPE, changed, command
+
+from hpc_lbsgd import recipe
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.report import facts as reading
+from hpc_lbsgd.report import page
+from hpc_lbsgd.report.watch import Live, Tail, lines, sparkline
+
+N, KN = 203, 128
+
+
+def line(second, kind, **fields):
+    return json.dumps({"kind": kind, "time": f"2026-01-01T00:{second // 60:02d}:{second % 60:02d}.000+00:00", **fields})
+
+
+def step(second, number, **more):
+    count = N % KN if number % 2 else KN
+    fields = {"loss": 2.0 / (number + 1), "lr": 0.1, "momentum": 0.9, "global_batch": KN, "samples": count}
+    times = {"step_s": 1.0, "data_wait_s": 0.25, "exposed_comm_s": 0.125, "images_per_s": count}
+    return line(second, "step", step=number, epoch=number // 2, **(fields | times | more))
+
+
+def make(path, records, status=None, **keys):
+    folder = RunFolder(path)
+    path.mkdir(parents=True)
+    content = changed(SMALL_RECIPE, data__samples=N, data__classes=4, **keys)
+    folder.recipe.write_text(recipe.validate(content).to_yaml())
+    folder.metrics.write_text("\n".join(records) + "\n")
+    hosts = [{"host": h, "device": "cpu"} for h in ("a", "a", "b")]
+    folder.environment.write_text(json.dumps([{"attempt": 0, "ranks": hosts[:2]}, {"attempt": 1, "ranks": hosts}]))
+    if status:
+        folder.write_status(status)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """4 steps on 2 ranks, stopped after a checkpoint, 2 more on 3 ranks."""
+    begin = {"engine": "horovod", "device": "cpu", "global_batch": KN, "workers": 16}
+    return make(
+        tmp_path / "first <run>",
+        [
+            line(0, "start", step=0, attempt=0, ranks=2, **begin),
+            *(step(1 + i, i) for i in range(4)),
+            line(7, "eval", step=4, epoch=2, loss=1.0, accuracy=0.5, samples=61),
+            line(7, "checkpoint", step=4, path="x"),
+            line(9, "event", event="saved", step=4, seconds=2.0),
+            line(60, "start", step=4, attempt=1, ranks=3, **begin),
+            line(60, "event", event="resume", attempt=1, step=4, checkpoint="<b>x</b>"),
+            step(62, 4, noise_scale=50.0, noise_scale_low=40.0, noise_scale_high=70.0, images_per_s=300.0),
+            step(63, 5, loss=None),
+            line(64, "eval", step=6, epoch=3, loss=0.9, accuracy=0.75, samples=61),
+            line(64, "end", step=6, steps=6, status="done", weights_sha256="ab", seconds=4),
+        ],
+        "done",
+    )
+
+
+def test_time_is_booked_on_what_took_it(run):
+    found = reading.facts(str(run.path))
+    assert found.seconds == {"start-up": 0, "data": 1.5, "sums": 0.75, "compute": 3.75, "evaluation": 4.0,
+                             "checkpoint": 2.0, "other": 1.0}  # fmt: skip
+    # the hour between two starts is nobody's; two nodes count twice
+    assert found.node_hours == pytest.approx((9 * 1 + 4 * 2) / 3600)
+    assert found.seams == [4] and found.accuracy == 0.75 and found.images_per_s == pytest.approx((300 + N % KN) / 2)
+
+
+def test_curves_run_over_epochs_whatever_the_batch(run):
+    found = reading.facts(str(run.path))
+    assert found.epochs(found.steps) == pytest.approx([KN / N, 1, 1 + KN / N, 2, 2 + KN / N, 3])
+    assert found.epochs(found.evaluations) == [2, 3]
+
+
+def test_many_steps_are_averaged_and_keep_their_mean():
+    xs, ys = reading.thin(range(100_000), [float(i % 7) for i in range(100_000)])
+    assert len(xs) == len(ys) <= 600 and sum(ys) / len(ys) == pytest.approx(3.0, abs=0.01)
+    assert reading.thin([1, 2, 3], [None, float("nan"), 5.0]) == ([3.0], [5.0])
+
+
+def test_a_page_says_it_all_and_lets_nothing_through(run):
+    out = page.report([str(run.path)])
+    text = out.read_text()
+    assert out == run.path / "report.html"
+    assert "<b>x</b>" not in text and "first <run>" not in text and "first &lt;run&gt;" in text
+    assert not re.search(r'(src|href)="(?!#)', text), "it needs nothing else"
+    figures = re.findall(r"<svg .+?</svg>", text, re.S)
+    assert len(figures) == 7
+    ids = []
+    for figure in figures:
+        tree = ElementTree.fromstring(figure)
+        ids += [e.get("id") for e in tree.iter() if e.get("id")]
+    assert len(ids) == len(set(ids)), "two figures share an id, and one would be drawn with the other's marks"
+    assert "evaluation: 31% of the time" in text and "75.00%" in text
+
+
+def test_several_runs_lie_over_one_another(run, tmp_path):
+    for kn, accuracy in ((64, 0.8), (64, 0.9), (128, 0.7)):
+        name = tmp_path / f"runs-{kn}-{accuracy}" / "same-name"
+        begin = line(0, "start", step=0, attempt=0, ranks=kn // 32, engine="torch", device="cpu")
+        records = [begin, step(1, 0, global_batch=kn, images_per_s=kn * 10.0),
+                   line(2, "eval", step=1, epoch=1, loss=1.0, accuracy=accuracy, samples=61)]  # fmt: skip
+        make(name, records, seed=int(accuracy * 10))
+    names = [str(p) for p in sorted(tmp_path.glob("runs-*/same-name"))]
+    runs = page.distinct([reading.facts(n) for n in names])
+    assert [r.name for r in runs] == ["/".join(Path(n).parts[-2:]) for n in names]
+    assert reading.by_batch(runs) == [
+        (64, pytest.approx(0.15), pytest.approx(0.0707, abs=1e-4), 2),
+        (128, pytest.approx(0.3), 0.0, 1),
+    ]
+    assert reading.by_ranks(runs) == [(2, 640.0, 1.0), (4, 1280.0, 1.0)]
+    out = page.report([str(run.path), *names], tmp_path / "all.html", tmp_path / "figures", "svg")
+    assert {"scaling.svg", "error.svg", "loss.svg"} <= {p.name for p in (tmp_path / "figures").iterdir()}
+    assert [key for key, _ in page.differences(runs)] == ["seed"] and "no end on record" in out.read_text()
+
+
+@pytest.mark.parametrize("records", [[], ["{"], [line(0, "start", step=0, attempt=0, ranks=1)]])
+def test_a_run_that_has_hardly_begun_has_a_page_and_a_view(tmp_path, records):
+    folder = make(tmp_path / "new", records)
+    assert page.report([str(folder.path)]).exists()
+    live = Live(folder)
+    live.look()
+    assert live.facts()["status"] == "running" and lines(live.facts(), [], 80)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    for words in (["report", tmp_path], ["watch", tmp_path, "--once"]):
+        done = command(*words)
+        assert done.returncode == 2 and str(tmp_path) in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(RequestError, match="cannot be written"):
+        page.report([str(make(tmp_path / "r", [], None).path)], tmp_path / "none" / "x.html")
+
+
+def test_a_view_fits_its_columns_and_knows_what_is_left(run):
+    live = Live(run)
+    live.look()
+    run.status_file.unlink()  # as while it goes
+    found = live.facts()
+    # capped at 20 steps: 14 more, 7 epochs of 203 images
+    assert (found["step"], found["steps"], found["epochs"]) == (6, 20, 10)
+    assert found["eta_s"] == pytest.approx(7 * N / (3 * N / 6))
+    assert found["data_wait_share"] == 0.25 and found["noise_scale"] == 50.0 and found["best_accuracy"] == 0.75
+    for width in (40, 80, 200):
+        view = lines(found, list(live.losses), width)
+        assert max(map(len, view)) <= width and any("ETA 0:00:14" in v for v in view)
+
+
+def test_a_growing_file_is_read_once_and_again_where_a_resume_cut_it(tmp_path):
+    path, tail = tmp_path / "metrics.jsonl", Tail(tmp_path / "metrics.jsonl")
+    assert list(tail()) == []
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert [r["a"] for r in tail()] == [1, 2]
+    with path.open("a") as file:
+        file.write(": 3}\n")
+    assert [r["a"] for r in tail()] == [3] and list(tail()) == []
+    path.write_text('{"a": 1}\n')
+    assert [r["a"] for r in tail()] == [1]
+
+
+def test_a_sparkline_goes_from_the_lowest_to_the_highest():
+    assert (
+        sparkline([0.0, 1.0], 10) == "▁█"
+        and sparkline([3.0, 3.0], 10) == "▁▁"
+        and len(sparkline([1.0] * 999, 60)) <= 60
+    )
+
+
+def test_the_recipe_on_the_page_is_the_run_s(run):
+    text = page.report([str(run.path)]).read_text()
+    assert yaml.safe_load(run.recipe.read_text())["seed"] == 7 and "seed: 7" in text
