@@ -25,6 +25,7 @@ from hpc_lbsgd.bench import commands as bench
 from hpc_lbsgd.data import commands as data
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import world
+from hpc_lbsgd.reading import did_you_mean
 from hpc_lbsgd.runs import RESUME, name_of
 from hpc_lbsgd.signals import Steadfast
 from hpc_lbsgd.trained import commands as trained
@@ -48,6 +49,13 @@ class Parser(argparse.ArgumentParser):
         if not leave_to_rank_0():
             super().error(message)
         sys.exit(EXIT_REQUEST)
+
+    def _check_value(self, action, value):
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as problem:
+            problem.message += did_you_mean(str(value), map(str, action.choices))
+            raise
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,6 +97,7 @@ def add_beginning(command) -> None:
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
 
     p = command("recipes", list_recipes, help="the recipes that are shipped")
+    p.add_argument("--schema", action="store_true", help="print the JSON schema of a recipe instead, for editors")
     with_json(p)
 
 
@@ -222,7 +231,11 @@ def init(args) -> int:
 
 def list_recipes(args) -> int:
     from hpc_lbsgd import reading
+    from hpc_lbsgd import recipe as recipes
 
+    if args.schema:
+        print(json.dumps(recipes.schema(), indent=1))
+        return EXIT_DONE
     found = {name: reading.heading(name) for name in reading.shipped()}
     print(json.dumps({"recipes": found}) if args.json else "\n".join(f"{n:34s} {h}" for n, h in found.items()))
     return EXIT_DONE

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -32,6 +33,12 @@ def shipped() -> list[str]:
     return names_in(resources.files("hpc_lbsgd.recipes"))
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question behind a message, where a known word is near."""
+    near = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def heading(name: str) -> str:
     """What a shipped recipe's first line says of it."""
     lines = (resources.files("hpc_lbsgd.recipes") / f"{name}.yaml").read_text("utf-8").splitlines()
@@ -47,7 +54,8 @@ def recipe_content(name: str, settings: Iterable[str] = ()) -> dict[str, Any]:
     elif name in shipped():
         content = yaml12.mapping((resources.files("hpc_lbsgd.recipes") / f"{name}.yaml").read_text("utf-8"), where)
     else:
-        raise RequestError(f"recipe {name!r}: neither a file nor a shipped recipe ({', '.join(shipped())})")
+        near = did_you_mean(name, shipped())
+        raise RequestError(f"recipe {name!r}: neither a file nor a shipped recipe ({', '.join(shipped())}){near}")
     if isinstance(content.get("machine"), str):
         content["machine"] = machine_file(content["machine"])
     for setting in settings:
@@ -103,6 +111,7 @@ def explain(errors: list[ErrorDetails], model: type[BaseModel]) -> list[str]:
                 section = next((t for t in get_args(found) if t is not type(None)), found)  # X of `X | None`
             sentences[key] = (
                 f"unknown key {key} (= {error['input']!r}); allowed here: {', '.join(section.model_fields)}"
+                + did_you_mean(location[-1], section.model_fields)
             )
         elif error["type"] == "value_error":
             sentences[f"{key} {error['msg']}"] = str(error["ctx"]["error"])

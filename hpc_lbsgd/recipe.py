@@ -281,6 +281,15 @@ def validate(content: dict[str, Any], where: str = "recipe") -> Recipe:
     return reading.validated(Recipe, content, where)
 
 
+def schema() -> dict[str, Any]:
+    """A JSON schema of recipes, for editors that complete and check keys (draft 2020-12)."""
+    found = Recipe.model_json_schema()
+    # in place of a section, the file of a machine that includes
+    machine = found["properties"]["machine"]
+    found["properties"]["machine"] = {"anyOf": [machine, {"type": "string"}]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "title": "hpc_lbsgd recipe"}
+
+
 def load_resolved(path: Path) -> Recipe:
     """The recipe of a run folder, as it was settled at the first start."""
     return validate(yaml12.mapping_of(path, str(path)), str(path))

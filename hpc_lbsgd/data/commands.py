@@ -14,9 +14,13 @@ def add(commands) -> None:
     p = commands.add_parser("data", help="get, list and check a data set; print who gets which sample")
     data = p.add_subparsers(dest="data_command", metavar="fetch|index|pack|verify|order", required=True)
     p = data.add_parser("fetch", help="get a data set by name, as image files with a manifest")
-    p.add_argument("name", choices=["fashion-mnist"])
+    p.add_argument("name", choices=["cifar10", "fashion-mnist"])
     p.add_argument("--out", type=Path, help="folder to write to (default: data/NAME)")
-    p.add_argument("--source", type=Path, help="folder with the original files, for machines without network")
+    p.add_argument(
+        "--source",
+        type=Path,
+        help="the original files (a folder; cifar10: or the archive), for machines without network",
+    )
     with_json(p).set_defaults(function=fetch)
     p = data.add_parser("index", help="list a data set in a manifest, decoding every image; nothing is copied")
     p.add_argument("dir", type=Path, help="DIR/CLASS/IMAGE tree; a tar, or a folder of tars (WebDataset, ILSVRC's)")

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from hpc_lbsgd import reading
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
 
@@ -153,3 +154,22 @@ def test_per_rank_is_settled_once():
 @pytest.mark.parametrize("name", recipes.shipped())
 def test_shipped_recipes_are_valid(name):
     assert recipes.read(name).with_workers(8).build_schedule(1_281_167).steps > 0
+
+
+def test_the_schema_for_editors_takes_what_is_shipped_and_no_unknown_key():
+    from jsonschema import Draft202012Validator
+
+    schema = recipes.schema()
+    Draft202012Validator.check_schema(schema)
+    check = Draft202012Validator(schema)
+    for name in recipes.shipped():
+        assert [e.message for e in check.iter_errors(reading.recipe_content(name))] == []
+    assert not check.is_valid({"optim": {"base_rl": 0.1}}) and not check.is_valid({"batch": {"workers": 0}})
+    assert check.is_valid({"machine": "tuned.yaml"})
+
+
+def test_a_word_that_is_nearly_right_is_suggested():
+    with pytest.raises(RequestError, match="did you mean base_lr"):
+        recipes.read("fashion-mnist", ["optim.base_rl=0.1"])
+    with pytest.raises(RequestError, match="did you mean goyal-resnet50"):
+        recipes.read("goyal-resnet5")
