@@ -23,9 +23,16 @@ from hpc_lbsgd.arguments import (
 )
 from hpc_lbsgd.bench import commands as bench
 from hpc_lbsgd.data import commands as data
-from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunError
+from hpc_lbsgd.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_REQUEST,
+    RequestError,
+    RunError,
+    did_you_mean,
+)
 from hpc_lbsgd.parallel import world
-from hpc_lbsgd.reading import did_you_mean
 from hpc_lbsgd.runs import RESUME, name_of
 from hpc_lbsgd.signals import Steadfast
 from hpc_lbsgd.trained import commands as trained

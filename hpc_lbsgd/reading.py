@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from hpc_lbsgd import yaml12
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -31,12 +30,6 @@ def names_in(folder: Traversable) -> list[str]:
 def shipped() -> list[str]:
     """Names of the recipes that come with the package."""
     return names_in(resources.files("hpc_lbsgd.recipes"))
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A question behind a message, where a known word is near."""
-    near = get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def heading(name: str) -> str:
