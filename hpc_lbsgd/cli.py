@@ -33,6 +33,7 @@ from hpc_lbsgd.errors import (
     did_you_mean,
 )
 from hpc_lbsgd.parallel import world
+from hpc_lbsgd.report import commands as reports
 from hpc_lbsgd.runs import RESUME, name_of
 from hpc_lbsgd.signals import Steadfast
 from hpc_lbsgd.trained import commands as trained
@@ -88,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     add_beginning(command)
     data.add(commands)
     add_runs(command)
+    reports.add(command)
     trained.add(command)
     add_jobs(command)
     bench.add(commands)
@@ -138,25 +140,6 @@ def add_runs(command) -> None:
     with_amend(p)
     p.add_argument("--dry-run", action="store_true", help="print the command and stop")
     with_json(p)
-
-    p = command("compare", compare, help="the first step at which two runs differ, and in what")
-    p.add_argument("a", metavar="A", help="run folder")
-    p.add_argument("b", metavar="B", help="run folder")
-    with_json(p)
-
-    p = command("watch", watch, help="a run as it goes: progress, ETA, loss, speed, checkpoints, what happened last")
-    p.add_argument("run", help="run folder")
-    p.add_argument("--once", action="store_true", help="print it once and stop")
-    p.add_argument("--every-s", type=positive_float, default=2.0, help="seconds between looks (default: %(default)g)")
-    with_json(p)
-
-    p = command("report", report, help="one HTML page of one or several runs: curves, and why it is slow")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    p.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html; of several report.html)"
-    )
-    p.add_argument("--figures", type=Path, metavar="DIR", help="each figure as a file, too")
-    p.add_argument("--format", choices=["png", "svg", "pdf"], default="png", help="of --figures (default: png)")
 
     p = command("preflight", preflight, help="does this model, data and machine keep the promise? train asks it first")
     with_recipe(p)
@@ -252,28 +235,6 @@ def resume(args) -> int:
     from hpc_lbsgd.cluster import resume as resumes
 
     return resumes.resume(args.run, args.ranks, args.oversubscribe, args.settings, args.amend, args.json, args.dry_run)
-
-
-def watch(args) -> int:
-    from hpc_lbsgd.report import watch as watches
-
-    watches.watch(args.run, args.once, args.every_s, args.json)
-    return EXIT_DONE
-
-
-def report(args) -> int:
-    from hpc_lbsgd.report import page
-
-    print(page.report(args.runs, args.out, args.figures, args.format))
-    return EXIT_DONE
-
-
-def compare(args) -> int:
-    from hpc_lbsgd.report import compare as compares
-
-    found = compares.compare(args.a, args.b)
-    print(json.dumps(found) if args.json else compares.show(found))
-    return EXIT_DONE
 
 
 def plan(args) -> int:

@@ -4,8 +4,9 @@ facts.py       a run folder's records in the shape that the others want
 curves.py      a report's figures; page.py, page.html: the page itself
 watch.py       a run as it goes
 compare.py     two runs, to the last digit
+commands.py    their command lines
 figures.py     how benchmarks make their plots
 
 May be imported by: bench, reproduce, plan, cluster, cli.
-May import: train, amend, recipe, yaml12, records, theory, errors.
+May import: train, amend, recipe, arguments, yaml12, records, theory, errors.
 """
