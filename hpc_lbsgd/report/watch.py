@@ -133,11 +133,7 @@ class Live:
         if not samples or not isinstance(recipe.batch.workers, int):
             return None, recipe.train.epochs, None
         schedule = amend.schedule_of(recipe, samples, [Decision(*d) for d in self.decisions], amendments)
-        if self.done >= schedule.steps:
-            return schedule.steps, schedule.epochs, 0.0
-        here, last = schedule.at(self.done), schedule.at(schedule.steps - 1)
-        passed = [p.epoch * samples + p.first for p in (here, last)]
-        return schedule.steps, schedule.epochs, passed[1] - passed[0] + last.count
+        return schedule.steps, schedule.epochs, schedule.samples_ahead(self.done)
 
     def slurm(self) -> str | None:
         """State and time left of the job that the last start was, where Slurm knows it."""

@@ -143,6 +143,13 @@ class Schedule:
         n, measured = self.samples_per_worker, self._measured(step)
         return Point(step, epoch, in_epoch, lr, stage.momentum, stage.workers, n, first, count, measured)
 
+    def samples_ahead(self, step: int) -> int:
+        """Samples from this step to the end of the run, dropped ones included; whatever the batch will be."""
+        if step >= self.steps:
+            return 0
+        here, last = self.at(step), self.at(self.steps - 1)
+        return (last.epoch - here.epoch) * self.samples + last.first + last.count - here.first
+
     def spans(self) -> list[tuple[Stage, int, int]]:
         """(stage, first step, step after its last) of every stage, in order."""
         ends = [*self._stage_steps[1:], self.full_steps]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
+from shutil import get_terminal_size
 
 from tqdm import tqdm
 
+from hpc_lbsgd.theory.schedule import Schedule
+
 LINE_EVERY_S = 10.0
 WINDOW = 50  # steps that rates are averaged over
+SHORTEST = 8  # columns of the bar itself
+BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
 def duration(seconds: float) -> str:
@@ -20,19 +27,27 @@ def duration(seconds: float) -> str:
 class Display:
     """Listens to metrics records and shows them."""
 
-    def __init__(self, steps: int, first_step: int, epochs: int, stream=None):
+    def __init__(self, schedule: Schedule, first_step: int, eval_epochs: int | None, stream=None):
+        """eval_epochs: a run evaluates every so many epochs; None: never."""
         self.stream = stream or sys.stderr
-        self.steps, self.epochs = steps, epochs
+        self.schedule, self.steps, self.epochs, self.eval_epochs = (
+            schedule,
+            schedule.steps,
+            schedule.epochs,
+            eval_epochs,
+        )
         self.recent: deque[dict] = deque(maxlen=WINDOW)
         self.bar = None
         if self.stream.isatty():
             self.bar = tqdm(
-                total=steps, initial=first_step, unit="step", file=self.stream, dynamic_ncols=True, smoothing=0.05
+                total=self.steps, initial=first_step, file=self.stream, dynamic_ncols=True, bar_format=BAR, leave=True
             )
         self._next_line = 0.0
+        self._eval_s, self._last = 0.0, time.monotonic()
 
     def __call__(self, record: dict) -> None:
         getattr(self, f"_{record['kind']}", lambda r: None)(record)
+        self._last = time.monotonic()
 
     def _say(self, text: str) -> None:
         if self.bar is not None:
@@ -45,23 +60,34 @@ class Display:
         seconds = sum(x["step_s"] for x in self.recent)
         rate = sum(x["samples"] for x in self.recent) / seconds
         wait = sum(x["data_wait_s"] for x in self.recent) / seconds
+        epoch, loss = f"epoch {r['epoch'] + 1}/{self.epochs}", f"loss {r['loss']:.4f}"
+        schedule, speed = (
+            (f"lr {r['lr']:.4g}", f"kn {r['global_batch']}"),
+            (f"{rate:.0f} images/s", f"data wait {wait:.1%}"),
+        )
+        eta = f"ETA {duration(self._left_s(r, rate))}"
         if self.bar is not None:
+            said = [eta, loss, epoch, *speed, *schedule]  # a narrow terminal has no room for the last of them
+            room = get_terminal_size().columns - len(f"100% |{SHORTEST * '#'}| {self.steps}/{self.steps}, ")
+            while len(said) > 1 and len(", ".join(said)) > room:
+                said.pop()
+            self.bar.set_postfix_str(", ".join(said), refresh=False)
             self.bar.update(1)
-            self.bar.set_postfix_str(
-                f"epoch {r['epoch'] + 1}/{self.epochs} loss {r['loss']:.4f} lr {r['lr']:.4g} "
-                f"kn {r['global_batch']} {rate:.0f} images/s data {wait:.1%}",
-                refresh=False,
-            )
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_EVERY_S
-            left = (self.steps - r["step"] - 1) * seconds / len(self.recent)
-            self._say(
-                f"epoch {r['epoch'] + 1}/{self.epochs}  step {r['step'] + 1}/{self.steps}  loss {r['loss']:.4f}  "
-                f"lr {r['lr']:.4g}  kn {r['global_batch']}  {rate:.0f} images/s  data wait {wait:.1%}  "
-                f"ETA {duration(left)}"
-            )
+            self._say("  ".join([epoch, f"step {r['step'] + 1}/{self.steps}", loss, *schedule, *speed, eta]))
+
+    def _left_s(self, r: dict, rate: float) -> float:
+        """Until the end, in seconds: samples that are left at the rate of late, whatever the batch will be, and the
+        evaluations that are left."""
+        samples = self.schedule.samples_ahead(r["step"] + 1)
+        evaluations = 0.0
+        if self.eval_epochs and samples:
+            evaluations = 1 + samples / self.schedule.samples / self.eval_epochs
+        return samples / rate + int(evaluations) * self._eval_s
 
     def _eval(self, r: dict) -> None:
+        self._eval_s = time.monotonic() - self._last
         accuracy = "" if r["accuracy"] is None else f"test accuracy {r['accuracy']:.2%}  "
         if r.get("ema_accuracy") is not None:
             accuracy += f"of averaged weights {r['ema_accuracy']:.2%}  "
@@ -83,8 +109,12 @@ class Display:
             self.bar.close()
 
 
+OFTEN = ("loss", "lr", "global_batch", "images_per_s", "data_wait_s", "exposed_comm_s", "step_s")
+RARE = ("noise_scale", "noise_scale_low", "noise_scale_high", "flushed", "replaced", "skipped")
+
+
 class TensorBoard:
-    """Listens to metrics records and writes scalars; at most one step a second, for events cost time."""
+    """Listens to metrics records and writes scalars; what each step has at most once a second, for events cost time."""
 
     def __init__(self, folder):
         from torch.utils.tensorboard import SummaryWriter
@@ -93,15 +123,23 @@ class TensorBoard:
         self._next = 0.0
 
     def __call__(self, record: dict) -> None:
-        if record["kind"] == "step" and time.monotonic() >= self._next:
-            self._next = time.monotonic() + 1.0
-            for key in ("loss", "lr", "global_batch", "images_per_s", "data_wait_s", "step_s", "noise_scale"):
-                if record.get(key) is not None:
-                    self.writer.add_scalar(f"train/{key}", record[key], record["step"])
+        if record["kind"] == "step":
+            due = time.monotonic() >= self._next
+            if due:
+                self._next = time.monotonic() + 1.0
+            self._scalars("train", (*OFTEN, *RARE) if due else RARE, record)
         elif record["kind"] == "eval":
-            for key in ("loss", "accuracy", "ema_loss", "ema_accuracy"):
-                if record.get(key) is not None:
-                    self.writer.add_scalar(f"eval/{key}", record[key], record["step"])
+            self._scalars("eval", ("loss", "accuracy", "ema_loss", "ema_accuracy"), record)
+        elif record["kind"] == "epoch":
+            self._scalars("epoch", ("loss", "images_per_s"), record)
+        elif record["kind"] == "event":
+            rest = {k: v for k, v in record.items() if k not in ("kind", "time", "event", "step")}
+            self.writer.add_text(f"event/{record['event']}", json.dumps(rest), record.get("step"))
+
+    def _scalars(self, group: str, keys: Iterable[str], record: dict) -> None:
+        for key in keys:
+            if record.get(key) is not None:
+                self.writer.add_scalar(f"{group}/{key}", record[key], record["step"])
 
     def close(self) -> None:
         self.writer.close()

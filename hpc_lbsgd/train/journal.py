@@ -41,7 +41,7 @@ class Journal:
             (r["loss"], r["samples"], r["step_s"], r.get("replaced", 0)) for r in steps if not r.get("skipped")
         ]
         self.listeners = [
-            Display(schedule.steps, first, schedule.epochs),
+            Display(schedule, first, recipe.train.eval_epochs if found.eval_set else None),
             TensorBoard(self.folder.path / "tensorboard"),
         ]
         self.metrics = Metrics(self.folder, self.listeners)

@@ -7,6 +7,7 @@ import pytest
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.parallel.horovod_engine import defaults, environment
 from hpc_lbsgd.parallel.world import World, from_environment
+from hpc_lbsgd.theory.schedule import Schedule, Stage, Warmup
 from hpc_lbsgd.train.display import Display
 
 
@@ -46,7 +47,7 @@ def test_engine_settings_follow_the_recipe():
 
 def test_plain_lines_show_progress_and_eta():
     out = io.StringIO()
-    display = Display(steps=100, first_step=0, epochs=2, stream=out)
+    display = Display(Schedule(3200, 64, [Stage(0, 1, 0.1, 0.9)], 2, "partial", Warmup(0, 0.1)), 0, None, out)
     display({"kind": "step", "step": 9, "epoch": 0, "loss": 1.25, "lr": 0.1, "global_batch": 64, "samples": 64,
              "step_s": 0.5, "data_wait_s": 0.05})  # fmt: skip
     assert out.getvalue() == ("epoch 1/2  step 10/100  loss 1.2500  lr 0.1  kn 64  128 images/s  data wait 10.0%  "
