@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 # launcher, and where it tells (rank, size, local rank, ranks on this node)
@@ -72,3 +75,12 @@ def cores_per_rank(local_size: int) -> int:
     mine = cores()
     total = os.cpu_count() or mine
     return max(1, mine if mine < total else total // local_size)
+
+
+def cpu_model() -> str:
+    """As Linux names it; else the architecture."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()

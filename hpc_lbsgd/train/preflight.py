@@ -14,12 +14,10 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import socket
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,6 +25,7 @@ import torch
 from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import models, probe
 from hpc_lbsgd.train.losses import loss_function
@@ -291,17 +290,9 @@ def facts_of_rank(replica: Replica) -> dict:
         "weights": weights_sha256(replica.model),
         "device": replica.device.type if replica.device.type == "cpu" else torch.cuda.get_device_name(replica.device),
         "threads": torch.get_num_threads() if replica.device.type == "cpu" else 0,
-        "cpu": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{worlds.cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
     }
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 # What is compared, in this order: the first that differs is the reason for those after it

@@ -6,8 +6,10 @@ import getpass
 import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -227,7 +229,12 @@ def environment_facts(device) -> dict:
     """What one rank runs on."""
     import torch
 
-    facts = {"host": socket.gethostname(), "device": str(device)}
+    facts = {
+        "host": socket.gethostname(),
+        "device": str(device),
+        "cpu": worlds.cpu_model(),
+        "threads": torch.get_num_threads(),
+    }
     if device.type == "cuda":
         facts["device"] += f" {torch.cuda.get_device_name(device)}"
     return facts
@@ -261,6 +268,7 @@ def software_facts() -> dict:
     except (KeyError, OSError):
         user = None
     return {
+        "command": shlex.join(sys.orig_argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
