@@ -19,7 +19,8 @@ endif
 PYTEST  = $(BIN)/python -m pytest --durations=25 --durations-min=1
 JOBS   ?= 2
 BESIDE  = -n $(JOBS) --dist loadfile
-ALONE   = mpi faults slurm e2e
+TOGETHER = unit oracle gpu_less
+ALONE    = mpi faults slurm e2e
 START  := $(shell date +%s)
 TOOK    = echo "make $@: $$(($$(date +%s) - $(START))) s"
 
@@ -61,11 +62,11 @@ check: lint  ## lint and unit tests: under 3 minutes on two cores
 	$(PYTEST) $(BESIDE) tests/unit
 	@$(TOOK)
 
-test: lint  ## all tests, or those of one folder of tests/ [PART=unit|oracle|mpi|faults|slurm|e2e]
+test: lint  ## all tests, or those of one folder of tests/ [PART=unit|oracle|gpu_less|mpi|faults|slurm|e2e]
 ifdef PART
-	$(PYTEST) $(if $(filter unit oracle,$(PART)),$(BESIDE)) tests/$(PART)
+	$(PYTEST) $(if $(filter $(TOGETHER),$(PART)),$(BESIDE)) tests/$(PART)
 else
-	@failed=0; $(PYTEST) $(BESIDE) tests/unit tests/oracle || failed=1; \
+	@failed=0; $(PYTEST) $(BESIDE) $(TOGETHER:%=tests/%) || failed=1; \
 	    $(PYTEST) $(ALONE:%=tests/%) || failed=1; $(TOOK); exit $$failed
 endif
 
