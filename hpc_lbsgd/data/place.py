@@ -19,8 +19,8 @@ def pinned(batch: Batch, device: torch.device) -> Batch:
 
 
 def on_device(batch: Batch, device: torch.device, channels_last: bool = False) -> Batch:
-    """The batch on `device`, images (B, C, H, W) channels last there if they should be. Does not wait for the copy: what
-    is launched afterwards on the same stream does, and torch keeps pinned memory for as long."""
+    """The batch on `device`, images (B, C, H, W) channels last there if they should be. Does not wait for the copy:
+    what is launched afterwards on the same stream does, and torch keeps pinned memory for as long."""
     images = batch.images.to(device, non_blocking=True)
     if channels_last and images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
