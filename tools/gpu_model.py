@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What a training step asks of a GPU, counted without one: a whole step runs on torch's `meta` device, where tensors have
-shapes and no contents, and every operation is seen on its way (TorchDispatchMode).
+"""What a training step asks of a GPU, counted without one: a whole step runs on torch's `meta` device, where tensors
+have shapes and no contents, and every operation is seen on its way (TorchDispatchMode).
 
 python tools/gpu_model.py [--batch 256] [--determinism any-ranks]
 
@@ -29,7 +29,14 @@ from hpc_lbsgd.train.replica import Replica
 
 META = torch.device("meta")
 # operations that launch nothing, beside views
-FREE = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach", "aten::_local_scalar")
+FREE = (
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
+    "aten::detach",
+    "aten::_local_scalar",
+)
 TWICE = ("aten::convolution_backward", "aten::native_batch_norm_backward")  # gradients of inputs and of weights
 
 
@@ -66,7 +73,8 @@ class Cost:
 
 @dataclass
 class Seen(TorchDispatchMode):
-    """What a step did. reads: where the host waited for the device, by operation; copies: from one device to another."""
+    """What a step did. reads: where the host waited for the device, by operation; copies: from one device to
+    another."""
 
     costs: dict[str, Cost] = field(default_factory=dict)
     reads: list[str] = field(default_factory=list)

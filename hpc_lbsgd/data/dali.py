@@ -136,10 +136,11 @@ class DaliLoader:
         return fetched.contents, *flip, *(np.stack(pair, axis=1).astype(np.int32) for pair in corner_and_size)
 
     def _outputs(self) -> Iterator[tuple[Fetched, Any]]:
-        """What the pipeline makes of the feed, in order; good until the next is asked for."""
+        """What the pipeline makes of the feed, in order; on a GPU bound to the stream that asks: what is launched there
+        waits for it, this thread does not."""
         while True:
             try:
-                (output,) = self._pipeline.run()
+                (output,) = self._pipeline.run(torch.cuda.current_stream(self.device) if self.on_gpu else None)
             except StopIteration:
                 self._pipeline.reset()
                 return
@@ -157,7 +158,7 @@ class DaliLoader:
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         self._feed = ahead(self.source.fetch, requests, self.prefetch, READERS)
-        made = map(self._copied, self._outputs()) if self.whole else self._finished()
+        made = map(self._as_torch, self._outputs()) if self.whole else self._finished()
         for fetched, images in made:
             labels = torch.from_numpy(self.source.labels(fetched.given))
             yield Batch(images, labels.to(self.device, non_blocking=True), fetched.replaced)
@@ -185,22 +186,12 @@ class DaliLoader:
             images = np.asarray(output.as_tensor()) if output.is_dense_tensor() else map(np.asarray, output)
             yield fetched, list(images) if self.source.resizes else self.source.cut(fetched.given, list(images))
 
-    def _copied(self, made: tuple[Fetched, Any]) -> tuple[Fetched, torch.Tensor]:
-        """Where DALI does all: the pipeline's output as a tensor of its own, for DALI reuses its buffers."""
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
+    def _as_torch(self, made: tuple[Fetched, Any]) -> tuple[Fetched, torch.Tensor]:
+        """Where DALI does all: the pipeline's output as it lies. It is ours for as long as it is held, for DALI takes
+        fresh memory for each (`exec_dynamic`, its default); what is freed is freed in the order of its stream."""
         fetched, output = made
-        data = self.source.data
-        images = torch.empty(
-            (len(fetched.contents), data.channels, data.image_size, data.image_size),
-            device=self.device,
-            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
-        )
-        # seen as NHWC, a channels-last tensor is contiguous
-        target = images.permute(0, 2, 3, 1) if self.channels_last else images
-        stream = torch.cuda.current_stream(self.device) if self.on_gpu else None
-        feed_ndarray(output.as_tensor(), target, cuda_stream=stream)
-        return fetched, images
+        images = torch.from_dlpack(output.as_tensor())
+        return fetched, images.permute(0, 3, 1, 2) if self.channels_last else images
 
     def _find_bad(self, problem: RuntimeError) -> None:
         """DALI does not say which image it failed at. Most that fail it fail Pillow, which is asked in no time; what is
