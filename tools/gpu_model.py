@@ -117,6 +117,36 @@ class Seen(TorchDispatchMode):
         return sum(cost.bytes for cost in self.costs.values())
 
 
+class CountedKernels:
+    """In place of `parallel.kernels`: what they would touch."""
+
+    def __init__(self, seen: Seen):
+        self.seen = seen
+
+    def _cost(self, name: str, elements: int, bytes_each: int) -> None:
+        cost = self.seen.costs.setdefault(name, Cost())
+        cost.launches += 1
+        cost.bytes += elements * bytes_each
+
+    def add(self, gradients, totals, flag, *units, first: bool, clear: bool) -> None:
+        self._cost("kernels.add", gradients.numel(), 4 + (8 if first else 16) + (4 if clear else 0))
+
+    def take(self, totals, gradients, *units) -> None:
+        self._cost("kernels.take", gradients.numel(), 12)
+
+
+def count_update(replica: Replica, seen: Seen) -> None:
+    """The fused update, which torch does not have on meta: one launch for parts that are treated alike."""
+
+    def update(point: Point, previous_lr: float) -> None:
+        for decay in {part.decay for part in replica.optimizer.parts}:
+            cost = seen.costs.setdefault("fused sgd", Cost())
+            cost.launches += 1
+            cost.bytes += sum(5 * 4 * p.weights.numel() for p in replica.optimizer.parts if p.decay == decay)
+
+    replica.optimizer.step = update
+
+
 def answer(asked: torch.Tensor) -> torch.Tensor:
     """What the host is told: of a control vector, that the step was finite."""
     told = torch.zeros(asked.shape, dtype=asked.dtype)
@@ -154,8 +184,9 @@ def pictures(recipe: recipes.Recipe, size: int = 224) -> Batch:
     return Batch(images, torch.zeros(n, dtype=torch.int64, device=META))
 
 
-def count(recipe: recipes.Recipe, number: int = 1) -> Seen:
-    """What step `number` of `recipe` does on one rank; its images are there already."""
+def count(recipe: recipes.Recipe, number: int = 1, plain: bool = False) -> Seen:
+    """What step `number` of `recipe` does on one rank; its images are there already. plain: without kernels of our own
+    and the fused update."""
     replica, cast = Replica(recipe, 1000, Alone(), META), nullcontext()
     if replica.autocast:
         replica.autocast, cast = False, Bf16()
@@ -164,7 +195,11 @@ def count(recipe: recipes.Recipe, number: int = 1) -> Seen:
     with cast:
         with Seen():
             stepper.run(point_of(recipe, number))  # the first makes what later ones keep
-        with Seen() as seen:
+        seen = Seen()
+        if not plain:
+            replica.buckets.kernels = CountedKernels(seen)
+            count_update(replica, seen)
+        with seen:
             stepper.run(point_of(recipe, number))
     return seen
 
@@ -174,8 +209,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--determinism", default="off")
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--plain", action="store_true", help="without kernels of our own and the fused update")
     args = parser.parse_args()
-    seen = count(resnet50(args.batch, determinism=args.determinism, precision=args.precision))
+    seen = count(resnet50(args.batch, determinism=args.determinism, precision=args.precision), plain=args.plain)
     for name, cost in sorted(seen.costs.items(), key=lambda item: -item[1].bytes):
         print(f"{name:45s} {cost.launches:6d} launches {cost.bytes / 1e9:9.3f} GB")
     print(f"{'all':45s} {seen.launches:6d} launches {seen.bytes / 1e9:9.3f} GB")
