@@ -1,7 +1,7 @@
 """DALI as the loader: it is told which bytes to decode and which window to keep; it decides nothing.
 
 On a GPU JPEGs are decoded by nvJPEG (`mixed`), resized and normalised there. Without one DALI only decodes, and torch
-does the rest (finish.py). Raw pixels skip the decoder.
+does the rest (finish.py); so it is on AMD's GPUs, which DALI does not know. Raw pixels skip the decoder.
 
 Bytes go into the pipeline as they lie (`no_copy`): a batch of 256 photographs is 28 MB that the thread which trains
 would copy. DALI reads them until as many batches as are prefetched have come out after it; so long they are kept.
@@ -45,7 +45,7 @@ class DaliLoader:
         whole: bool | None = None,
     ):
         self.source, self.prefetch, self.channels_last, self.device = source, prefetch, channels_last, device
-        self.max_batch, self.threads, self.on_gpu = max_batch, threads, device.type == "cuda"
+        self.max_batch, self.threads, self.on_gpu = max_batch, threads, device.type == "cuda" and not torch.version.hip
         self.whole = self.on_gpu if whole is None else whole
         self._feed: Iterator[Fetched] = iter(())
         self._fed: deque[Fetched] = deque()  # in the pipeline, oldest first
@@ -161,7 +161,8 @@ class DaliLoader:
         made = map(self._as_torch, self._outputs()) if self.whole else self._finished()
         for fetched, images in made:
             labels = torch.from_numpy(self.source.labels(fetched.given))
-            yield Batch(images, labels.to(self.device, non_blocking=True), fetched.replaced)
+            # a wait where memory is used again: of a GPU that DALI does not know
+            yield Batch(images.to(self.device), labels.to(self.device, non_blocking=True), fetched.replaced)
 
     def _finished(self) -> Iterator[tuple[Fetched, torch.Tensor]]:
         """On a CPU: decoded windows, resized and normalised ahead of time in one more thread."""

@@ -73,6 +73,13 @@ def test_the_same_graph_on_the_cpu_makes_the_pixels_of_finish(photos, way, store
     assert levels.max() <= (1.25 if way == "resized-crop" else 1e-4), levels.max()
 
 
+def test_gpus_that_dali_does_not_know_get_what_cpus_decode(photos, monkeypatch):
+    """AMD's, which torch calls cuda too."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    made = dali.DaliLoader(Source(data_of("flip"), photos["jpeg"], 3, True), 8, 1, 2, True, GPU)
+    assert not made.whole and made._pipeline.device_id is None
+
+
 def test_a_bad_image_is_found_by_pillow_or_by_one_probe(tmp_path, monkeypatch):
     """A pipeline an image took minutes on a GPU: each is built, with a decoder of its own."""
     root = write_images(tmp_path / "d", 24, 16, suffix=".jpg")

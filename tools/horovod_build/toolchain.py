@@ -139,7 +139,7 @@ def survey(mpi: str, gpu: str, fetch: bool = True) -> tuple[Toolchain, dict]:
                 sys.executable,
                 "-c",
                 "import json, torch; from torch import version as v; "
-                "print(json.dumps([torch.__version__, v.cuda, v.git_version]))",
+                "print(json.dumps([torch.__version__, v.cuda, v.git_version, v.hip]))",
             )
         )
     except metadata.PackageNotFoundError:
@@ -152,7 +152,10 @@ def survey(mpi: str, gpu: str, fetch: bool = True) -> tuple[Toolchain, dict]:
     paths = {"mpicxx": mpicxx, "mpirun": mpirun, "compiler": compiler, "cpu_only": ""}
     cuda = nccl = archs = ""
     if gpu != "none" and not torch_facts[1]:
-        paths["cpu_only"] = f"torch {torch_version} is a CPU build: install a CUDA build of torch"
+        kind, fix = "CPU", "install a CUDA build of torch"
+        if torch_facts[3]:
+            kind, fix = "ROCm", "machine.engine = torch sums by RCCL; Horovod for ROCm is not built here"
+        paths["cpu_only"] = f"torch {torch_version} is a {kind} build: {fix}"
     elif gpu != "none":
         home, why = compilers.fitting(torch_facts[1], fetch)
         paths["cpu_only"] = why
