@@ -24,9 +24,9 @@ ALONE    = mpi faults slurm e2e
 START  := $(shell date +%s)
 TOOK    = echo "make $@: $$(($$(date +%s) - $(START))) s"
 
-.PHONY: help setup train check test lint docs module clean
+.PHONY: help setup train check test gpu-check lint docs module clean
 help:   ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 # An environment with Horovod has all that the engine torch needs.
 FULL   := $(filter-out %-torch,$(wildcard $(VENV)/.ready-*))
@@ -69,6 +69,9 @@ else
 	@failed=0; $(PYTEST) $(BESIDE) $(TOGETHER:%=tests/%) || failed=1; \
 	    $(PYTEST) $(ALONE:%=tests/%) || failed=1; $(TOOK); exit $$failed
 endif
+
+gpu-check: setup  ## what only a GPU can prove, on this machine's: ten minutes, a page and gpu-check.json [DEVICE=cuda|cpu]
+	@$(BIN)/python tests/gpu/check.py --device $(or $(DEVICE),cuda)
 
 lint: setup  ## style, format, who may import whom, types (pyproject.toml)
 	$(BIN)/ruff check .
