@@ -188,7 +188,7 @@ def stop_and_resume(bench):
     for compiled in ("none", "stages") if bench.gpu else ("none",):
         recipe = bench.recipe(SMALL, 8, 2, 16, determinism="any-ranks").model_dump(mode="json")
         recipe["data"] |= {"train": str(bench.photos.path), "augment": "resized-crop", "samples": None, "classes": None}
-        recipe["machine"]["compile"] = compiled
+        recipe["machine"]["compile"], recipe["train"]["preflight"] = compiled, False
         path = bench.folder / f"{compiled}.yaml"
         path.write_text(yaml.safe_dump(recipe))
         hashes = []
