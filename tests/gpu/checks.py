@@ -151,7 +151,7 @@ def float64(bench):
 
 
 def one_hash(bench):
-    """bf16 any-ranks: again, without kernels, with a frozen layer, in each way twice."""
+    """bf16 any-ranks: once more, and by torch's operations in place of our kernels."""
     base = {"precision": "bf16", "determinism": "any-ranks"}
     recipe = bench.recipe("resnet50", 32, 2, **base) if bench.gpu else bench.recipe(SMALL, 8, 2, 16, **base)
 
