@@ -19,13 +19,14 @@ endif
 PYTEST  = $(BIN)/python -m pytest --durations=25 --durations-min=1
 JOBS   ?= 2
 BESIDE  = -n $(JOBS) --dist loadfile
-ALONE   = mpi faults slurm e2e
+TOGETHER = unit oracle gpu_less
+ALONE    = mpi faults slurm e2e
 START  := $(shell date +%s)
 TOOK    = echo "make $@: $$(($$(date +%s) - $(START))) s"
 
-.PHONY: help setup train check test lint docs module clean
+.PHONY: help setup train check test gpu-check lint docs module clean
 help:   ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 # An environment with Horovod has all that the engine torch needs.
 FULL   := $(filter-out %-torch,$(wildcard $(VENV)/.ready-*))
@@ -61,13 +62,16 @@ check: lint  ## lint and unit tests: under 3 minutes on two cores
 	$(PYTEST) $(BESIDE) tests/unit
 	@$(TOOK)
 
-test: lint  ## all tests, or those of one folder of tests/ [PART=unit|oracle|mpi|faults|slurm|e2e]
+test: lint  ## all tests, or those of one folder of tests/ [PART=unit|oracle|gpu_less|mpi|faults|slurm|e2e]
 ifdef PART
-	$(PYTEST) $(if $(filter unit oracle,$(PART)),$(BESIDE)) tests/$(PART)
+	$(PYTEST) $(if $(filter $(TOGETHER),$(PART)),$(BESIDE)) tests/$(PART)
 else
-	@failed=0; $(PYTEST) $(BESIDE) tests/unit tests/oracle || failed=1; \
+	@failed=0; $(PYTEST) $(BESIDE) $(TOGETHER:%=tests/%) || failed=1; \
 	    $(PYTEST) $(ALONE:%=tests/%) || failed=1; $(TOOK); exit $$failed
 endif
+
+gpu-check: setup  ## what only a GPU can prove, on this machine's: ten minutes, a page and gpu-check.json [DEVICE=cuda|cpu]
+	@$(BIN)/python tests/gpu/check.py --device $(or $(DEVICE),cuda)
 
 lint: setup  ## style, format, who may import whom, types (pyproject.toml)
 	$(BIN)/ruff check .

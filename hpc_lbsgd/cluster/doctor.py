@@ -214,7 +214,7 @@ def check_horovod() -> Iterator[Finding]:
     yield Finding(
         OK if built["mpi"] else FAIL,
         "horovod",
-        f"{version('horovod')} with {parts}",
+        f"{version('horovod')} with {parts}{for_gpus(made) if built['nccl'] else ', for CPUs alone'}",
         f"it was built without MPI: {rebuild}",
     )
     if made and made["torch"].split()[0] != torch.__version__:
@@ -224,10 +224,20 @@ def check_horovod() -> Iterator[Finding]:
             f"built for {made['torch'].split()[0]}, installed {torch.__version__}",
             f"rebuild: {rebuild}",
         )
-    if torch.cuda.is_available() and not built["nccl"]:
+    if torch.version.cuda and not built["nccl"]:
+        gpus = torch.cuda.is_available()
         yield Finding(
-            FAIL, "horovod's nccl", "none, and there are GPUs", f"load the CUDA toolkit (nvcc), then {rebuild}"
+            FAIL if gpus else WARN,
+            "horovod's nccl",
+            f"none, and {'there are GPUs' if gpus else f'torch is for GPUs (CUDA {torch.version.cuda})'}",
+            "ranks on GPUs cannot sum with it: python tools/build_horovod.py --gpu nccl, or machine.engine = torch",
         )
+
+
+def for_gpus(made: dict) -> str:
+    """What a build with NCCL was made for, as far as it says so."""
+    known = made and made.get("cuda")
+    return f" {made['nccl']} (CUDA {made['cuda']}, sm_{made['cuda_archs'].replace(',', ', sm_')})" if known else ""
 
 
 def check_dali() -> Iterator[Finding]:

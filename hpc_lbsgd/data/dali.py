@@ -1,13 +1,16 @@
 """DALI as the loader: it is told which bytes to decode and which window to keep; it decides nothing.
 
 On a GPU JPEGs are decoded by nvJPEG (`mixed`), resized and normalised there. Without one DALI only decodes, and torch
-does the rest (finish.py). Raw pixels skip the decoder.
+does the rest (finish.py); so it is on AMD's GPUs, which DALI does not know. Raw pixels skip the decoder.
+
+Bytes go into the pipeline as they lie (`no_copy`): a batch of 256 photographs is 28 MB that the thread which trains
+would copy. DALI reads them until as many batches as are prefetched have come out after it; so long they are kept.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, cycle, repeat, takewhile
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 
 from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.dali_check import reason
+from hpc_lbsgd.data.decode import pixels
 from hpc_lbsgd.data.finish import Finish
 from hpc_lbsgd.data.source import Batch, Fetched, Source
 from hpc_lbsgd.data.storage import READERS, Request
@@ -25,25 +29,37 @@ HW_DECODER_LOAD = 0.65  # fixed: the share of JPEGs that the GPU's decoder takes
 
 
 class DaliLoader:
-    """One pipeline for the whole run, of the largest batch; smaller batches pass through it as they are."""
+    """One pipeline for the whole run, of the largest batch; smaller batches pass through it as they are.
+
+    whole: DALI does all, from bytes to normalised pixels (default: on GPUs).
+    """
 
     def __init__(
-        self, source: Source, max_batch: int, threads: int, prefetch: int, channels_last: bool, device: torch.device
+        self,
+        source: Source,
+        max_batch: int,
+        threads: int,
+        prefetch: int,
+        channels_last: bool,
+        device: torch.device,
+        whole: bool | None = None,
     ):
         self.source, self.prefetch, self.channels_last, self.device = source, prefetch, channels_last, device
-        self.max_batch, self.threads, self.on_gpu = max_batch, threads, device.type == "cuda"
+        self.max_batch, self.threads, self.on_gpu = max_batch, threads, device.type == "cuda" and not torch.version.hip
+        self.whole = self.on_gpu if whole is None else whole
         self._feed: Iterator[Fetched] = iter(())
         self._fed: deque[Fetched] = deque()  # in the pipeline, oldest first
-        if not self.on_gpu:
+        self._lent: deque[Any] = deque(maxlen=2 * prefetch + 2)  # what DALI may still read: those fed, and as many out
+        if not self.whole:
             self._finish = Finish(source.data, source.resizes, channels_last, threads)
             # used in turn, one more than can be under way: fresh memory costs a page fault every 4 KB of each batch
             self._buffers = cycle([self._finish.empty(max_batch) for _ in range(prefetch + 2)])
-        if self.on_gpu or not source.raw:
+        if self.whole or not source.raw:
             self._pipeline = self._build(max_batch, threads, self._next)
 
     # ------------------------------------------------------------ the pipeline
 
-    def _build(self, max_batch: int, threads: int, source):
+    def _build(self, max_batch: int, threads: int, source, prefetch: int | None = None):
         try:
             from nvidia.dali import Pipeline, fn, types
         except ImportError as problem:
@@ -54,7 +70,7 @@ class DaliLoader:
         pipeline = Pipeline(
             batch_size=max_batch,
             num_threads=threads,
-            prefetch_queue_depth=self.prefetch,
+            prefetch_queue_depth=prefetch or self.prefetch,
             device_id=self.device.index or 0 if self.on_gpu else None,
         )
         window = {"axis_names": "WH", "normalized_anchor": False, "normalized_shape": False}
@@ -62,29 +78,30 @@ class DaliLoader:
             "adjust_orientation": False,
             "output_type": types.GRAY if self.source.data.channels == 1 else types.RGB,
         }
+        if self.on_gpu:
+            # chroma upsampled as CPU decoders do: nvJPEG's own way is tens of levels off at edges of colour
+            decode |= {"device": "mixed", "hw_decoder_load": HW_DECODER_LOAD, "jpeg_fancy_upsampling": True}
+        asked = (4 if self.source.crops else 2) if self.whole else (3 if self.source.resizes else 1)
         with pipeline:
-            if self.on_gpu:
-                decode |= {"device": "mixed", "hw_decoder_load": HW_DECODER_LOAD}
-                inputs = fn.external_source(source=source, batch=True, num_outputs=4 if self.source.crops else 2)
-                images = self._all_on_gpu(fn, types, inputs, window, decode)
+            inputs = fn.external_source(source=source, batch=True, num_outputs=asked, no_copy=True)
+            if self.whole:
+                images = self._whole(fn, types, inputs, window, decode)
             elif self.source.resizes:  # only the window is decoded, where the format allows it
-                inputs = fn.external_source(source=source, batch=True, num_outputs=3)
                 images = fn.decoders.image_slice(*inputs, **window, **decode)
             else:
-                inputs = fn.external_source(source=source, batch=True, num_outputs=1)
                 images = fn.decoders.image(*inputs, **decode)
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
 
-    def _all_on_gpu(self, fn, types, inputs, window: dict, decode: dict):
+    def _whole(self, fn, types, inputs, window: dict, decode: dict):
         """The graph from bytes to normalised pixels."""
         data, (encoded, flip, *place) = self.source.data, inputs
         if self.source.raw:
             images = fn.reshape(encoded, layout="HWC")
             if self.source.resizes:
                 images = fn.slice(images, *place, **window)  # on the CPU: only the window travels
-            images = images.gpu()
+            images = images.gpu() if self.on_gpu else images
         elif self.source.resizes:
             images = fn.decoders.image_slice(encoded, *place, **window, **decode)
         else:
@@ -108,20 +125,22 @@ class DaliLoader:
         """What DALI asks for, ahead of time: bytes, windows and flips of the next request."""
         fetched = next(self._feed)  # StopIteration ends the pipeline's epoch
         self._fed.append(fetched)
-        return self._inputs(fetched)
+        self._lent.append(self._inputs(fetched))
+        return self._lent[-1]
 
     def _inputs(self, fetched: Fetched):
         w = self.source.windows(fetched.given)
-        flip = [w.flip.astype(np.int32)[:, None]] if self.on_gpu else []
-        asked_for = self.source.crops if self.on_gpu else self.source.resizes
+        flip = [w.flip.astype(np.int32)[:, None]] if self.whole else []
+        asked_for = self.source.crops if self.whole else self.source.resizes
         corner_and_size = ((w.x, w.y), (w.w, w.h)) if asked_for else ()
         return fetched.contents, *flip, *(np.stack(pair, axis=1).astype(np.int32) for pair in corner_and_size)
 
     def _outputs(self) -> Iterator[tuple[Fetched, Any]]:
-        """What the pipeline makes of the feed, in order; good until the next is asked for."""
+        """What the pipeline makes of the feed, in order; on a GPU bound to the stream that asks: what is launched there
+        waits for it, this thread does not."""
         while True:
             try:
-                (output,) = self._pipeline.run()
+                (output,) = self._pipeline.run(torch.cuda.current_stream(self.device) if self.on_gpu else None)
             except StopIteration:
                 self._pipeline.reset()
                 return
@@ -139,10 +158,11 @@ class DaliLoader:
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         self._feed = ahead(self.source.fetch, requests, self.prefetch, READERS)
-        made = map(self._copied, self._outputs()) if self.on_gpu else self._finished()
+        made = map(self._as_torch, self._outputs()) if self.whole else self._finished()
         for fetched, images in made:
             labels = torch.from_numpy(self.source.labels(fetched.given))
-            yield Batch(images, labels.to(self.device, non_blocking=True), fetched.replaced)
+            # a wait where memory is used again: of a GPU that DALI does not know
+            yield Batch(images.to(self.device), labels.to(self.device, non_blocking=True), fetched.replaced)
 
     def _finished(self) -> Iterator[tuple[Fetched, torch.Tensor]]:
         """On a CPU: decoded windows, resized and normalised ahead of time in one more thread."""
@@ -167,33 +187,54 @@ class DaliLoader:
             images = np.asarray(output.as_tensor()) if output.is_dense_tensor() else map(np.asarray, output)
             yield fetched, list(images) if self.source.resizes else self.source.cut(fetched.given, list(images))
 
-    def _copied(self, made: tuple[Fetched, Any]) -> tuple[Fetched, torch.Tensor]:
-        """On a GPU: the pipeline's output as a tensor of its own, for DALI reuses its buffers."""
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
+    def _as_torch(self, made: tuple[Fetched, Any]) -> tuple[Fetched, torch.Tensor]:
+        """Where DALI does all: the pipeline's output as it lies. It is ours for as long as it is held, for DALI takes
+        fresh memory for each (`exec_dynamic`, its default); what is freed is freed in the order of its stream."""
         fetched, output = made
-        data = self.source.data
-        images = torch.empty(
-            (len(fetched.contents), data.channels, data.image_size, data.image_size),
-            device=self.device,
-            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
-        )
-        # seen as NHWC, a channels-last tensor is contiguous
-        target = images.permute(0, 2, 3, 1) if self.channels_last else images
-        feed_ndarray(output.as_tensor(), target, cuda_stream=torch.cuda.current_stream(self.device))
-        return fetched, images
+        images = torch.from_dlpack(output.as_tensor())
+        return fetched, images.permute(0, 3, 1, 2) if self.channels_last else images
 
     def _find_bad(self, problem: RuntimeError) -> None:
-        """DALI does not say which image it failed at: pass the candidates through a pipeline one by one."""
-        found = False
-        for fetched in self._fed:
-            for sample, content in zip(fetched.given.samples.tolist(), fetched.contents, strict=True):
-                one = Fetched(fetched.asked, Request(fetched.asked.epoch, np.array([sample])), [content])
-                probe = self._build(1, 1, repeat(self._inputs(one)))
-                try:
-                    probe.run()
-                except RuntimeError as own:
+        """DALI does not say which image it failed at. Most that fail it fail Pillow, which is asked in no time; what is
+        left is passed through a pipeline one by one."""
+        candidates = [
+            (fetched, sample, content)
+            for fetched in self._fed
+            for sample, content in zip(fetched.given.samples.tolist(), fetched.contents, strict=True)
+        ]
+        for why in (self._pillow, self._probe()):
+            found = False
+            for fetched, sample, content in candidates:
+                told = why(fetched, sample, content)
+                if told:
                     found = True
-                    self.source.refuse(self.source.undecodable(sample, content, f"DALI: {reason(own)}"))
-        if not found:
-            raise RunError(f"DALI failed: {problem}") from problem
+                    self.source.refuse(self.source.undecodable(sample, content, told))
+            if found:
+                return
+        raise RunError(f"DALI failed: {problem}") from problem
+
+    def _pillow(self, fetched: Fetched, sample: int, content: np.ndarray) -> str | None:
+        if not self.source.raw:
+            try:
+                pixels(content, self.source.data.channels)
+            except ValueError as problem:
+                return f"Pillow: {problem}"
+        return None
+
+    def _probe(self) -> Callable[[Fetched, int, np.ndarray], str | None]:
+        """Why a pipeline of one image cannot decode it. It serves until it fails, which breaks it."""
+        pipeline, given = None, []
+
+        def why(fetched: Fetched, sample: int, content: np.ndarray) -> str | None:
+            nonlocal pipeline
+            one = Fetched(fetched.asked, Request(fetched.asked.epoch, np.array([sample])), [content])
+            given[:] = [self._inputs(one)]
+            pipeline = pipeline or self._build(1, 1, lambda: given[0], prefetch=1)
+            try:
+                pipeline.run()
+            except RuntimeError as own:
+                pipeline = None
+                return f"DALI: {reason(own)}"
+            return None
+
+        return why

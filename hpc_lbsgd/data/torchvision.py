@@ -10,6 +10,7 @@ import torch
 from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.decode import pixels
 from hpc_lbsgd.data.finish import Finish
+from hpc_lbsgd.data.place import on_device, pinned
 from hpc_lbsgd.data.source import Batch, Fetched, Source
 from hpc_lbsgd.data.storage import READERS, Request, SampleError
 
@@ -26,10 +27,7 @@ class TorchvisionLoader:
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         fetched = ahead(self.source.fetch, requests, self.ahead, READERS)
         for batch in ahead(self._make, fetched, self.ahead, self.threads):
-            yield self._place(batch)
-
-    def _place(self, batch: Batch) -> Batch:
-        return Batch(batch.images.to(self.device), batch.labels.to(self.device), batch.replaced)
+            yield on_device(batch, self.device)
 
     def _make(self, fetched: Fetched) -> Batch:
         while True:
@@ -45,7 +43,7 @@ class TorchvisionLoader:
         given = fetched.given
         windows, flip = self.source.cut(given, images), self.source.windows(given).flip
         images = self.finish.into(self.finish.empty(len(windows)), windows, flip)
-        return Batch(images, torch.from_numpy(self.source.labels(given)), fetched.replaced)
+        return pinned(Batch(images, torch.from_numpy(self.source.labels(given)), fetched.replaced), self.device)
 
     def _decode(self, content: np.ndarray, sample: int) -> np.ndarray:
         """uint8 (H, W, C)."""

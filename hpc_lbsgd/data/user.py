@@ -18,6 +18,7 @@ import torch
 
 from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.order import stream_key
+from hpc_lbsgd.data.place import on_device, pinned
 from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.errors import RequestError
@@ -66,17 +67,11 @@ class UserLoader:
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         for batch in ahead(self._make, requests, self.ahead, self.threads):
-            yield self._place(batch)
+            yield on_device(batch, self.device, self.channels_last)
 
     def _make(self, request: Request) -> Batch:
         pairs = [self.data.sample(int(i), self.seed, request.epoch) for i in request.samples]
         inputs, labels = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         if not (labels.is_floating_point() or labels.dtype == torch.bool):
             labels = labels.long()  # numpy's numbers come in all widths
-        return Batch(inputs, labels)
-
-    def _place(self, batch: Batch) -> Batch:
-        inputs = batch.images
-        if self.channels_last and inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return Batch(inputs.to(self.device), batch.labels.to(self.device))
+        return pinned(Batch(inputs, labels), self.device)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hpc_lbsgd.errors import RunError
+from hpc_lbsgd.parallel import fixed_point
 from hpc_lbsgd.parallel.engine import Engine
 
 ALIGN_BYTES = 64  # of every view: vector loads and MPI's copies want it
@@ -139,6 +140,7 @@ class Buckets:
             # statistics hold counts in units of 2^-ceil(log2 groups), which a coarse unit would make zero
             self._finer = 2.0 ** max(0, STATISTICS_BITS - bits)
             self.totals = [torch.zeros(b.layout.size, dtype=torch.int64, device=device) for b in self.buckets]
+            self.kernels = fixed_point.kernels_for(device, dtype)
         self.wires = None
         if wire is not None:
             wire_dtype, self.wire_scale = wire
@@ -272,6 +274,9 @@ class Buckets:
         flagged."""
         gradients = bucket.gradients[bucket.layout.statistics :]
         counted = self.flushed is not None and not self._apart
+        if self.kernels and not (counted or self._apart or self._digest):
+            self._add_by_kernel(bucket)
+            return
         if counted:
             before = torch.count_nonzero(gradients)
         self._scale_statistics(bucket, self._finer)
@@ -291,6 +296,20 @@ class Buckets:
             total += scaled.to(torch.int64)
         if not self._last_pass:
             bucket.gradients.zero_()
+
+    def _add_by_kernel(self, bucket: Bucket) -> None:
+        to, scale = (self.totals[bucket.index], self.out_of_range), 2.0**self.bits
+        units = (bucket.layout.statistics, scale, scale * self._finer, self._largest)
+        self.kernels.add(bucket.gradients, *to, *units, first=self._first_pass, clear=not self._last_pass)
+
+    def _from_fixed_point(self, bucket: Bucket) -> None:
+        """The sums as gradients: one rounding, to the nearest float."""
+        total, unit = self.totals[bucket.index], 2.0**-self.bits
+        if self.kernels:
+            self.kernels.take(total, bucket.gradients, bucket.layout.statistics, unit, unit / self._finer)
+            return
+        bucket.gradients.copy_(total).mul_(unit)
+        self._scale_statistics(bucket, 1 / self._finer)
 
     def _scale_statistics(self, bucket: Bucket, factor: float) -> None:
         if factor != 1 and bucket.layout.statistics:
@@ -334,9 +353,8 @@ class Buckets:
             if bucket.handle is not None:
                 self.engine.wait(bucket.handle)
                 bucket.handle = None
-            if self.bits is not None:  # always finite; one rounding, to the nearest float
-                bucket.gradients.copy_(self.totals[bucket.index]).mul_(2.0**-self.bits)
-                self._scale_statistics(bucket, 1 / self._finer)
+            if self.bits is not None:  # always finite
+                self._from_fixed_point(bucket)
                 continue
             if bucket.layout.compress:
                 bucket.gradients.copy_(self.wires[bucket.index]).mul_(1 / self.wire_scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -46,10 +47,15 @@ def environment(machine, determinism: str, on_gpu: bool) -> dict[str, str]:
 def defaults(on_gpu: bool) -> dict[str, str]:
     """Variables set where the user's environment does not."""
     if on_gpu:
-        return {}
+        # a bucket is ready every few ms, and waits half a cycle on average before ranks agree to sum it; rank 0's
+        # thread that leads the cycles sleeps in between
+        return {"HOROVOD_CYCLE_TIME": "0.25"}
     # Ranks that compute on CPUs: a rank that waits must leave its core to those that compute, and 1 ms between
     # Horovod's cycles is long beside a small step.
     return {"OMPI_MCA_mpi_yield_when_idle": "1", "HOROVOD_CYCLE_TIME": "0.1"}
+
+
+POLL_S = 5e-5  # Linux makes about 1e-4 of it
 
 
 class HorovodEngine:
@@ -60,6 +66,7 @@ class HorovodEngine:
         os.environ.update(environment(machine, determinism, device.type == "cuda"))
         for key, value in defaults(device.type == "cuda").items():
             os.environ.setdefault(key, value)
+        self._polls = device.type == "cuda"
         import horovod.torch as hvd
 
         hvd.init()
@@ -85,6 +92,10 @@ class HorovodEngine:
         return self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
 
     def wait(self, handle: Any) -> None:
+        # Horovod's own wait spins (mpi_ops_v2.cc, WaitAndClear) and takes Python's lock each time round, which the
+        # threads that decode and those that feed the GPU's loader want for themselves
+        while self._polls and not self._hvd.poll(handle):
+            time.sleep(POLL_S)
         self._hvd.synchronize(handle)
 
     def broadcast(self, tensor: torch.Tensor, name: str) -> None:

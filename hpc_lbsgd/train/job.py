@@ -204,8 +204,8 @@ def refuse_shared(places: Sequence[tuple[str, str | None]]) -> None:
 
 def place_of(device: torch.device) -> tuple[str, str | None]:
     """For `refuse_shared`."""
-    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-    return socket.gethostname(), uuid
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
+    return socket.gethostname(), uuid and str(uuid)
 
 
 def configure_torch(recipe: Recipe, world: worlds.World, device: torch.device) -> None:

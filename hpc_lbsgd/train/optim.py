@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.optim.sgd import sgd
 
 from hpc_lbsgd.parallel.buckets import Buckets
 from hpc_lbsgd.theory.schedule import Point
@@ -72,8 +73,28 @@ class Sgd(Optimizer):
     Weight decay is added to the gradient (eq. 8), never scaled with the loss (Remark 1).
     """
 
+    def __init__(self, buckets: Buckets, optim):
+        super().__init__(buckets, optim)
+        self.fused = buckets.device.type == "cuda"  # torch's kernel: 5 passes over memory for 14
+
     @torch.no_grad()
     def step(self, point: Point, previous_lr: float) -> None:
+        if self.fused:
+            for decay in {part.decay for part in self.parts}:
+                alike = [part for part in self.parts if part.decay == decay]
+                sgd(
+                    [part.weights for part in alike],
+                    [part.gradients for part in alike],
+                    [part.state["momentum"] for part in alike],
+                    weight_decay=decay,
+                    momentum=point.momentum,
+                    lr=point.lr,
+                    dampening=0.0,
+                    nesterov=self.optim.nesterov and point.momentum > 0,
+                    maximize=False,
+                    fused=True,
+                )
+            return
         for w, g, state, decay in self.parts:
             if decay:
                 g.add_(w, alpha=decay)

@@ -234,7 +234,7 @@ def outputs(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, device: 
     is taken in the precision of the weights."""
     if images.is_floating_point() or images.dtype == torch.uint8:
         images = images.to(dtype)
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+    with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
         found = model(images)
     return unhalved(found)
 

@@ -91,8 +91,8 @@ class Outcome:
     replaced: int  # samples that could not be had (data.on_bad_image = skip)
     flushed: float | None  # share of gradients that fixed point or a float16 wire made zero, where it was counted
     mismatch: crosscheck.Mismatch | None  # ranks that computed different bits; the step was not taken
-    data_wait_s: float  # on this rank
-    exposed_comm_s: float  # from the end of this rank's backward until all sums are there
+    data_wait_s: float  # on this rank, for this step's first batch and the one after its last
+    exposed_comm_s: float  # from the end of this rank's backward, and the next batch, until all sums are there
 
 
 class Stepper:
@@ -112,6 +112,11 @@ class Stepper:
         self.slots = crosscheck.Slots(self.engine.size)
         self.bn_group, self.samples_per_worker = recipe.batch.group, recipe.batch.samples_per_worker
         self.loss = loss_function(recipe.train)
+        self._ahead: Batch | None = None  # of the pass that comes next, where it is there already
+
+    def _take(self) -> Batch:
+        batch, self._ahead = self._ahead, None
+        return next(self.batches) if batch is None else batch
 
     def run(self, point: Point, previous_lr: float = 0.0, stop: bool = False, checkpoint: bool = False) -> Outcome:
         """One step. The weights change only if every rank's loss and gradients are finite.
@@ -132,7 +137,7 @@ class Stepper:
         for i, (workers, counts, again) in enumerate(work):
             before = time.perf_counter()
             self.mark("data", point.step)
-            images, labels, stand_ins = next(self.batches)
+            images, labels, stand_ins = self._take()
             replaced += 0 if again else stand_ins
             data_wait_s += time.perf_counter() - before
             self.mark("compute", point.step)
@@ -158,8 +163,6 @@ class Stepper:
                 self.slots.write_worker(control[end:], again, mixed)
         if all(w.again for w in work):
             buckets.join_idle()
-        self.mark("sum", point.step)
-        before = time.perf_counter()
         bad = ~torch.isfinite(losses.sum())
         if buckets.bits is not None:
             bad |= buckets.out_of_range
@@ -170,6 +173,12 @@ class Stepper:
         control[BAD_RANK_SUM] = bad * self.engine.rank
         control[STOP], control[CHECKPOINT], control[REPLACED] = float(stop), float(checkpoint), replaced
         handle = self.engine.start_sum(control, "control")  # after all buckets: some engines match sums by order
+        before = time.perf_counter()
+        self.mark("data", point.step)
+        self._ahead = next(self.batches, None)  # while the sums are under way, and a GPU has backward left to do
+        data_wait_s += time.perf_counter() - before
+        self.mark("sum", point.step)
+        before = time.perf_counter()
         finite = buckets.finish()
         self.engine.wait(handle)
         big_square = buckets.square() if measured else control[COUNT]

@@ -9,7 +9,8 @@ import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.append(str(TOOLS))
-from horovod_build import toolchain, wheel  # noqa: E402
+import build_horovod  # noqa: E402
+from horovod_build import nvcc, toolchain, wheel  # noqa: E402
 
 TOOLCHAIN = toolchain.Toolchain(
     "0.28.1", 1, "cp311", "x86_64", "2.14.1 abc", 20, "gcc 12", "Open MPI 5", "", "13.0", "2", "80"
@@ -51,3 +52,53 @@ def test_wheel_key_names_everything_it_depends_on():
         other = value + 1 if isinstance(value, int) else value + "x"
         keys.add(dataclasses.replace(TOOLCHAIN, **{field.name: other}).key())
     assert len(keys) == 1 + len(dataclasses.fields(TOOLCHAIN))
+
+
+# ---------------------------------------------------------------- CUDA
+
+
+@pytest.fixture
+def compilers(tmp_path, monkeypatch):
+    """Machines by the nvcc they have: place -> CUDA."""
+
+    def there(**places):
+        monkeypatch.setattr(nvcc, "wheel_home", lambda major: tmp_path / "wheels")
+        for name, cuda in places.items():
+            (home := tmp_path / name / "bin").mkdir(parents=True)
+            (home / "nvcc").write_text(f'#!/bin/sh\necho "Cuda compilation tools, release {cuda}, V{cuda}.1"\n')
+            (home / "nvcc").chmod(0o755)
+        monkeypatch.delenv("HOROVOD_CUDA_HOME", raising=False)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "module"))
+        monkeypatch.setenv("PATH", f"{tmp_path}/path/bin:/usr/bin:/bin")
+        return tmp_path
+
+    return there
+
+
+def test_the_nvcc_of_torchs_cuda_is_taken_wherever_it_is(compilers):
+    home = compilers(module="12.4", wheels="13.0")
+    assert nvcc.fitting("13.0", fetch=False) == (home / "wheels", "")
+    assert nvcc.fitting("12.8", fetch=False) == (home / "module", "")
+
+
+def test_nvcc_13_comes_from_wheels_where_none_fits(compilers, monkeypatch):
+    home, called = compilers(path="12.4"), []
+    run = nvcc.run
+    monkeypatch.setattr(nvcc, "run", lambda *words: called.append(words) if "pip" in words else run(*words))
+    (home / "wheels" / "lib").mkdir(parents=True)
+    assert nvcc.fitting("13.0", fetch=True) == (home / "wheels", "")
+    assert "nvidia-cuda-nvcc==13.0.*" in called[0] and "nvidia-nvvm==13.0.*" in called[0]
+    assert (home / "wheels" / "lib64").is_symlink() and (home / "wheels" / "lib" / "libcudart.so").is_symlink()
+
+
+def test_what_no_cuda_means_is_said_last_and_loudly(compilers, capsys):
+    home = compilers(path="13.0")
+    found, why = nvcc.fitting("12.8", fetch=True)
+    assert found is None and f"no nvcc of CUDA 12, as torch has it ({home / 'path'} has CUDA 13.0)" in why
+    assert "module load cuda/12.8" in why
+    build_horovod.warn_of_cpus(dataclasses.replace(TOOLCHAIN, cuda=""), {"cpu_only": why})
+    said = capsys.readouterr().err
+    assert "CPUs ONLY" in said and why in said and "--gpu nccl" in said
+    build_horovod.warn_of_cpus(TOOLCHAIN, {"cpu_only": ""})
+    build_horovod.warn_of_cpus(dataclasses.replace(TOOLCHAIN, cuda=""), {"cpu_only": ""})  # --gpu none
+    assert capsys.readouterr().err == ""

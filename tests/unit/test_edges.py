@@ -42,7 +42,10 @@ def test_engine_settings_follow_the_recipe():
     assert (chosen["OMPI_MCA_mpi_yield_when_idle"], chosen["HOROVOD_TORUS_ALLREDUCE"]) == ("0", "1")
     exact = settings("determinism=same-ranks")
     assert exact["HOROVOD_AUTOTUNE"] == "0" and exact["OMPI_MCA_coll_tuned_allreduce_algorithm"] == "4"
-    assert defaults(on_gpu=True) == {} and defaults(on_gpu=False)["OMPI_MCA_mpi_yield_when_idle"] == "1"
+    assert (
+        defaults(on_gpu=True) == {"HOROVOD_CYCLE_TIME": "0.25"}
+        and defaults(on_gpu=False)["OMPI_MCA_mpi_yield_when_idle"] == "1"
+    )
 
 
 def test_plain_lines_show_progress_and_eta():

@@ -15,14 +15,12 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path
 
+from horovod_build import nvcc as compilers
+from horovod_build.missing import Missing
 from horovod_build.processes import run
 from horovod_build.source import HOROVOD, PATCH_LEVEL
 
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "cmake", "cloudpickle", "psutil", "yaml", "cffi")
-
-
-class Missing(Exception):
-    """The build cannot start; the message says what to install."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,17 +103,6 @@ def mpi_version(mpirun: Path) -> str:
     return " ".join(lines[:2] if lines[0].startswith("HYDRA") else lines[:1])
 
 
-def find_cuda_home() -> Path | None:
-    """CUDA's real folder. nvcc may be a link or a wrapper script, so nvcc itself is asked."""
-    home = os.environ.get("HOROVOD_CUDA_HOME") or os.environ.get("CUDA_HOME")
-    nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
-    if not nvcc or not os.access(nvcc, os.X_OK):
-        return None
-    dry = subprocess.run([nvcc, "-dryrun", "probe.cu"], capture_output=True, text=True).stderr
-    top = re.search(r"^#\$ TOP=(.+)$", dry, re.M)
-    return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parent.parent
-
-
 def find_nccl() -> tuple[Path, Path, str]:
     """(include folder, library file, version) of NCCL: NCCL_HOME, or the nvidia-nccl wheel."""
     homes = [Path(os.environ[v]) for v in ("HOROVOD_NCCL_HOME", "NCCL_HOME") if os.environ.get(v)]
@@ -138,8 +125,10 @@ def default_archs(nvcc: Path) -> str:
     return ",".join(a for a in ("70", "80", "90", "100") if a in known)
 
 
-def survey(mpi: str, gpu: str) -> tuple[Toolchain, dict]:
-    """The toolchain, and the paths the build needs beside it."""
+def survey(mpi: str, gpu: str, fetch: bool = True) -> tuple[Toolchain, dict]:
+    """The toolchain, and the paths the build needs beside it; `cpu_only` among them says why there is no CUDA, if
+    it was not forbidden. fetch:
+    nvcc may be installed into this environment, where none fits."""
     compiler = find_compiler()
     mpicxx = find_mpicxx(mpi)
     mpirun = mpirun_beside(mpicxx)
@@ -150,7 +139,7 @@ def survey(mpi: str, gpu: str) -> tuple[Toolchain, dict]:
                 sys.executable,
                 "-c",
                 "import json, torch; from torch import version as v; "
-                "print(json.dumps([torch.__version__, v.cuda, v.git_version]))",
+                "print(json.dumps([torch.__version__, v.cuda, v.git_version, v.hip]))",
             )
         )
     except metadata.PackageNotFoundError:
@@ -160,28 +149,23 @@ def survey(mpi: str, gpu: str) -> tuple[Toolchain, dict]:
     ]
     if lacking and not (lacking == ["cmake"] and shutil.which("cmake")):
         raise Missing(f"build tools missing: pip install {' '.join(lacking)}")
-    paths = {"mpicxx": mpicxx, "mpirun": mpirun, "compiler": compiler}
+    paths = {"mpicxx": mpicxx, "mpirun": mpirun, "compiler": compiler, "cpu_only": ""}
     cuda = nccl = archs = ""
-    cuda_home = find_cuda_home()
-    if gpu == "nccl" and not torch_facts[1]:
-        raise Missing(f"torch {torch_version} is a CPU build: install a CUDA build of torch, or use --gpu none")
-    if gpu == "nccl" and cuda_home is None:
-        raise Missing(
-            f"no nvcc: install the CUDA toolkit of torch's CUDA ({torch_facts[1]}) or set CUDA_HOME, or use --gpu none"
-        )
-    if gpu != "none" and torch_facts[1] and cuda_home:
-        nvcc = cuda_home / "bin" / "nvcc"
-        cuda = re.search(r"release ([\d.]+)", run(nvcc, "--version")).group(1)
-        if cuda.split(".")[0] != torch_facts[1].split(".")[0]:
-            mismatch = f"nvcc is CUDA {cuda}, torch was built for CUDA {torch_facts[1]}"
-            if gpu == "nccl":
-                raise Missing(mismatch + ": load the matching toolkit, or use --gpu none")
-            print(f"warning: {mismatch}; building for CPUs only", file=sys.stderr)
-            cuda = ""
-        else:
+    if gpu != "none" and not torch_facts[1]:
+        kind, fix = "CPU", "install a CUDA build of torch"
+        if torch_facts[3]:
+            kind, fix = "ROCm", "machine.engine = torch sums by RCCL; Horovod for ROCm is not built here"
+        paths["cpu_only"] = f"torch {torch_version} is a {kind} build: {fix}"
+    elif gpu != "none":
+        home, why = compilers.fitting(torch_facts[1], fetch)
+        paths["cpu_only"] = why
+        if home:
+            cuda = compilers.release(home / "bin" / "nvcc")
             include, library, nccl = find_nccl()
-            archs = os.environ.get("HOROVOD_BUILD_CUDA_CC_LIST") or default_archs(nvcc)
-            paths |= {"cuda_home": cuda_home, "nccl_include": include, "nccl_library": library}
+            archs = os.environ.get("HOROVOD_BUILD_CUDA_CC_LIST") or default_archs(home / "bin" / "nvcc")
+            paths |= {"cuda_home": home, "nccl_include": include, "nccl_library": library}
+    if gpu == "nccl" and not cuda:
+        raise Missing(f"{paths['cpu_only']}; or use --gpu none")
     tools = Toolchain(
         horovod=HOROVOD,
         patch_level=PATCH_LEVEL,

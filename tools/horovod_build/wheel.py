@@ -12,9 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from horovod_build.missing import Missing
 from horovod_build.processes import run, run_with_progress
 from horovod_build.source import fetch_source, patch_source
-from horovod_build.toolchain import Missing, Toolchain, venv_bin
+from horovod_build.toolchain import Toolchain, venv_bin
 
 FREE_GB_NEEDED = 3
 BUILD_INFO = "hpc_lbsgd_build.json"  # travels inside the wheel; `hpc-lbsgd doctor` reads it

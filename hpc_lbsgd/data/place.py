@@ -1,0 +1,27 @@
+"""A batch's way to the device: pinned where it is made, copied while the GPU computes, and laid out there.
+
+What is left to the thread that trains is to start a copy. Pageable memory would be copied twice, and waited for.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hpc_lbsgd.data.source import Batch
+
+
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """In the thread that made it: a copy from which a GPU can read by itself. On CPUs the batch as it is."""
+    if device.type != "cuda":
+        return batch
+    torch.cuda.set_device(device)  # each thread has its own, and pinning would open a context on GPU 0
+    return batch._replace(images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
+
+
+def on_device(batch: Batch, device: torch.device, channels_last: bool = False) -> Batch:
+    """The batch on `device`, images (B, C, H, W) channels last there if they should be. Does not wait for the copy:
+    what is launched afterwards on the same stream does, and torch keeps pinned memory for as long."""
+    images = batch.images.to(device, non_blocking=True)
+    if channels_last and images.dim() == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return batch._replace(images=images, labels=batch.labels.to(device, non_blocking=True))

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+# ruff: noqa: E501  (rows of tables)
+"""Print docs/results/gpu-model.md: what a step costs by calculation, before and after the changes of its kernels and
+waits. Nothing in it was measured.
+
+python tools/gpu_table.py > docs/results/gpu-model.md
+"""
+
+from __future__ import annotations
+
+import gpu_model
+
+# An H100 SXM, and what of it is reached
+BYTES_PER_S = 0.85 * 3.35e12
+FLOP_PER_S = 0.50 * 989e12
+FLOP_PER_IMAGE = 3 * 2 * 4.1e9  # forward and twice as much backward (He et al. 2015: 4.1e9 products of ResNet-50)
+HOST_S_PER_LAUNCH = 8e-6  # eager torch, autograd included
+COPY_BYTES_PER_S = 10e9  # one core, from memory to memory
+JPEG_BYTES = 110e3  # of an ImageNet photograph
+CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")
+
+HEAD = """# A step on a GPU, calculated
+
+***Calculated, not measured***: no GPU was at hand. `python tools/gpu_table.py` counts a whole training step of
+ResNet-50 (bf16, channels last, `bn_group: 32`, eager) on torch's `meta` device with `tools/gpu_model.py`, which
+`tests/gpu_less` runs too: operations launched, and bytes that they read and write if nothing stays in a cache. From
+there to milliseconds of an H100 SXM:
+
+| taken as given | |
+|---|---|
+| memory | 0.85 of 3.35 TB/s |
+| convolutions | the longer of their bytes and 24.6 GFLOP an image at 0.50 of 989 TFLOP/s |
+| launching | 8 us of the host an operation; the device waits where that is longer than its own work |
+| waits | bytes of JPEGs copied into DALI at 10 GB/s (110 kB each); 1 ms for windows and labels; half a cycle of Horovod |
+| sums over ranks | hidden behind backward, but for the wait for the last |
+
+Before: torch's operations for fixed point and SGD, batches fetched when the sums were there, 1 ms cycles. After: a
+Triton kernel each way, the fused update, batches fetched while sums are under way and taken where DALI made them,
+0.25 ms cycles, and up to 0.1 ms of sleep.
+
+| determinism | n | | launches | GB | device ms | host ms | exposed waits ms | step ms | images/s |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+TAIL = """
+What it says, if it is right: at n = 256 the device is the limit, and the wait for the next batch was the largest loss;
+at n = 32 the host is. `make gpu-check` measures each of these columns: rates, idle share, launches, gaps.
+
+## What is left
+
+| | calculated |
+|---|---|
+| `bn_group: 32` at n = 256: {cat:.1f} GB of {all:.1f} put 8 groups' outputs and gradients together again, and BatchNorm takes {norms:,} of {launches} launches. One reduction over (G, n, C, H, W) needs neither; in eager torch it makes 10 passes of the backward's 5, so it wants a kernel | {cat_ms:.1f} ms |
+| the host reads the verdict before it launches the update: 30 small launches with an idle device behind | 0.3 ms a step |
+| n = 32 without compiling: {few} launches at 8 us. CUDA graphs cut at bucket ends, or `machine.compile: stages` | {lost:.1f} ms of {step:.1f} |
+| gradients are added into zeroed buckets, a launch a parameter | 161 launches, 0.9 GB |
+"""
+
+
+def seconds(seen: gpu_model.Seen, n: int) -> tuple[float, float]:
+    """(device, host) of a step."""
+    convolutions = sum(seen.costs[name].bytes for name in CONVOLUTIONS)
+    device = (seen.bytes - convolutions) / BYTES_PER_S
+    device += max(convolutions / BYTES_PER_S, n * FLOP_PER_IMAGE / FLOP_PER_S)
+    return device, seen.launches * HOST_S_PER_LAUNCH
+
+
+def waits(n: int, before: bool) -> float:
+    """Seconds in which the device has nothing to do, because the host waits or fetches."""
+    if before:
+        return n * JPEG_BYTES / COPY_BYTES_PER_S + 1e-3 + 0.5e-3
+    return 0.125e-3 + 0.1e-3
+
+
+def main() -> None:
+    print(HEAD, end="")
+    kept = {}
+    for determinism in ("off", "any-ranks"):
+        for n in (256, 32):
+            recipe = gpu_model.resnet50(n, determinism=determinism, precision="bf16")
+            for before in (True, False):
+                seen = kept[determinism, n, before] = gpu_model.count(recipe, plain=before)
+                device, host = seconds(seen, n)
+                exposed = waits(n, before)
+                took = max(device, host) + exposed
+                cells = (
+                    determinism,
+                    n,
+                    "before" if before else "after",
+                    f"{seen.launches:,}",
+                    f"{seen.bytes / 1e9:.1f}",
+                )
+                times = (f"{1e3 * t:.1f}" for t in (device, host, exposed, took))
+                print(f"| {' | '.join(map(str, (*cells, *times, f'{n / took:,.0f}')))} |")
+    large, small = kept["off", 256, False], kept["off", 32, False]
+    norms = sum(cost.launches for name, cost in large.costs.items() if "batch_norm" in name)
+    cat, (device, host) = large.costs["aten::cat"].bytes, seconds(small, 32)
+    facts = {"cat": cat / 1e9, "all": large.bytes / 1e9, "norms": norms, "launches": f"{large.launches:,}"}
+    facts |= {"cat_ms": 1e3 * cat / BYTES_PER_S, "few": small.launches, "lost": 1e3 * (host - device)}
+    print(TAIL.format(**facts, step=1e3 * (host + waits(32, False))), end="")
+
+
+if __name__ == "__main__":
+    main()
