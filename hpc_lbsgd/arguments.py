@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from hpc_lbsgd.runs import RESUME, RESUME_IF_EXISTS
@@ -93,11 +94,11 @@ def with_launches(p):
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw it too (PNG, SVG or PDF)")
 
 
-def with_hosts(p):
+def with_hosts(p, flavours: Iterable[str]):
     where = p.add_mutually_exclusive_group()
     where.add_argument("--hosts", help="hosts with their slots: a:8,b:8")
     where.add_argument("--hostfile", help="file of hosts, as mpirun takes it")
-    p.add_argument("--mpi", choices=["openmpi", "mpich", "intel"], help="flavour (default: what mpirun says it is)")
+    p.add_argument("--mpi", choices=list(flavours), help="flavour (default: what mpirun says it is)")
     p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
 
 

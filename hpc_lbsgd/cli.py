@@ -24,6 +24,7 @@ from hpc_lbsgd.bench import commands as bench
 from hpc_lbsgd.data import commands as data
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import world
+from hpc_lbsgd.parallel.launchers import FLAVOURS
 from hpc_lbsgd.runs import RESUME
 from hpc_lbsgd.signals import Steadfast
 
@@ -106,7 +107,7 @@ def add_runs(command) -> None:
 def add_jobs(command) -> None:
     p = command("launch", launch, help="compose and run the mpirun line of a job: launch --np 8 -- train RECIPE ...")
     p.add_argument("--np", type=positive, required=True, dest="ranks", help="ranks")
-    with_hosts(p)
+    with_hosts(p, FLAVOURS)
     p.add_argument("--dry-run", action="store_true", help="print the command and stop")
     p.add_argument("job", nargs=argparse.REMAINDER, help="-- train RECIPE ...")
 

@@ -13,8 +13,7 @@ from hpc_lbsgd.bench.step import command as step
 def add(commands) -> None:
     """Add `bench` to the top level's commands."""
     p = commands.add_parser("bench", help="measure loader, step and allreduce here; predict what more nodes would do")
-    benches = p.add_subparsers(
-        dest="bench_command", metavar="loader|rates|step|scaling|allreduce|simulate", required=True
-    )
+    benches = p.add_subparsers(dest="bench_command", required=True)
     for benchmark in (loader, rates, step, scaling, allreduce, simulate):
         benchmark.add(benches)
+    benches.metavar = "|".join(benches.choices)

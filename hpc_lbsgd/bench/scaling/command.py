@@ -8,6 +8,7 @@ from pathlib import Path
 from hpc_lbsgd.arguments import counts, positive, positive_float, with_hosts, with_json, with_set
 from hpc_lbsgd.bench.core.output import give
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED
+from hpc_lbsgd.parallel.launchers import FLAVOURS
 
 
 def add(benches) -> None:
@@ -28,7 +29,7 @@ def add(benches) -> None:
     p.add_argument("--warm-ups", type=positive, default=5, help="steps before timing (default: %(default)s)")
     p.add_argument("--timeout-s", type=positive_float, default=600.0, help="for one launch (default: %(default)s)")
     p.add_argument("--out", type=Path, help="folder of the results (default: runs/scaling-RECIPE)")
-    with_hosts(p)
+    with_hosts(p, FLAVOURS)
     with_json(p).set_defaults(function=run)
 
 
