@@ -5,12 +5,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import grimp
 import pytest
 import yaml
 
 import hpc_lbsgd
+from hpc_lbsgd.cluster.sites import Site
+from hpc_lbsgd.parallel.launchers import FLAVOURS
+from hpc_lbsgd.sections import Machine, ScheduleSection
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -62,7 +66,7 @@ def test_files_to_touch_are_there_and_have_the_names(text):
     for item in items:
         path = None
         for word in re.findall(r"`(.+?)`", item.replace("\n ", "")):
-            if "/" in word or word.endswith(".toml"):
+            if "/" in word or word.endswith((".toml", ".yml")):
                 path = ROOT / word
                 assert (path.parent if "NAME" in path.name else path).exists(), word
             elif path and path.is_file():
@@ -155,3 +159,50 @@ def test_the_contract_inside_benchmarks_has_all_of_them():
     assert set(re.search(r"A package a benchmark: ([^.]+)\.", head).group(1).split(", ")) == packages
     manual = (ROOT / "docs" / "benchmarks.md").read_text()
     assert set(re.findall(r"^## bench (\w+)$", manual, re.M)) == packages
+
+
+# ---------------------------------------------------------------- words
+
+
+def says(path: Path, subject: str, words: set[str]) -> bool:
+    """Has the file a statement with one of `words` and, in a name or a key, the subject they are words of?"""
+    for statement in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.stmt)):
+        own, names, constants = [statement], set(), set()
+        while own:
+            node = own.pop()
+            own += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                constants.add(node.value)
+            names |= {str(getattr(node, key)) for key in ("id", "attr", "arg") if getattr(node, key, None)}
+        if constants & words and any(re.search(subject, name) for name in names | (constants - words)):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "title, subject, words",
+    [
+        ("an engine", r"^(engine|ENGINES|WAYS)$", set(get_args(Machine.model_fields["engine"].annotation))),
+        (
+            "a schedule",
+            r"^(kind|shape|GROWING)$",
+            set(get_args(ScheduleSection.model_fields["kind"].annotation)) - {"constant"},
+        ),
+        ("a launcher", r"^(mpi|flavour|name)$", set(FLAVOURS)),
+    ],
+)
+def test_whoever_knows_a_word_by_name_is_in_the_list(title, subject, words):
+    """What one who adds a word has to look at: wherever another word of its kind is written."""
+    text = dict(LISTS)[f"Adding {title}"]
+    found = {p for p in (ROOT / "hpc_lbsgd").rglob("*.py") if says(p, subject, words)}
+    names = {re.sub(r"/(?:horovod|torch|ddp)_engine", "/NAME_engine", str(p.relative_to(ROOT))) for p in found}
+    assert len(names) > 1 and {name for name in names if f"`{name}`" not in text} == set()
+
+
+def test_each_engine_and_each_flavour_has_what_is_asked_of_it():
+    engine = source_of("hpc_lbsgd/parallel/engine.py", "create")
+    for word in get_args(Machine.model_fields["engine"].annotation):
+        adapter = ROOT / "hpc_lbsgd" / "parallel" / f"{word}_engine.py"
+        assert f'name = "{word}"' in adapter.read_text() and f'machine.engine == "{word}"' in engine
+    for flavour, launcher in FLAVOURS.items():
+        assert Site(mpi=flavour).wire_up == launcher.srun_mpi and launcher.library and launcher.said
