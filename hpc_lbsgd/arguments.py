@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from hpc_lbsgd.runs import RESUME, RESUME_IF_EXISTS
@@ -69,6 +70,12 @@ def step_range(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+def add_command(commands, name: str, *, help: str, example: str | None = None) -> argparse.ArgumentParser:
+    """A command whose line in the list of its parent heads its own page too. example: words after hpc-lbsgd."""
+    epilog = f"Example: hpc-lbsgd {example}" if example else None
+    return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=epilog)
+
+
 def with_json(p):
     p.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else there")
     return p
@@ -88,16 +95,18 @@ def with_set(p):
 def with_launches(p):
     p.add_argument("--ranks", type=positive, default=2, help="ranks (default: %(default)s)")
     p.add_argument("--rounds", type=positive, default=5, help="launches of each, in turn (default: %(default)s)")
-    p.add_argument("--timeout-s", type=positive_float, default=600.0, help="for one launch (default: %(default)s)")
+    p.add_argument(
+        "--timeout-s", type=positive_float, default=600.0, help="seconds for one launch (default: %(default)g)"
+    )
     p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw it too (PNG, SVG or PDF)")
 
 
-def with_hosts(p):
+def with_hosts(p, flavours: Iterable[str]):
     where = p.add_mutually_exclusive_group()
     where.add_argument("--hosts", help="hosts with their slots: a:8,b:8")
     where.add_argument("--hostfile", help="file of hosts, as mpirun takes it")
-    p.add_argument("--mpi", choices=["openmpi", "mpich", "intel"], help="flavour (default: what mpirun says it is)")
+    p.add_argument("--mpi", choices=list(flavours), help="flavour (default: what mpirun says it is)")
     p.add_argument("--oversubscribe", action="store_true", help="allow more ranks than cores")
 
 

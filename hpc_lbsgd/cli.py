@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hpc_lbsgd import __version__
 from hpc_lbsgd.arguments import (
+    add_command,
     nodes_sweep,
     positive,
     positive_float,
@@ -33,6 +34,7 @@ from hpc_lbsgd.errors import (
     did_you_mean,
 )
 from hpc_lbsgd.parallel import world
+from hpc_lbsgd.parallel.launchers import FLAVOURS
 from hpc_lbsgd.report import commands as reports
 from hpc_lbsgd.runs import RESUME, name_of
 from hpc_lbsgd.signals import Steadfast
@@ -76,8 +78,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, function, **kwargs) -> argparse.ArgumentParser:
-        p = commands.add_parser(name, description=kwargs["help"] + ".", **kwargs)
+    def command(name: str, function, **words) -> argparse.ArgumentParser:
+        p = add_command(commands, name, **words)
         p.set_defaults(function=function)
         return p
 
@@ -111,23 +113,28 @@ def add_beginning(command) -> None:
 
 
 def add_runs(command) -> None:
-    p = command("plan", plan, help="the run before it runs, or as it was decided and amended since")
+    p = command(
+        "plan", plan, help="the run before it runs, or as it was decided and amended since",
+        example="plan goyal-resnet50 --nodes 32",
+    )  # fmt: skip
     with_recipe(p, "a recipe file, the name of a shipped recipe, or a run folder")
-    p.add_argument("--nodes", type=positive, default=1)
+    p.add_argument("--nodes", type=positive, default=1, help="nodes (default: %(default)s)")
     p.add_argument("--gpus-per-node", type=positive, default=8, help="ranks a node (default: %(default)s)")
     p.add_argument("--images-per-s", type=positive_float, help="a rank's measured rate without communication")
-    p.add_argument("--system", metavar="PRESET", help="predict the step there; see bench simulate --list")
+    p.add_argument("--system", metavar="PRESET", help="predict the step there; named by bench simulate --list")
     p.add_argument("--steps", type=step_range, metavar="A:B", help="add a table of steps A to B-1")
     noise = p.add_mutually_exclusive_group()
     noise.add_argument(
-        "--critical-batch", type=positive_float, metavar="B", help="add steps, examples and node-hours by batch"
-    )
+        "--critical-batch", type=positive_float, metavar="B",
+        help="samples; add steps, examples and node-hours by batch",
+    )  # fmt: skip
     noise.add_argument("--noise-from", metavar="RUN", help="the same, with the noise scale that a run measured")
     with_json(p)
 
     p = command(
-        "train", train, help="train a recipe; under mpirun or srun every process is a rank, alone it is one rank"
-    )
+        "train", train, help="train a recipe; under mpirun or srun every process is a rank, alone it is one rank",
+        example="train fashion-mnist --run runs/first",
+    )  # fmt: skip
     with_recipe(p)
     with_run(p)
     with_json(p)
@@ -147,16 +154,20 @@ def add_runs(command) -> None:
 
 
 def add_jobs(command) -> None:
-    p = command("launch", launch, help="compose and run the mpirun line of a job: launch --np 8 -- train RECIPE ...")
-    p.add_argument("--np", type=positive, required=True, dest="ranks", help="ranks")
-    with_hosts(p)
+    p = command("launch", launch, help="compose and run the mpirun line of a job",
+                example="launch --np 8 -- train fashion-mnist --run runs/first")  # fmt: skip
+    p.add_argument("--np", type=positive, required=True, dest="ranks", metavar="RANKS", help="ranks to start")
+    with_hosts(p, FLAVOURS)
     p.add_argument("--dry-run", action="store_true", help="print the command and stop")
-    p.add_argument("job", nargs=argparse.REMAINDER, help="-- train RECIPE ...")
+    p.add_argument("job", nargs=argparse.REMAINDER, help="-- train RECIPE ..., or -- preflight RECIPE")
 
-    p = command("submit", submit, help="render the sbatch job of a recipe for a site, and submit it")
+    p = command("submit", submit, help="render the sbatch job of a recipe for a site, and submit it",
+                example="submit goyal-resnet50 --nodes 32 --site my-site.yaml")  # fmt: skip
     with_recipe(p)
-    p.add_argument("--nodes", type=positive, default=1, help="nodes (a chain: of the first stage)")
-    p.add_argument("--site", default="generic", help="a site file, or the name of a shipped site (default: generic)")
+    p.add_argument(
+        "--nodes", type=positive, default=1, help="nodes; a chain: of the first stage (default: %(default)s)"
+    )
+    p.add_argument("--site", default="generic", help="a site file, or a shipped site's name (default: %(default)s)")
     p.add_argument("--time", help="time limit of a job, as Slurm writes it (default: the site's)")
     p.add_argument(
         "--run", help="run folder (default: RECIPE-TIME in the site's folder of runs; with --resume the newest)"
@@ -170,8 +181,8 @@ def add_jobs(command) -> None:
         "--sweep", type=nodes_sweep, metavar="nodes=A,B", help="the scaling benchmark, a job a number; then its report"
     )
     what.add_argument("--data", action="store_true", help="list the recipe's data folders on a node, do not train")
-    p.add_argument("--rounds", type=positive, help="--sweep: as bench scaling has it")
-    p.add_argument("--steps", type=positive, help="--sweep: as bench scaling has it")
+    p.add_argument("--rounds", type=positive, help="--sweep: rounds, as bench scaling has them")
+    p.add_argument("--steps", type=positive, help="--sweep: steps, as bench scaling has them")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="print the script and stop")
     how.add_argument("--test-only", action="store_true", help="ask Slurm whether it would take the job, and stop")
@@ -185,9 +196,11 @@ def add_jobs(command) -> None:
 def add_reproduce(command) -> None:
     from hpc_lbsgd.reproduce.experiments import EXPERIMENTS, SCALES
 
-    p = command("reproduce", reproduce, help="a paper's table or figure on data you have; go on with the same command")
-    p.add_argument("experiment", choices=sorted(EXPERIMENTS))
-    p.add_argument("--scale", choices=sorted(SCALES), default="small", help="size (default: %(default)s)")
+    p = command("reproduce", reproduce, help="a paper's table or figure on data you have; go on with the same command",
+                example="reproduce goyal-table1 --scale small --list")  # fmt: skip
+    names = sorted(EXPERIMENTS)
+    p.add_argument("experiment", choices=names, metavar="EXPERIMENT", help=f"one of {', '.join(names)}")
+    p.add_argument("--scale", choices=sorted(SCALES), default="small", help="data set and size (default: %(default)s)")
     p.add_argument("--seeds", type=positive, default=3, help="runs a row (default: %(default)s)")
     with_set(p)
     p.add_argument("--out", type=Path, help="folder for runs, table and plot (default: runs/reproduce/SCALE)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hpc_lbsgd.arguments import add_command
 from hpc_lbsgd.bench.allreduce import command as allreduce
 from hpc_lbsgd.bench.loader import command as loader
 from hpc_lbsgd.bench.rates import command as rates
@@ -12,9 +13,8 @@ from hpc_lbsgd.bench.step import command as step
 
 def add(commands) -> None:
     """Add `bench` to the top level's commands."""
-    p = commands.add_parser("bench", help="measure loader, step and allreduce here; predict what more nodes would do")
-    benches = p.add_subparsers(
-        dest="bench_command", metavar="loader|rates|step|scaling|allreduce|simulate", required=True
-    )
+    p = add_command(commands, "bench", help="measure loader, step and allreduce here; predict what more nodes would do")
+    benches = p.add_subparsers(dest="bench_command", required=True)
     for benchmark in (loader, rates, step, scaling, allreduce, simulate):
         benchmark.add(benches)
+    benches.metavar = "|".join(benches.choices)

@@ -129,11 +129,10 @@ def check_mpi_is_one(library: str) -> Iterator[Finding]:
     from hpc_lbsgd.parallel.launchers import choose, find_mpirun
 
     try:
-        flavour = choose(find_mpirun()).name
+        word = choose(find_mpirun()).library
     except RequestError as problem:
         yield Finding(WARN, "mpi kind", str(problem), "launch with srun, or load another MPI module")
         return
-    word = {"openmpi": "Open MPI", "mpich": "MPICH", "intel": "Intel"}[flavour]
     if word not in library:
         yield Finding(
             FAIL,

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from hpc_lbsgd import yaml12
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.parallel.launchers import FLAVOURS
 from hpc_lbsgd.reading import names_in, validated
 from hpc_lbsgd.recipe import STAGE_DIR, expanded
 from hpc_lbsgd.sections import Count, Section
@@ -22,6 +23,7 @@ Interface = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]+$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 # Words that are quoted where they are used; a newline would still break the line of a log or a Slurm option
 Words = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f]+$")]
+Flavour = Literal[tuple(FLAVOURS)]
 DURATION = r"(\d+|\d+:\d{2}|(\d+-)?\d{1,2}:\d{2}:\d{2}|\d+-\d{1,2}(:\d{2})?)"
 Duration = Annotated[str, Field(pattern=f"^{DURATION}$")]
 
@@ -55,7 +57,7 @@ class Site(Section):
     cores_per_rank: Count = 1
     """cores that a rank (a GPU) gets: compute, decoding, Horovod's own thread"""
     launcher: Literal["srun", "mpirun"] = "srun"
-    mpi: Literal["openmpi", "mpich", "intel"] = "openmpi"
+    mpi: Flavour = "openmpi"
     """the MPI that Horovod was built with"""
     srun_mpi: Literal["pmix", "pmi2", "none"] | None = None
     """how srun wires ranks up (`srun --mpi=list` says what there is); default: pmix for openmpi, pmi2 for others;
@@ -107,7 +109,7 @@ class Site(Section):
 
     @property
     def wire_up(self) -> str:
-        return self.srun_mpi or ("pmix" if self.mpi == "openmpi" else "pmi2")
+        return self.srun_mpi or FLAVOURS[self.mpi].srun_mpi
 
     def folder_of_run(self, run: str) -> str:
         """A run folder, under scratch where it is relative. Raises RequestError for a variable that is not set."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hpc_lbsgd.arguments import not_negative, positive, positive_float, quality, with_json, with_set
+from hpc_lbsgd.arguments import add_command, not_negative, positive, positive_float, quality, with_json, with_set
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED
 
 
 def add(commands) -> None:
     """Add `data` to the top level's commands."""
-    p = commands.add_parser("data", help="get, list and check a data set; print who gets which sample")
-    data = p.add_subparsers(dest="data_command", metavar="fetch|index|pack|verify|order", required=True)
-    p = data.add_parser("fetch", help="get a data set by name, as image files with a manifest")
-    p.add_argument("name", choices=["cifar10", "fashion-mnist"])
+    p = add_command(commands, "data", help="get, list and check a data set; print who gets which sample")
+    data = p.add_subparsers(dest="data_command", required=True)
+    p = add_command(data, "fetch", help="get a data set by name, as image files with a manifest")
+    p.add_argument("name", choices=["cifar10", "fashion-mnist"], help="which")
     p.add_argument("--out", type=Path, help="folder to write to (default: data/NAME)")
     p.add_argument(
         "--source",
@@ -22,7 +22,10 @@ def add(commands) -> None:
         help="the original files (a folder; cifar10: or the archive), for machines without network",
     )
     with_json(p).set_defaults(function=fetch)
-    p = data.add_parser("index", help="list a data set in a manifest, decoding every image; nothing is copied")
+    p = add_command(
+        data, "index", help="list a data set in a manifest, decoding every image; nothing is copied",
+        example="data index imagenet/val --labels val.csv --classes-of imagenet/train",
+    )  # fmt: skip
     p.add_argument("dir", type=Path, help="DIR/CLASS/IMAGE tree; a tar, or a folder of tars (WebDataset, ILSVRC's)")
     p.add_argument("--out", type=Path, help="manifest file (default: DIR/manifest.arrow; beside a single tar)")
     p.add_argument("--labels", type=Path, help="images without folders of classes: a table with NAME,CLASS a line")
@@ -30,7 +33,10 @@ def add(commands) -> None:
     p.add_argument("--exclude", action="store_true", help="leave out images that do not decode, and list them")
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
     with_json(p).set_defaults(function=index)
-    p = data.add_parser("pack", help="a data set as a few tar shards with an index; goes on where it was stopped")
+    p = add_command(
+        data, "pack", help="a data set as a few tar shards with an index; goes on where it was stopped",
+        example="data pack imagenet/train imagenet/packed --jpeg 90 --short-side 256",
+    )  # fmt: skip
     p.add_argument("manifest", help="manifest, or the folder that has one")
     p.add_argument("out", type=Path, help="folder to write to")
     stored = p.add_mutually_exclusive_group()
@@ -40,27 +46,31 @@ def add(commands) -> None:
     side.add_argument("--short-side", type=positive, metavar="PX", help="scale larger images down to this shorter side")
     side.add_argument("--long-side", type=positive, metavar="PX", help="scale larger images down to this longer side")
     p.add_argument("--grey", action="store_true", help="with --jpeg or --raw: one channel")
-    p.add_argument("--shard-mb", type=positive_float, default=256.0, help="size of a shard (default: %(default)g)")
+    p.add_argument("--shard-mb", type=positive_float, default=256.0, help="size of a shard, MB (default: %(default)g)")
     p.add_argument("--processes", type=positive, help="packing processes (default: one a core)")
     with_json(p).set_defaults(function=pack)
-    p = data.add_parser("verify", help="decode everything; list what is corrupt, odd or twice there")
+    p = add_command(data, "verify", help="decode everything; list what is corrupt, odd or twice there")
     p.add_argument("data", help="manifest, the folder that has one, or a DIR/CLASS/IMAGE tree")
     p.add_argument(
         "--exclude", action="store_true", help="write exclude.txt: what cannot be used is left out from now on"
     )
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
     with_json(p).set_defaults(function=verify)
-    p = data.add_parser("order", help="which samples a worker gets in an epoch, in order")
+    p = add_command(
+        data, "order", help="which samples a worker gets in an epoch, in order",
+        example="data order --samples 1000 --workers 4 --epoch 2 --worker 3",
+    )  # fmt: skip
     p.add_argument("recipe", nargs="?", help="recipe; or give --samples, --workers and --samples-per-worker")
     with_set(p)
-    p.add_argument("--samples", type=positive, help="N")
-    p.add_argument("--workers", type=positive, help="k")
-    p.add_argument("--samples-per-worker", type=positive, help="n (default 32)")
-    p.add_argument("--seed", type=int)
-    p.add_argument("--last-batch", choices=["drop", "partial"])
-    p.add_argument("--epoch", type=not_negative, default=0)
-    p.add_argument("--worker", type=not_negative, default=0)
+    p.add_argument("--samples", type=positive, help="samples of the set, N")
+    p.add_argument("--workers", type=positive, help="workers, k")
+    p.add_argument("--samples-per-worker", type=positive, help="n (default: the recipe's, else 32)")
+    p.add_argument("--seed", type=int, help="default: the recipe's, else 0")
+    p.add_argument("--last-batch", choices=["drop", "partial"], help="default: the recipe's, else partial")
+    p.add_argument("--epoch", type=not_negative, default=0, help="from 0 (default: %(default)s)")
+    p.add_argument("--worker", type=not_negative, default=0, help="from 0 (default: %(default)s)")
     with_json(p).set_defaults(function=order)
+    data.metavar = "|".join(data.choices)
 
 
 def show_manifests(args, manifests) -> int:

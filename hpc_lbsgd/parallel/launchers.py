@@ -31,8 +31,10 @@ class Layout:
 class Launcher(ABC):
     """Environment is passed by name and value, never left to chance."""
 
-    name: ClassVar[str]
+    name: ClassVar[str]  # of a flavour of MPI: what --mpi and a site's `mpi` say
     said: ClassVar[str]  # a pattern in what `mpirun --version` prints
+    library: ClassVar[str]  # a word of what its library calls itself
+    srun_mpi: ClassVar[str]  # what wires its ranks up under srun, where a site does not say
 
     @abstractmethod
     def line(self, mpirun: str, layout: Layout, environment: dict[str, str]) -> list[str]:
@@ -43,6 +45,7 @@ class OpenMPI(Launcher):
     """Open MPI 4: two-dash options, which version 5 takes too (it refuses Horovod's documented -bind-to)."""
 
     name, said = "openmpi", r"\(Open MPI\) [1-4]\."
+    library, srun_mpi = "Open MPI", "pmix"
     oversubscribe = ("--map-by", "slot", "--oversubscribe")
 
     def line(self, mpirun, layout, environment):
@@ -66,6 +69,7 @@ class Hydra(Launcher):
     """MPICH: more ranks than cores are always allowed."""
 
     name, said = "mpich", r"HYDRA"
+    library, srun_mpi = "MPICH", "pmi2"
 
     def line(self, mpirun, layout, environment):
         words = [mpirun, "-n", str(layout.ranks), "-bind-to", "none"]
@@ -80,6 +84,7 @@ class IntelMPI(Launcher):
     """Intel MPI: Hydra with other host options; pinning is a variable."""
 
     name, said = "intel", r"Intel\(R\) MPI"
+    library, srun_mpi = "Intel", "pmi2"
 
     def line(self, mpirun, layout, environment):
         words = [mpirun, "-n", str(layout.ranks)]
@@ -121,7 +126,7 @@ class Spawn(Launcher):
 
 
 LAUNCHERS: list[type[Launcher]] = [OpenMPI, OpenMPI5, Hydra, IntelMPI]
-FLAVOURS = sorted({launcher.name for launcher in LAUNCHERS})
+FLAVOURS = {launcher.name: launcher for launcher in LAUNCHERS}  # the one list of them, in the order of help
 
 
 def slots_of(host: str) -> tuple[str, int]:

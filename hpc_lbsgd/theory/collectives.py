@@ -6,7 +6,6 @@ binary blocks), Mikami et al. 2018 (torus), Thakur et al. 2005 (the time model).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -114,12 +113,3 @@ def fit(steps: int, p: int, sizes: Sequence[float], times: Sequence[float]) -> L
     alone = [float(rows[:, i].sum() / (rows[:, i] ** 2).sum()) for i in (0, 1)]
     errors = [float(((rows[:, i] * alone[i] - 1) ** 2).sum()) for i in (0, 1)]
     return Link(alone[0], 0.0) if errors[0] <= errors[1] else Link(0.0, alone[1])
-
-
-def crossover_bytes(p: int, steps: Sequence[int], links: Sequence[Link]) -> float | None:
-    """The size at which two algorithms take the same time; None where one is faster at every size."""
-    (first, second), share = links, 2 * (p - 1) / p
-    latency = steps[0] * first.alpha - steps[1] * second.alpha
-    per_byte = share * (second.beta - first.beta) + share / 2 * (second.gamma - first.gamma)
-    size = latency / per_byte if per_byte else math.inf
-    return size if 0 < size < math.inf else None

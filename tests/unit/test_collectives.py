@@ -108,11 +108,3 @@ def test_fit_finds_the_link_it_was_made_from():
     assert collectives.bus_bandwidth(4, 1e12, collectives.seconds(6, 4, 1e12, link)) == pytest.approx(1e9, rel=1e-3)
     flat = collectives.fit(6, 4, sizes[:4], [1e-5] * 4)  # time that does not grow: no bandwidth below zero
     assert flat.alpha > 0 and flat.beta >= 0
-
-
-def test_crossover():
-    """Few steps at a low bandwidth against many at a high one: equal at one size, and nowhere if one has both."""
-    few, many = Link(1e-5, 2e-9), Link(1e-5, 1e-9)
-    size = collectives.crossover_bytes(8, (6, 14), (few, many))
-    assert collectives.seconds(6, 8, size, few) == pytest.approx(collectives.seconds(14, 8, size, many))
-    assert collectives.crossover_bytes(8, (6, 14), (many, few)) is None

@@ -4,14 +4,17 @@ import ast
 import re
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
+from typing import get_args
 
 import grimp
 import pytest
 import yaml
 
 import hpc_lbsgd
+from hpc_lbsgd.cluster.sites import Site
+from hpc_lbsgd.parallel.launchers import FLAVOURS
+from hpc_lbsgd.sections import Machine, ScheduleSection
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,7 +66,7 @@ def test_files_to_touch_are_there_and_have_the_names(text):
     for item in items:
         path = None
         for word in re.findall(r"`(.+?)`", item.replace("\n ", "")):
-            if "/" in word or word.endswith(".toml"):
+            if "/" in word or word.endswith((".toml", ".yml")):
                 path = ROOT / word
                 assert (path.parent if "NAME" in path.name else path).exists(), word
             elif path and path.is_file():
@@ -105,26 +108,101 @@ def test_make_test_runs_every_folder_of_tests():
 
 LAYERS = [re.split(r" \| ", layer) for layer in PYPROJECT["tool"]["importlinter"]["contracts"][0]["layers"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}  # 0: the top
-PACKAGES = sorted(p.parent.name for p in (ROOT / "hpc_lbsgd").glob("*/__init__.py"))
+
+
+HEADS = sorted(str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "hpc_lbsgd").glob("**/*/__init__.py"))
 
 
 @pytest.fixture(scope="module")
-def imports() -> dict[str, set[str]]:
-    """What is imported by each part of hpc_lbsgd, inside functions too."""
-    graph, found = grimp.build_graph("hpc_lbsgd"), defaultdict(set)
-    for module in graph.modules - {"hpc_lbsgd"}:
-        part = module.split(".")[1]
-        below = {name.split(".")[1] for name in graph.find_modules_directly_imported_by(module) if "." in name}
-        found[part] |= below - {part}
-    return found
+def graph() -> grimp.ImportGraph:
+    """Who imports what, inside functions too, and of other packages."""
+    return grimp.build_graph("hpc_lbsgd", include_external_packages=True)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_the_head_of_a_package_says_who_imports_whom(package, imports):
+def called(module: str, package: str) -> str:
+    """What the head of `package` calls a module of hpc_lbsgd: as its neighbour, else by the part of the tree."""
+    for root in (package.rpartition(".")[0], "hpc_lbsgd.bench", "hpc_lbsgd"):
+        if module.startswith(f"{root}.") and package.startswith(f"{root}."):
+            return module.removeprefix(f"{root}.").split(".")[0]
+    raise AssertionError(module)
+
+
+@pytest.mark.parametrize("package", HEADS)
+def test_the_head_of_a_package_says_who_imports_whom(package, graph):
     """It names all that do now, and nobody whom the contracts forbid."""
-    head = ast.get_docstring(ast.parse((ROOT / "hpc_lbsgd" / package / "__init__.py").read_text()))
+    head = ast.get_docstring(ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text()))
     said = re.findall(r"May (?:be imported by|import): ([^.]+)\.", head)
     above, below = ({name for name in re.split(r",\s+", names) if name != "nothing"} for names in said)
-    assert imports[package] <= below <= {name for name in LEVEL if LEVEL[name] > LEVEL[package]}
-    now = {part for part, names in imports.items() if package in names}
-    assert now <= above <= {name for name in LEVEL if LEVEL[name] < LEVEL[package]}
+    inside = {package, *graph.find_descendants(package)}
+    imported = {name for module in inside for name in graph.find_modules_directly_imported_by(module)} - inside
+    importers = {name for module in inside for name in graph.find_modules_that_directly_import(module)} - inside
+    assert {called(name, package) for name in imported if name.startswith("hpc_lbsgd.")} <= below
+    assert {called(name, package) for name in importers} <= above
+    level = LEVEL[package.split(".")[1]]
+    assert all(LEVEL.get(name, level) <= level for name in above) and all(LEVEL.get(n, level) >= level for n in below)
+    if package.count(".") == 1:
+        assert above <= {n for n in LEVEL if LEVEL[n] < level} and below <= {n for n in LEVEL if LEVEL[n] > level}
+
+
+def test_the_papers_mathematics_imports_numpy_and_the_standard_library_alone(graph):
+    inside = {"hpc_lbsgd.theory", *graph.find_descendants("hpc_lbsgd.theory")}
+    imported = {name for module in inside for name in graph.find_modules_directly_imported_by(module)} - inside
+    assert imported - sys.stdlib_module_names == {"numpy"}
+
+
+def test_the_contract_inside_benchmarks_has_all_of_them():
+    """Lists that import-linter does not complete by itself, nor the page of the package."""
+    packages = {p.parent.name for p in (ROOT / "hpc_lbsgd" / "bench").glob("*/__init__.py")} - {"core"}
+    contract = next(c for c in PYPROJECT["tool"]["importlinter"]["contracts"] if c["name"].startswith("Inside a bench"))
+    assert {name.removeprefix("hpc_lbsgd.bench.") for name in contract["containers"]} == packages
+    head = (ROOT / "hpc_lbsgd" / "bench" / "__init__.py").read_text()
+    assert set(re.search(r"A package a benchmark: ([^.]+)\.", head).group(1).split(", ")) == packages
+    manual = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert set(re.findall(r"^## bench (\w+)$", manual, re.M)) == packages
+
+
+# ---------------------------------------------------------------- words
+
+
+def says(path: Path, subject: str, words: set[str]) -> bool:
+    """Has the file a statement with one of `words` and, in a name or a key, the subject they are words of?"""
+    for statement in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.stmt)):
+        own, names, constants = [statement], set(), set()
+        while own:
+            node = own.pop()
+            own += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                constants.add(node.value)
+            names |= {str(getattr(node, key)) for key in ("id", "attr", "arg") if getattr(node, key, None)}
+        if constants & words and any(re.search(subject, name) for name in names | (constants - words)):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "title, subject, words",
+    [
+        ("an engine", r"^(engine|ENGINES|WAYS)$", set(get_args(Machine.model_fields["engine"].annotation))),
+        (
+            "a schedule",
+            r"^(kind|shape|GROWING)$",
+            set(get_args(ScheduleSection.model_fields["kind"].annotation)) - {"constant"},
+        ),
+        ("a launcher", r"^(mpi|flavour|name)$", set(FLAVOURS)),
+    ],
+)
+def test_whoever_knows_a_word_by_name_is_in_the_list(title, subject, words):
+    """What one who adds a word has to look at: wherever another word of its kind is written."""
+    text = dict(LISTS)[f"Adding {title}"]
+    found = {p for p in (ROOT / "hpc_lbsgd").rglob("*.py") if says(p, subject, words)}
+    names = {re.sub(r"/(?:horovod|torch|ddp)_engine", "/NAME_engine", str(p.relative_to(ROOT))) for p in found}
+    assert len(names) > 1 and {name for name in names if f"`{name}`" not in text} == set()
+
+
+def test_each_engine_and_each_flavour_has_what_is_asked_of_it():
+    engine = source_of("hpc_lbsgd/parallel/engine.py", "create")
+    for word in get_args(Machine.model_fields["engine"].annotation):
+        adapter = ROOT / "hpc_lbsgd" / "parallel" / f"{word}_engine.py"
+        assert f'name = "{word}"' in adapter.read_text() and f'machine.engine == "{word}"' in engine
+    for flavour, launcher in FLAVOURS.items():
+        assert Site(mpi=flavour).wire_up == launcher.srun_mpi and launcher.library and launcher.said

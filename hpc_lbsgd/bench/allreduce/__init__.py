@@ -3,5 +3,6 @@
 collectives.py runs the algorithms of theory/allreduce.py over mpi4py; choices.py writes the fastest of Open MPI's as
 a file for a site.
 
-For: the command line. Imports core, parallel, theory and report.
+May be imported by: commands.
+May import: core, report, train, parallel, recipe, arguments, theory, errors.
 """

@@ -8,6 +8,8 @@ task.py       the training that is timed where no recipe is named
 pictures.py   synthetic pictures
 timing.py     a recipe's step with batches in memory, its loader alone, and both together, on the ranks of a job
 
-For: the packages of benchmarks beside it. It knows none of them. It may import train, report and all below;
-pictures.py and timing.py load torch, the others do not.
+It knows none of the benchmarks. pictures.py and timing.py load torch, the others do not.
+
+May be imported by: loader, rates, step, allreduce, scaling, simulate.
+May import: report, train, parallel, data, recipe, theory, errors.
 """

@@ -1,5 +1,7 @@
 """`bench loader`: images a second of our loader and its peers, in turn in one process.
 
-For: the command line. Imports core, data, recipe and report; the peers (torchvision, DALI's reader, FFCV) when they are
-built.
+The peers (torchvision, DALI's reader, FFCV) are loaded when they are built.
+
+May be imported by: commands.
+May import: core, report, data, recipe, arguments, errors.
 """

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpc_lbsgd.arguments import counts, positive, with_json
+from hpc_lbsgd.arguments import add_command, counts, positive, with_json
 from hpc_lbsgd.bench.core.output import give
 from hpc_lbsgd.errors import EXIT_DONE
 
 
 def add(benches) -> None:
-    p = benches.add_parser("loader", help="images a second of our loader and its peers, taking turns in one run")
+    p = add_command(
+        benches, "loader", help="images a second of our loader and its peers, taking turns in one run",
+        example="bench loader data/val data/val-packed --threads 1,2,4",
+    )  # fmt: skip
     p.add_argument("sets", nargs="+", help="image-file sets, for us and the peers; packed sets, for us")
     p.add_argument("--image-size", type=positive, default=224, help="pixels (default: %(default)s)")
     p.add_argument("--batch", type=positive, default=64, help="images a batch (default: %(default)s)")
@@ -18,7 +21,7 @@ def add(benches) -> None:
     p.add_argument("--rounds", type=positive, default=5, help="measurements of each (default: %(default)s)")
     p.add_argument("--images", type=positive, default=1000, help="images a measurement (default: %(default)s)")
     p.add_argument("--no-peers", action="store_true", help="only ours")
-    p.add_argument("--plot", type=Path, help="PNG to write")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="draw it too (PNG, SVG or PDF)")
     p.add_argument("--ffcv", action="store_true", help="FFCV too, if it is installed: JPEG and raw of its own format")
     with_json(p).set_defaults(function=run)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from hpc_lbsgd.arguments import positive, with_json, with_recipe
+from hpc_lbsgd.arguments import add_command, positive, with_json, with_recipe
 from hpc_lbsgd.bench.core.output import give
 from hpc_lbsgd.errors import EXIT_DONE
 
 
 def add(benches) -> None:
-    p = benches.add_parser("rates", help="a recipe's step with synthetic batches, its loader alone, and both together")
+    p = add_command(
+        benches,
+        "rates",
+        help="a recipe's step with synthetic batches, its loader alone, and both together",
+        example="bench rates fashion-mnist --steps 50",
+    )
     with_recipe(p)
     p.add_argument("--rounds", type=positive, default=5, help="measurements of each (default: %(default)s)")
     p.add_argument("--steps", type=positive, default=20, help="steps a measurement (default: %(default)s)")

@@ -2,6 +2,8 @@
 
 results.py is the folder that launches leave their results in, and what they say together.
 
-For: the command line, and cluster/submit.py, whose sweep it checks and reports on (run.py, results.py). Imports core,
-train and all below; only measure.py torch.
+cluster/submit.py has its sweep checked and reported on by run.py and results.py. Only measure.py loads torch.
+
+May be imported by: commands, cluster.
+May import: core, report, train, parallel, recipe, records, arguments, errors.
 """

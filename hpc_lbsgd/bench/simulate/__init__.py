@@ -5,6 +5,8 @@ workload.py   a model as layers; those of the shipped models are stored, so that
 from_run.py   --from RUN: a measured run in place of a preset's numbers
 calibrate.py  --calibrate, --against: the model held against results of `bench step`
 
-For: the command line, and plan.py (run.py, workload.py). Imports core, theory, recipe, records and report; train
-where a model has to be built.
+plan.py predicts with run.py and workload.py; train is loaded where a model has to be built.
+
+May be imported by: commands, plan.
+May import: core, report, train, parallel, recipe, records, arguments, theory, errors.
 """

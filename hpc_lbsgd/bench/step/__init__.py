@@ -2,6 +2,9 @@
 
 ways.py is what is compared: ours and the peers' own classes. tune/ searches machine keys with the same ranks.
 
-For: the command line; what it prints as JSON is what `bench simulate --calibrate` reads. Imports core, train and all
-below; ways.py the peers: horovod, and torch's DistributedDataParallel.
+What it prints as JSON is what `bench simulate --calibrate` reads. ways.py loads the peers: horovod, and torch's
+DistributedDataParallel.
+
+May be imported by: commands.
+May import: core, report, train, parallel, data, recipe, arguments, yaml12, theory, errors.
 """

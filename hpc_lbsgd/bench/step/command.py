@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpc_lbsgd.arguments import counts, positive, with_json, with_launches
+from hpc_lbsgd.arguments import add_command, counts, positive, with_json, with_launches
 from hpc_lbsgd.bench.core.output import give
 from hpc_lbsgd.errors import EXIT_DONE, RequestError
 
 
 def add(benches) -> None:
-    p = benches.add_parser(
-        "step", help="time training steps on synthetic pictures: ours, stock Horovod, DDP, one process"
+    p = add_command(
+        benches,
+        "step",
+        help="time training steps on synthetic pictures: ours, stock Horovod, DDP, one process",
+        example="bench step --ranks 2 --batch 8,128 --plot step.png",
     )
     with_launches(p)
     p.add_argument("--batch", type=counts, default=[8, 128], metavar="A,B", help="samples a rank (default: 8,128)")
-    p.add_argument("--engines", type=lambda text: text.split(","), metavar="A,B", help="default: all in float32")
+    p.add_argument(
+        "--engines",
+        type=lambda text: text.split(","),
+        metavar="A,B",
+        help="who trains (default: all that do so in float32)",
+    )
     p.add_argument("--model", default="resnet20", help="as a recipe's model.name (default: %(default)s)")
     p.add_argument("--image-size", type=positive, default=32, help="pixels (default: %(default)s)")
-    p.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+    p.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="default: %(default)s")
     p.add_argument("--warm-ups", type=positive, default=5, help="steps before timing (default: %(default)s)")
     p.add_argument(
         "--steps", type=positive, default=20,

@@ -2,5 +2,6 @@
 
 search.py is the search, pure; run.py launches step/measure.py for it; show.py writes the table and the file.
 
-For: step/command.py. Imports step/run.py, core, train and all below.
+May be imported by: command.
+May import: run, core, train, parallel, recipe, yaml12, errors.
 """
