@@ -11,6 +11,7 @@ from torch import nn
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.abort import end_all_ranks
+from hpc_lbsgd.parallel.openmpi import spare_one_sided
 
 
 def environment(machine, determinism: str, on_gpu: bool) -> dict[str, str]:
@@ -60,6 +61,7 @@ class HorovodEngine:
         os.environ.update(environment(machine, determinism, device.type == "cuda"))
         for key, value in defaults(device.type == "cuda").items():
             os.environ.setdefault(key, value)
+        spare_one_sided()
         import horovod.torch as hvd
 
         hvd.init()

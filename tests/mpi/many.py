@@ -9,11 +9,14 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.parallel import engine as engines
-from hpc_lbsgd.train.job import train
+from hpc_lbsgd.train.laps import kept_for_good
+
+with kept_for_good():
+    import torch
+
+    from hpc_lbsgd.parallel import engine as engines
+    from hpc_lbsgd.train.job import train
 
 jobs = [(recipes.read(path), run, resume) for path, run, resume in json.loads(Path(sys.argv[1]).read_text())]
 engine = engines.create(jobs[0][0].machine, jobs[0][0].determinism, torch.device("cpu"))
