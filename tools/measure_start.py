@@ -80,7 +80,8 @@ def main() -> None:
         for tree, parts in found.items():
             print(f"{tree}: {ranks} ranks, {args.rounds} rounds")
             for part, taken in parts.items():
-                print(f"  {part:22s} {statistics.median(taken):7.2f}  ({min(taken):.2f} to {max(taken):.2f})", flush=True)
+                spread = f"({min(taken):.2f} to {max(taken):.2f})"
+                print(f"  {part:22s} {statistics.median(taken):7.2f}  {spread}", flush=True)
 
 
 if __name__ == "__main__":
