@@ -272,23 +272,30 @@ def plan(args) -> int:
 def train(args) -> int:
     from hpc_lbsgd import amend
     from hpc_lbsgd import recipe as recipes
+    from hpc_lbsgd.train.laps import Laps, kept_for_good
 
+    laps = Laps()
     recipe = recipes.read(args.recipe, args.settings)
     changes = amend.of_request(args.amend, args.resume)
     from hpc_lbsgd.train.stops import Stops
 
     stops = Stops(world.from_environment().size == 1)
     stops.listen()
-    from hpc_lbsgd.train import job
+    laps.end("request")
+    with kept_for_good():
+        from hpc_lbsgd.train import job
+    laps.end("imports")
 
-    return job.train(name_of(args.recipe), recipe, args.run, args.resume, args.json, changes, stops)
+    return job.train(name_of(args.recipe), recipe, args.run, args.resume, args.json, changes, stops, laps)
 
 
 def preflight(args) -> int:
     from hpc_lbsgd import recipe as recipes
+    from hpc_lbsgd.train.laps import kept_for_good
 
     recipe = recipes.read(args.recipe, [*args.settings, "train.preflight=true"])
-    from hpc_lbsgd.train import job
+    with kept_for_good():
+        from hpc_lbsgd.train import job
 
     return job.preflight(recipe, args.json)
 

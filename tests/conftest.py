@@ -141,21 +141,30 @@ def train_on(ranks: int, recipe: Path, run: Path, *more, timeout: float = 240) -
 
 
 def train_many(
-    ranks: int, recipes: dict[str, dict], root: Path, timeout: float = 400, resume: str | None = None
+    ranks: int,
+    recipes: dict[str, dict],
+    root: Path,
+    timeout: float = 400,
+    resume: str | None = None,
+    amend: tuple[str, ...] = (),
+    refused: tuple[str, ...] = (),
 ) -> dict[str, Path]:
-    """Train all of {name: recipe} one after another on the same ranks; returns {name: run folder}.
+    """Train all of {name: recipe} one after another on the same ranks; returns {name: run folder}. refused: what is
+    said, where none is to start.
 
     The engine is started for the first: what it reads once (HOROVOD_FUSION_THRESHOLD) holds for all.
     """
     runs = {name: root / f"{name}-on-{ranks}" for name in recipes}
     listed = [
-        [str(write_recipe(root / f"{run.name}.yaml", recipe)), str(run), resume]
+        [str(write_recipe(root / f"{run.name}.yaml", recipe)), str(run), resume, list(amend)]
         for run, recipe in zip(runs.values(), recipes.values(), strict=True)
     ]
     jobs = root / f"jobs-{next(iter(recipes))}-on-{ranks}.json"
     jobs.write_text(json.dumps(listed))
     result = mpirun(ranks, "tests/mpi/many.py", jobs, timeout=timeout)
-    assert result.returncode == 0 and f"codes {[0] * len(listed)}" in result.stdout, result.stdout + result.stderr
+    code = 2 if refused else 0
+    assert result.returncode == code and f"codes {[code] * len(listed)}" in result.stdout, result.stdout + result.stderr
+    assert all(said in result.stderr for said in refused), result.stderr
     return runs
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.abort import end_all_ranks
+from hpc_lbsgd.parallel.openmpi import spare_one_sided
 
 
 def environment(machine, determinism: str, on_gpu: bool) -> dict[str, str]:
@@ -67,6 +68,7 @@ class HorovodEngine:
         for key, value in defaults(device.type == "cuda").items():
             os.environ.setdefault(key, value)
         self._polls = device.type == "cuda"
+        spare_one_sided()
         import horovod.torch as hvd
 
         hvd.init()

@@ -12,6 +12,7 @@ from datetime import timedelta
 
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import world as worlds
+from hpc_lbsgd.parallel.openmpi import spare_one_sided
 
 MEET_S = 600.0  # from the first rank's coming to the last one's: imports from a slow file system take minutes
 LOOPBACK = "127.0.0.1"
@@ -72,6 +73,7 @@ def meet(world: worlds.World):
 
 def told_by_mpi(world: worlds.World) -> tuple[str, int]:
     """A free port of rank 0's host."""
+    spare_one_sided()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as problem:

@@ -122,7 +122,7 @@ def facts(run: str) -> Facts:
             found.starts.append(
                 Start(attempt, now, r["step"], r["ranks"], nodes.get(attempt, 1) or 1, device, r.get("engine", "?"))
             )
-            found.seconds["start-up"] += sum(v for v in (r.get("startup_s"),) if v)
+            found.seconds["start-up"] += sum((r.get("start_s") or {}).values())
         else:
             spend(found.seconds, r, max(now - before, 0.0))
         before = now

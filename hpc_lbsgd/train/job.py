@@ -22,6 +22,7 @@ from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.runs import RUNS, own_run
 from hpc_lbsgd.signals import undisturbed
+from hpc_lbsgd.train.laps import Laps
 from hpc_lbsgd.train.parts import build
 from hpc_lbsgd.train.preflight import Check
 from hpc_lbsgd.train.prepare import Prepared, open_data, prepare, with_start_settled
@@ -37,19 +38,22 @@ def train(
     as_json: bool = False,
     amend: dict | None = None,
     stops: Stops | None = None,
+    laps: Laps | None = None,
 ) -> int:
     """Train `recipe` on all ranks of this job; returns the process's exit code.
 
     name: of the recipe, for the run folder (default: runs/NAME-TIME). resume: as for `choose_run`. as_json: rank 0
-    prints how the run ended as one JSON object. stops: listening already (default: from now on). Collective: every
-    rank calls it.
+    prints how the run ended as one JSON object. stops: listening already (default: from now on). laps: what the start
+    has taken so far. Collective: every rank calls it.
     """
+    laps = laps or Laps()
     if stops is None:
         stops = Stops(worlds.from_environment().size == 1)
         stops.listen()
     device = prepare_process(recipe)
     engine = engines.create(recipe.machine, recipe.determinism, device)
     stops.listen()  # again: MPI takes SIGHUP for itself
+    laps.end("engine")
     folder = chosen = held = None
     where = f"rank {engine.rank} on {socket.gethostname()}"
 
@@ -67,7 +71,8 @@ def train(
         refuse_shared(engine.gather(place_of(device)))
         found = agree(engine, begin)
         folder = RunFolder(found.run)
-        code = Trainer(name, found, engine, device, stops).run()
+        laps.end("prepare")
+        code = Trainer(name, found, engine, device, stops, laps).run()
         if as_json and engine.rank == 0:
             print(json.dumps({"run": found.run, **folder.status()}), flush=True)
         engine.close()
@@ -216,7 +221,9 @@ def configure_torch(recipe: Recipe, world: worlds.World, device: torch.device) -
         torch.set_num_threads(recipe.machine.threads or default)
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        # use_deterministic_algorithms(True) in two parts: it would import torch's compiler, to tell it
+        torch.set_deterministic_debug_mode("error")
+        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
         # filling what `empty` returns with NaN finds kernels that read it; it makes nothing deterministic
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not exact

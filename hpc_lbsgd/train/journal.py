@@ -10,6 +10,7 @@ from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.records import Metrics, RunFolder, now, read_metrics
 from hpc_lbsgd.theory.schedule import Point, Schedule
 from hpc_lbsgd.train.display import Display, TensorBoard
+from hpc_lbsgd.train.laps import Laps
 from hpc_lbsgd.train.parts import Parts
 from hpc_lbsgd.train.prepare import Prepared, software_facts
 from hpc_lbsgd.train.step import Outcome
@@ -22,7 +23,9 @@ class Journal:
         self.folder, self.metrics = folder, None
         self.steps: list[tuple] = []  # of the epoch under way: loss, samples, seconds, replaced
 
-    def open(self, name: str, found: Prepared, recipe, schedule: Schedule, state, engine, ranks, parts: Parts) -> None:
+    def open(
+        self, name: str, found: Prepared, recipe, schedule: Schedule, state, engine, ranks, parts: Parts, laps: Laps
+    ) -> None:
         """Say what begins, and write it down. Rank 0 only. ranks: `environment_facts` of each."""
         first, plan = state.step, outline(recipe, schedule, engine.size)
         resumed = f", resumed at step {first}" if found.attempt else ""
@@ -45,6 +48,7 @@ class Journal:
             TensorBoard(self.folder.path / "tensorboard"),
         ]
         self.metrics = Metrics(self.folder, self.listeners)
+        laps.end("open")
         self.write(
             "start",
             step=first,
@@ -57,6 +61,7 @@ class Journal:
             recipe_fingerprint=state.recipe_fingerprint,
             data_fingerprint=state.data_fingerprint,
             preflight_s=round(parts.preflight_s, 3),
+            start_s=laps.parts,
         )
         if found.attempt:
             self.event("resume", attempt=found.attempt, step=first, checkpoint=found.checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.imports import load
 from hpc_lbsgd.train import start
+from hpc_lbsgd.train.laps import kept_for_good
 from hpc_lbsgd.train.refusals import refuse, refuse_shared_memory
 from hpc_lbsgd.train.workers import PassContext, VirtualNorm
 
@@ -114,10 +116,15 @@ def _small(section, channels: int, classes: int, blocks: int) -> nn.Module:
     return SmallResNet(channels, classes, blocks, section.widths or [16, 32, 64], section.stem, section.dropout)
 
 
-def _torchvision(section, channels: int, classes: int, name: str) -> nn.Module:
-    import torchvision
+@functools.cache
+def _zoo():
+    with kept_for_good():  # it brings torch's compiler
+        import torchvision
+    return torchvision.models
 
-    model = getattr(torchvision.models, name)(num_classes=classes)  # stride 2 in the 3x3 convolution, as Goyal
+
+def _torchvision(section, channels: int, classes: int, name: str) -> nn.Module:
+    model = getattr(_zoo(), name)(num_classes=classes)  # stride 2 in the 3x3 convolution, as Goyal
     if channels != 3:
         model.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     if section.dropout:

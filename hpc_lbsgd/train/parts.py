@@ -49,7 +49,8 @@ def build(recipe, schedule: Schedule, train_set, eval_set, engine, device: torch
     def author() -> torch.nn.Module:
         return models.build(recipe.model, recipe.data.channels, classes, recipe.seed, DTYPES[recipe.precision])
 
-    memory_format = together(engine, lambda: memory_format_of(recipe, author(), device))
+    model = together(engine, author)
+    memory_format = together(engine, lambda: memory_format_of(recipe, model, device))
     train_loader, eval_loader = together(
         engine, lambda: make_loaders(recipe, train_set, eval_set, memory_format, engine, device)
     )
@@ -58,7 +59,7 @@ def build(recipe, schedule: Schedule, train_set, eval_set, engine, device: torch
     batches, again = first_batches(recipe, schedule, train_loader)
     found = agree(engine, lambda: preflight.before(recipe, classes, batches, device, memory_format, full))
     seconds = time.perf_counter() - started
-    replica = together(engine, lambda: Replica(recipe, classes, engine, device, found.calls))
+    replica = together(engine, lambda: Replica(recipe, classes, engine, device, found.calls, model))
     if not full or not all(c.ok for c in found.checks):
         return Parts(replica, train_loader, eval_loader, found.checks if full else [], None, seconds)
     started = time.perf_counter()

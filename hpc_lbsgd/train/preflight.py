@@ -75,7 +75,7 @@ def before(
         seen = probe.look(own, call)
         probe.refuse_state(own, seen.changed)
         if full:
-            probe.refuse_state(*probe.followers(build, call), "each forward once its weights have moved")
+            probe.refuse_state(own, probe.followers(own, call), "each forward once its weights have moved")
             kept = probe.remembers(build, call)
         if recipe.data.eval or recipe.data.dataset:
             probe.refuse_state(own, probe.changed_by_evaluation(own, call), "an evaluation")
@@ -96,11 +96,12 @@ def before(
             "change by itself, and no checkpoint keeps"
         )
     checks = [Check("state", not kept, what)]
-    if full and weights_sha256(build()) != weights:
+    again = build() if full else None
+    if full and weights_sha256(again) != weights:
         what = "its starting weights are others each time it is made; they must come from torch's generator"
         return Before(dict(seen.calls), [*checks, Check("model", False, what)], weights)
     if full:
-        checks += compare(recipe, build, call, seen, dtype, device)
+        checks += compare(recipe, build, call, seen, dtype, device, again)
         if seen.draws and recipe.machine.workers_per_pass > 1:
             checks.append(
                 Check(
@@ -124,8 +125,9 @@ def fault(problem: Exception, call: probe.Call) -> str:
     )
 
 
-def compare(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device) -> list[Check]:
-    perturbed = probe.look(build(), call.perturbed()).values
+def compare(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device, fresh=None) -> list[Check]:
+    """The author's model and the one that trains. fresh: the author's, made already."""
+    perturbed = probe.look(build() if fresh is None else fresh, call.perturbed()).values
     virtual = probe.VirtualModel(build(), recipe.seed, seen.calls, dtype, device)
     wrong = probe.difference(seen.values, virtual.look(call), perturbed)
     if wrong:

@@ -189,15 +189,14 @@ def remembers(build: Callable[[], nn.Module], call: Call) -> list[str]:
     return sorted(found)
 
 
-def followers(build: Callable[[], nn.Module], call: Call) -> tuple[nn.Module, list[str]]:
-    """(a model whose weights have moved, what its forward changes then): a moving average of weights, in the model, is
-    equal to them at the start."""
-    model = build()
+def followers(model: nn.Module, call: Call) -> list[str]:
+    """What the model's forward changes once its weights have moved, which this does: a moving average of weights, in
+    the model, is equal to them at the start."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.mul_(1 + 2.0**-6)
-    return model, look(model, call).changed
+    return look(model, call).changed
 
 
 def refuse_state(model: nn.Module, changed: list[str], by: str = "each forward") -> None:

@@ -35,12 +35,14 @@ class Replica:
         engine: Engine,
         device: torch.device,
         calls: Mapping[str, int] | None = None,
+        model: nn.Module | None = None,  # made already
     ):
         self.engine, self.device, self.autocast = engine, device, recipe.precision == "bf16"
         dtype, machine = DTYPES[recipe.precision], recipe.machine
         self.dtype = dtype
         self.loss_decay = recipe.optim.weight_decay if recipe.optim.decay_in == "loss" else 0.0
-        model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
+        if model is None:
+            model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
         self.frozen = models.frozen_in(model)
         models.train(model, self.frozen)  # a model's own `train` may freeze layers
         unfold_expanded(model)

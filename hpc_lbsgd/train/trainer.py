@@ -22,6 +22,7 @@ from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import checkpoint, crosscheck, decide, verdict
 from hpc_lbsgd.train.evaluate import evaluate
 from hpc_lbsgd.train.journal import Journal
+from hpc_lbsgd.train.laps import Laps
 from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.parts import build, recompute
 from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, stage_folder
@@ -34,8 +35,9 @@ from hpc_lbsgd.train.watchdog import Watchdog
 class Trainer:
     """All decisions come from sums that every rank has; only rank 0 writes."""
 
-    def __init__(self, name: str, found: Prepared, engine, device: torch.device, stops: Stops):
+    def __init__(self, name: str, found: Prepared, engine, device: torch.device, stops: Stops, laps: Laps):
         self.name, self.found, self.engine, self.device, self.stops = name, found, engine, device, stops
+        self.laps = laps
         self.written = Recipe.model_validate(found.recipe)  # as the run folder has it
         first = found.state["step"] if found.state else 0
         self.recipe = recipe = recipe_now(self.written, found.amendments, first)
@@ -107,6 +109,7 @@ class Trainer:
         except RequestError:
             self.watchdog.stop()
             raise
+        self.laps.end("build")
         self.replica, self.train_loader, self.eval_loader = parts.replica, parts.train_loader, parts.eval_loader
         if self.found.checkpoint:
             agree(self.engine, lambda: checkpoint.load(Path(self.found.checkpoint), self.replica))
@@ -118,7 +121,7 @@ class Trainer:
             if parts.facts and not begun:
                 self.folder.write_preflight(parts.facts)
             run = (self.name, self.found, self.recipe, self.schedule, self.state, self.engine)
-            self.journal.open(*run, ranks, parts)
+            self.journal.open(*run, ranks, parts, self.laps)
         self.stops.watch(self.folder, self.lead)
 
     # ---------------------------------------------------------------- loop

@@ -180,6 +180,7 @@ def test_records_are_complete(runs):
         run = runs[ranks]["k3"]
         (start,) = records(run, "start")
         assert (start["engine"], start["ranks"], start["workers"], start["global_batch"]) == ("horovod", ranks, 3, 24)
+        assert list(start["start_s"]) == ["engine", "prepare", "build", "open"] and min(start["start_s"].values()) >= 0
         steps = records(run, "step")
         assert [s["step"] for s in steps] == list(range(STEPS))
         assert [s["samples"] for s in steps[:9]] == [24] * 8 + [11]

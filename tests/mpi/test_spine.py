@@ -103,13 +103,14 @@ def test_too_many_bad_steps_end_the_run(tmp_path):
 
 def test_amendments_open_a_segment(tmp_path):
     """A learning rate changed at step 6 of a v-form run: steps before it stay, and it is kept over more resumes."""
-    more = {"optim__form": "v", "determinism": "any-ranks", "checkpoint__steps": 2, "checkpoint__keep": 99}
-    recipe = write_recipe(tmp_path / "r.yaml", changed(OWN, **more))
-    run = tmp_path / "run"
-    words = ("--resume", "--amend", "optim.base_lr=0.01", "--amend", "train.epochs=3")
-    assert train_on(1, recipe, run, "--set", "train.max_steps=6").returncode == 0
-    assert train_on(2, recipe, run, *words, "--set", "train.max_steps=10").returncode == 0
-    assert train_on(1, recipe, run, *words).returncode == 0
+    more = {"determinism": "any-ranks", "checkpoint__steps": 2, "checkpoint__keep": 99}
+    recipes = {form: changed(OWN, **more | {"optim__form": form}) for form in ("v", "u")}
+    changes = {"resume": "--resume", "amend": ("optim.base_lr=0.01", "train.epochs=3")}
+    begun = train_many(1, {form: changed(r, train__max_steps=6) for form, r in recipes.items()}, tmp_path)
+    begun["v"].rename(tmp_path / "v-on-2")
+    further = train_many(2, {"v": changed(recipes["v"], train__max_steps=10)}, tmp_path, **changes)
+    further["v"].rename(begun["v"])
+    run, other = train_many(1, recipes, tmp_path, **changes).values()
     steps = records(run, "step")
     assert [s["step"] for s in steps] == list(range(24))
     shown = command("plan", run, "--json")
@@ -124,10 +125,6 @@ def test_amendments_open_a_segment(tmp_path):
     (event,) = [r for r in records(run, "event") if r["event"] == "amendment"]
     assert event["step"] == 6 and event["changes"] == {"optim.base_lr": 0.01, "train.epochs": 3}
     # u-form under the same learning rates ends at the same weights up to rounding: v was corrected at the seam
-    other = tmp_path / "u"
-    plain = write_recipe(tmp_path / "u.yaml", changed(OWN, **more | {"optim__form": "u"}))
-    assert train_on(1, plain, other, "--set", "train.max_steps=6").returncode == 0
-    assert train_on(1, plain, other, *words).returncode == 0
     assert records(other, "step")[-1]["loss"] == pytest.approx(steps[-1]["loss"], rel=1e-4)
 
 
@@ -177,7 +174,8 @@ def test_amendments_that_rewrite_the_past_are_refused(tmp_path):
 def test_compiled_stages_keep_their_bits_over_a_resume(small_recipe, tmp_path):
     """any-ranks with torch.compile, stopped before a tail, gone on with on two ranks: graphs of whole and tail steps
     must not depend on which came first."""
-    more = {"determinism": "any-ranks", "machine__compile": "stages", "train__max_steps": 4, "model__dropout": 0.2}
+    more = {"determinism": "any-ranks", "machine__compile": "stages", "train__max_steps": 4, "model__dropout": 0.2,
+            "data__eval": None}  # fmt: skip
     recipe = write_recipe(tmp_path / "r.yaml", changed(small_recipe, **more))
     assert train_on(1, recipe, tmp_path / "whole", timeout=500).returncode == 0
     assert train_on(1, recipe, tmp_path / "run", "--set", "train.max_steps=1", timeout=500).returncode == 0
@@ -196,26 +194,21 @@ def test_the_noise_scale_does_not_see_buckets(small_recipe, tmp_path):
 
 
 def test_preflight_refuses_before_anything_is_spent(tmp_path):
-    for model, ranks, says in (
-        ("spectral", 1, "spectral_norm, whose vectors are changed by each forward"),
-        ("threads_on_rank_1", 2, r"it computes with another number of threads; threads 2, others 1"),
-        ("own_weights", 2, "its starting weights are others"),
-        ("drifting_data", 1, r"worker 0's samples are others each time"),
-    ):
-        own = {"model__name": f"spine_models:{model}"}
-        if model.endswith("data"):
-            own = {"data__dataset": f"spine_models:{model}"}
-        recipe = write_recipe(tmp_path / f"{model}.yaml", changed(OWN, **own))
-        result = train_on(ranks, recipe, tmp_path / model)
-        assert result.returncode == 2 and says in result.stderr, result.stderr
-        assert not (tmp_path / model).exists()
-    asked = command("preflight", tmp_path / "spectral.yaml", "--json", cwd=tmp_path)
+    for ranks, refused in (
+        (1, {"model__name:spectral": "spectral_norm, whose vectors are changed by each forward",
+             "data__dataset:drifting_data": "worker 0's samples are others each time"}),
+        (2, {"model__name:own_weights": "its starting weights are others",
+             "model__name:threads_on_rank_1": "it computes with another number of threads; threads 2, others 1"}),
+    ):  # fmt: skip
+        recipes = {}
+        for what in refused:
+            key, name = what.split(":")
+            recipes[name] = changed(OWN, **{key: f"spine_models:{name}"})
+        runs = train_many(ranks, recipes, tmp_path, refused=tuple(refused.values()))
+        assert not any(run.exists() for run in runs.values())
+    asked = command("preflight", tmp_path / "spectral-on-1.yaml", "--json", cwd=tmp_path)
     (check,) = json.loads(asked.stdout)["checks"]
     assert asked.returncode == 1 and not check["ok"] and "_SpectralNorm" in check["what"]
-    good = command("preflight", write_recipe(tmp_path / "good.yaml", OWN), "--json", cwd=tmp_path)
-    assert good.returncode == 0, good.stderr
-    names = {c["check"] for c in json.loads(good.stdout)["checks"]}
-    assert names == {"data", "state", "model", "masks", "workers", "ranks"}
 
 
 def test_float64_data_is_trained_and_evaluated(tmp_path):
@@ -258,6 +251,7 @@ def test_preflight_on_many_ranks_is_launched_as_a_run_is(tmp_path):
     good = command(*words, "--json", cwd=tmp_path)
     assert good.returncode == 0, good.stderr
     found = {c["check"]: c["ok"] for c in json.loads(good.stdout)["checks"]}
-    assert found["workers"] and found["ranks"] and not (tmp_path / "runs").exists()
+    assert found.keys() == {"data", "state", "model", "masks", "workers", "ranks"} and all(found.values())
+    assert not (tmp_path / "runs").exists()
     bad = command(*words, "--set", "model.name=spine_models:spectral", cwd=tmp_path)
     assert bad.returncode == 1 and "FAILED  start" in bad.stdout, bad.stdout + bad.stderr

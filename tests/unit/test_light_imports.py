@@ -87,6 +87,33 @@ def test_only_what_is_about_tensors_imports_torch_at_its_top():
     assert len(found) > 50 and {module: names for module, names in slow.items() if names} == {}
 
 
+RANK = """
+import json, sys
+from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.train import job
+import torch
+job.prepare_process(recipes.read("fashion-mnist", ["determinism=any-ranks"]))
+compiler = "torch._dynamo" in sys.modules
+import torch._inductor.config as inductor
+print(json.dumps([compiler, torch.are_deterministic_algorithms_enabled(), inductor.deterministic]))
+"""
+
+
 def test_a_rank_does_not_load_torchs_compiler():
-    """One to two seconds of every rank's start, for nothing where nothing is compiled."""
-    assert python("import sys, hpc_lbsgd.train.job; print('torch._dynamo' in sys.modules)").stdout.strip() == "False"
+    """One to two seconds of every rank's start, for nothing where nothing is compiled. Where it is, it is told."""
+    assert json.loads(python(RANK).stdout) == [False, True, True]
+
+
+COLLECTOR = """
+import gc
+from hpc_lbsgd.train.laps import Laps, kept_for_good
+laps = Laps()
+with kept_for_good():
+    import torch
+laps.end("imports")
+print(gc.isenabled(), gc.get_freeze_count() > 100_000, laps.parts["imports"] > 0.1)
+"""
+
+
+def test_what_is_imported_at_the_start_is_not_collected_again_and_again():
+    assert python(COLLECTOR).stdout.split() == ["True"] * 3
