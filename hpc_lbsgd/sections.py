@@ -75,6 +75,8 @@ class Data(Section):
     """resized-crop: smallest and largest width / height"""
     eval_resize: Annotated[int, Field(ge=0)] = 256
     """evaluation: shorter side, before the centre crop; 0: images have their size already"""
+    orientation: Literal["ignore", "apply"] = "ignore"
+    """EXIF's orientation: pixels as they are stored, or turned upright, before windows are chosen"""
     on_bad_image: Literal["error", "skip"] = "error"
     """training images that cannot be read or decoded: end the run, or put another in its place and count it"""
     mean: list[float] = [123.675, 116.28, 103.53]

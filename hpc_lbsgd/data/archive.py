@@ -220,7 +220,7 @@ def label_in(data: bytes, suffix: str) -> str | None:
 
 
 def examine(path: str, chosen_members: list[Member]) -> list[Row | str]:
-    """For each image (width, height, bytes, checksum), or what is wrong with it."""
+    """For each image its row, or what is wrong with it."""
     rows: list[Row | str] = []
     with open(path, "rb") as file:
         for start in range(0, len(chosen_members), AT_A_TIME):

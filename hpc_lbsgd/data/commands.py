@@ -36,6 +36,9 @@ def add(commands) -> None:
     side.add_argument("--short-side", type=positive, metavar="PX", help="scale larger images down to this shorter side")
     side.add_argument("--long-side", type=positive, metavar="PX", help="scale larger images down to this longer side")
     p.add_argument("--grey", action="store_true", help="with --jpeg or --raw: one channel")
+    p.add_argument(
+        "--upright", action="store_true", help="with --jpeg or --raw: turn pixels as EXIF's orientation says"
+    )
     p.add_argument("--shard-mb", type=positive_float, default=256.0, help="size of a shard (default: %(default)g)")
     p.add_argument("--processes", type=positive, help="packing processes (default: one a core)")
     with_json(p).set_defaults(function=pack)
@@ -60,6 +63,8 @@ def add(commands) -> None:
 
 
 def show_manifests(args, manifests) -> int:
+    import numpy as np
+
     from hpc_lbsgd.data.labels import doubts
 
     facts = [
@@ -70,6 +75,7 @@ def show_manifests(args, manifests) -> int:
             "bytes": int(m.sizes.sum()),
             "fingerprint": m.fingerprint,
             "left_out": m.header.get("left_out", {}),
+            "turned": 0 if m.orientations is None else int(np.count_nonzero(m.orientations != 1)),
             "doubts": doubts(m.classes, m.labels),
         }
         for m in manifests
@@ -84,6 +90,8 @@ def show_manifests(args, manifests) -> int:
             if f["left_out"]:
                 rest = sorted(f["left_out"].items(), key=lambda kind: -kind[1])
                 print(f"  left out: {', '.join(f'{n} {what}' for what, n in rest[:10])}{' ...' * (len(rest) > 10)}")
+            if f["turned"]:
+                print(f"  {f['turned']} images are turned by EXIF's orientation (data.orientation = apply follows it)")
             for doubt in f["doubts"]:
                 print(f"  WARNING: {doubt}")
     return EXIT_DONE
@@ -107,7 +115,9 @@ def pack(args) -> int:
     from hpc_lbsgd.data import pack as packs
 
     kind = "raw" if args.raw else "jpeg" if args.jpeg else "keep"
-    encoding = packs.Encoding(kind, args.short_side, args.long_side, args.jpeg or 90, 1 if args.grey else 3)
+    encoding = packs.Encoding(
+        kind, args.short_side, args.long_side, args.jpeg or 90, 1 if args.grey else 3, args.upright
+    )
     return show_manifests(args, [packs.pack(args.manifest, args.out, encoding, args.shard_mb, args.processes)])
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpc_lbsgd.data import orientation
 from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.dali_check import reason
 from hpc_lbsgd.data.finish import Finish
@@ -112,7 +113,8 @@ class DaliLoader:
 
     def _inputs(self, fetched: Fetched):
         w = self.source.windows(fetched.given)
-        flip = [w.flip.astype(np.int32)[:, None]] if self.on_gpu else []
+        mirror = w.flip & ~self._turned_later(fetched)
+        flip = [mirror.astype(np.int32)[:, None]] if self.on_gpu else []
         asked_for = self.source.crops if self.on_gpu else self.source.resizes
         corner_and_size = ((w.x, w.y), (w.w, w.h)) if asked_for else ()
         return fetched.contents, *flip, *(np.stack(pair, axis=1).astype(np.int32) for pair in corner_and_size)
@@ -165,7 +167,8 @@ class DaliLoader:
             return
         for fetched, output in self._outputs():
             images = np.asarray(output.as_tensor()) if output.is_dense_tensor() else map(np.asarray, output)
-            yield fetched, list(images) if self.source.resizes else self.source.cut(fetched.given, list(images))
+            made = self.source.upright if self.source.resizes else self.source.cut
+            yield fetched, made(fetched.given, list(images))
 
     def _copied(self, made: tuple[Fetched, Any]) -> tuple[Fetched, torch.Tensor]:
         """On a GPU: the pipeline's output as a tensor of its own, for DALI reuses its buffers."""
@@ -181,7 +184,18 @@ class DaliLoader:
         # seen as NHWC, a channels-last tensor is contiguous
         target = images.permute(0, 2, 3, 1) if self.channels_last else images
         feed_ndarray(output.as_tensor(), target, cuda_stream=torch.cuda.current_stream(self.device))
+        for i in np.flatnonzero(self._turned_later(fetched)):
+            sample = fetched.given.samples[i : i + 1]
+            flip = self.source.windows(Request(fetched.given.epoch, sample)).flip[0]
+            images[i] = orientation.upright_tensor(images[i], int(self.source.manifest.orientations[sample[0]]), flip)
         return fetched, images
+
+    def _turned_later(self, fetched: Fetched) -> np.ndarray:
+        """On a GPU: pictures (B,) that are turned, and then mirrored, when they are square: DALI cannot turn one of a
+        batch and leave another."""
+        if not (self.on_gpu and self.source.turns):
+            return np.zeros(len(fetched.contents), bool)
+        return self.source.manifest.orientations[fetched.given.samples] > 1
 
     def _find_bad(self, problem: RuntimeError) -> None:
         """DALI does not say which image it failed at: pass the candidates through a pipeline one by one."""

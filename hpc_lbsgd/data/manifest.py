@@ -1,4 +1,4 @@
-"""The list of a data set's images: path, label, width, height, size in bytes, checksum.
+"""The list of a data set's images: path, label, width, height, size in bytes, checksum, orientation.
 
 A manifest is one Arrow file, mapped into memory, never read whole: at 1.28 million images each rank of a node
 shares the same pages. Rows are sorted by class and name, so a manifest is a function of the files alone.
@@ -40,9 +40,10 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("bytes", pa.int64()),
         ("checksum", pa.uint64()),
+        ("orientation", pa.int8()),  # EXIF's; width and height are those of the stored pixels, before they are turned
     ]
 )
-Row = tuple[int, int, int, int]  # width, height, bytes, checksum of an image
+Row = tuple[int, int, int, int, int]  # width, height, bytes, checksum, orientation of an image
 PACKED_SCHEMA = SCHEMA.append(pa.field("shard", pa.int32())).append(pa.field("offset", pa.int64()))
 PARTS = ".parts"  # in a folder of shards while it is packed
 EXCLUDE = "exclude.txt"  # one path a line; what follows a tab is the reason
@@ -111,6 +112,12 @@ class Manifest:
     @cached_property
     def checksums(self) -> np.ndarray:
         return self._column("checksum")
+
+    @cached_property
+    def orientations(self) -> np.ndarray | None:
+        """None where the manifest was made before they were kept."""
+        known = "orientation" in self.table.schema.names and not self.table.column("orientation").null_count
+        return self._column("orientation") if known else None
 
     @cached_property
     def shard_of(self) -> np.ndarray:
@@ -263,7 +270,7 @@ def write(
     many files were passed over, by what they are."""
     if not paths:
         raise RequestError(f"{root}: no images are left to be indexed")
-    width, height, size, check = (list(c) for c in zip(*rows, strict=True))
+    width, height, size, check, orientation = (list(c) for c in zip(*rows, strict=True))
     digest = hashlib.sha256(json.dumps(classes).encode())
     for row in zip(paths, labels, size, check, strict=True):
         digest.update(repr(row).encode(errors="surrogateescape"))
@@ -274,7 +281,7 @@ def write(
         header["left_out"] = dict(left_out)
     if any(not is_utf8(path) for path in paths):
         header["escaped"], paths = True, [escaped(path) for path in paths]
-    columns, schema = [paths, labels, width, height, size, check], SCHEMA
+    columns, schema = [paths, labels, width, height, size, check, orientation], SCHEMA
     if places is not None:
         header["shards"] = shards
         columns, schema = [*columns, *(list(c) for c in zip(*places, strict=True))], PACKED_SCHEMA
@@ -295,7 +302,9 @@ def subset(source: Manifest, out: Path, count: int, seed: int = 0) -> Manifest:
     """Write a manifest of `count` samples of `source`, chosen at random and kept in its order; files stay in place."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:count])
     columns = source.table.take(chosen).to_pydict()
-    facts = list(zip(*(columns[name] for name in ("width", "height", "bytes", "checksum")), strict=True))
+    columns.setdefault("orientation", [None] * count)
+    names = ("width", "height", "bytes", "checksum", "orientation")
+    facts = list(zip(*(columns[name] for name in names), strict=True))
     places = list(zip(columns["shard"], columns["offset"], strict=True)) if source.shards else None
     paths = [unescaped(path) for path in columns["path"]] if source.header.get("escaped") else columns["path"]
     write(out, source.root, source.classes, paths, columns["label"], facts, places, source.shards)

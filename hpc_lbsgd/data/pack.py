@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from hpc_lbsgd import owner
 from hpc_lbsgd.data import manifest as manifests
-from hpc_lbsgd.data.decode import decode, eight_bits
+from hpc_lbsgd.data.decode import as_stored, decode, turned
 from hpc_lbsgd.data.manifest import PACKED_SCHEMA, PARTS, Manifest, checksum
+from hpc_lbsgd.data.orientation import TAG
 from hpc_lbsgd.data.pool import Pool
 from hpc_lbsgd.data.storage import SampleError, open_storage
 from hpc_lbsgd.errors import RequestError, RunError
@@ -44,6 +45,7 @@ class Encoding:
     """What becomes of an image. kind: keep its bytes, jpeg, or raw pixels (a .npy file, uint8 (H, W, C)).
 
     short_side, long_side: images that are larger are scaled down to it, in pixels. quality: of JPEG.
+    upright: pixels are turned as their orientation says; else it is kept beside them.
     """
 
     kind: str = "keep"
@@ -51,8 +53,11 @@ class Encoding:
     long_side: int | None = None
     quality: int = 90
     channels: int = 3
+    upright: bool = False
 
     def __post_init__(self):
+        if self.kind == "keep" and self.upright:
+            raise RequestError("--upright changes pixels: say --jpeg or --raw, what to store")
         if self.kind == "keep" and (self.short_side or self.long_side):
             raise RequestError("--short-side and --long-side change pixels: say --jpeg or --raw, what to store")
         if self.short_side and self.long_side:
@@ -69,23 +74,29 @@ def scaled(size: tuple[int, int], encoding: Encoding) -> tuple[int, int]:
     return max(1, round(width * target / side)), max(1, round(height * target / side))
 
 
-def encode(data: bytes, encoding: Encoding) -> tuple[bytes, int, int]:
-    """(bytes to store, width, height) of one image. Raises ValueError for one that cannot be decoded."""
+def encode(data: bytes, encoding: Encoding) -> tuple[bytes, int, int, int]:
+    """(bytes to store, width, height, orientation) of one image. Raises ValueError for one that cannot be decoded."""
     from PIL import Image
 
     decode(data)  # to the last row
     with Image.open(io.BytesIO(data)) as image:
-        pixels = eight_bits(image).convert("L" if encoding.channels == 1 else "RGB")
+        stored, orientation = as_stored(image)
+    pixels = stored.convert("L" if encoding.channels == 1 else "RGB")
+    if encoding.upright:
+        pixels, orientation = turned(pixels, orientation), 1
     size = scaled(pixels.size, encoding)
     if size != pixels.size:
         pixels = pixels.resize(size, Image.Resampling.LANCZOS)
     out = io.BytesIO()
     if encoding.kind == "jpeg":
-        pixels.save(out, "JPEG", quality=encoding.quality)
+        exif = Image.Exif()
+        if orientation > 1:
+            exif[TAG] = orientation
+        pixels.save(out, "JPEG", quality=encoding.quality, exif=exif)
     else:
         array = np.asarray(pixels, np.uint8).reshape(size[1], size[0], encoding.channels)
         np.save(out, array, allow_pickle=False)
-    return out.getvalue(), *size
+    return out.getvalue(), *size, orientation
 
 
 class Hashed:
@@ -123,10 +134,11 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
                     if checksum(data) != int(m.checksums[sample]):
                         raise SampleError(sample, f"{m.file(sample)} changed since it was indexed; index again")
                     width, height = int(m.widths[sample]), int(m.heights[sample])
+                    orientation = None if m.orientations is None else int(m.orientations[sample])
                     stem, suffix = os.path.splitext(m.stored_key(sample))
                     if encoding.kind != "keep":
                         try:
-                            data, width, height = encode(data, encoding)
+                            data, width, height, orientation = encode(data, encoding)
                         except ValueError as problem:
                             raise SampleError(sample, f"{m.file(sample)}: cannot be decoded ({problem})") from None
                         suffix = RAW_SUFFIX if encoding.kind == "raw" else JPEG_SUFFIX
@@ -134,7 +146,8 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
                     add(tar, f"{sample:09d}{suffix.lower()}", data)
                     offset = hashed.position - padded(len(data))
                     add(tar, f"{sample:09d}.cls", str(label).encode())
-                    row = (stem + suffix, label, width, height, len(data), checksum(data), number, offset)
+                    described = (width, height, len(data), checksum(data), orientation)
+                    row = (stem + suffix, label, *described, number, offset)
                     for field, value in zip(PACKED_SCHEMA.names, row, strict=True):
                         rows[field].append(value)
             file.flush()

@@ -101,7 +101,7 @@ def images_below(root: Path, left_out: Counter[str]) -> Iterator[str]:
 
 
 def examine(root: str, paths: list[str]) -> list[Row | str]:
-    """For each file (width, height, bytes, checksum), or a sentence about what is wrong with it.
+    """For each file its row, or a sentence about what is wrong with it.
 
     Every image is decoded to its last row: a truncated file is found here and not at hour three.
     """
@@ -119,14 +119,14 @@ def examine(root: str, paths: list[str]) -> list[Row | str]:
 
 
 def rows_of(contents: Sequence[bytes | str]) -> list[Row | str]:
-    """(width, height, bytes, checksum) of each content, or what is wrong with it; what is wrong already stays."""
+    """The row of each content, or what is wrong with it; what is wrong already stays."""
     there = [i for i, content in enumerate(contents) if isinstance(content, bytes)]
     rows: list = list(contents)
     for i, facts in zip(there, decode_all([contents[i] for i in there]), strict=True):
         if isinstance(facts, str):
             rows[i] = facts
         else:
-            rows[i] = (facts.width, facts.height, len(contents[i]), checksum(contents[i]))
+            rows[i] = (facts.width, facts.height, len(contents[i]), checksum(contents[i]), facts.orientation)
     return rows
 
 
