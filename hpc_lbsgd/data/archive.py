@@ -112,7 +112,7 @@ class Listed(NamedTuple):
     left_out: Counter[str]  # files that are neither images nor labels, by what they are
 
 
-def samples_of(paths: list[Path], table: dict[str, str] | None) -> Listed:
+def samples_of(paths: list[Path], table: Path | None, ids: Path | None = None) -> Listed:
     """Every image of these tars with its label."""
     images: list[Member] = []
     beside: dict[tuple[int, str], dict[str, str]] = {}  # (shard, key) -> label by the suffix of its file
@@ -142,7 +142,7 @@ def samples_of(paths: list[Path], table: dict[str, str] | None) -> Listed:
     if beside:
         images = inputs_of(images, beside, left_out)
     if table is not None:
-        found = [labels.in_table(table, image.name) for image in images]
+        found = labels.of_table(table, [image.name for image in images], ids)
     elif beside:
         found = [one_label(beside.get((i.shard, key_of(i.name)), {}), paths[i.shard], i) for i in images]
     else:
@@ -236,10 +236,11 @@ def index(
     table: Path | None = None,
     classes: list[str] | None = None,
     exclude: bool = False,
+    ids: Path | None = None,
 ) -> Manifest:
     """Write the manifest of a tar, or of a folder of tars (default: beside them), and return it, opened.
 
-    table, classes, exclude: as for `tree.index`. Raises RequestError for members that point outside, images without
+    table, classes, exclude, ids: as for `tree.index`. Raises RequestError for members that point outside, images without
     labels and images that do not decode.
     """
     source = Path(source)
@@ -251,7 +252,7 @@ def index(
     if loose:
         raise RequestError(f"{source}: has tar files ({paths[0].name}) and images ({loose}); index a tar by its name")
     out = Path(out) if out else (source.with_suffix(".arrow") if source.is_file() else root / manifests.FILE_NAME)
-    found = samples_of(paths, labels.read_table(table) if table else None)
+    found = samples_of(paths, table, ids)
     samples = distinct(found.samples, paths)
     names, numbers = labels.number([s.label for s in samples], found.numbers, root / "classes.txt")
     if classes is not None:

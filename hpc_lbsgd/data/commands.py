@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from hpc_lbsgd.arguments import not_negative, positive, positive_float, quality, with_json, with_set
-from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, RequestError
 
 
 def add(commands) -> None:
@@ -22,6 +22,7 @@ def add(commands) -> None:
     p.add_argument("dir", type=Path, help="DIR/CLASS/IMAGE tree; a tar, or a folder of tars (WebDataset, ILSVRC's)")
     p.add_argument("--out", type=Path, help="manifest file (default: DIR/manifest.arrow; beside a single tar)")
     p.add_argument("--labels", type=Path, help="images without folders of classes: a table with NAME,CLASS a line")
+    p.add_argument("--ids", type=Path, help="--labels has numbers alone: NUMBER CLASS a line (default: its meta.mat)")
     p.add_argument("--classes-of", metavar="MANIFEST", help="number the classes as this manifest (the training set's)")
     p.add_argument("--exclude", action="store_true", help="leave out images that do not decode, and list them")
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
@@ -107,8 +108,17 @@ def index(args) -> int:
     from hpc_lbsgd.data import archive, manifest, tree
 
     classes = manifest.Manifest(manifest.find(args.classes_of)).classes if args.classes_of else None
+    if args.ids and not args.labels:
+        raise RequestError("--ids says what the numbers of a list mean: give the list with --labels")
+    if not (args.out or args.labels) and (parts := tree.parts_of(args.dir)):
+        made = []
+        for part in parts:
+            made.append(tree.index(part, None, args.processes, None, classes, args.exclude))
+            classes = made[0].classes
+        return show_manifests(args, made)
     make = archive.index if archive.is_archive(args.dir) else tree.index
-    return show_manifests(args, [make(args.dir, args.out, args.processes, args.labels, classes, args.exclude)])
+    options = args.processes, args.labels, classes, args.exclude, args.ids
+    return show_manifests(args, [make(args.dir, args.out, *options)])
 
 
 def pack(args) -> int:

@@ -26,7 +26,15 @@ from hpc_lbsgd.data.pool import in_order
 from hpc_lbsgd.errors import RequestError
 
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's table of labels, in the folder that it is of
+WNIDS = "wnids.txt"  # its list of classes, in the folder of both parts
 AT_A_TIME = 32  # images whose bytes a process holds
+
+
+def parts_of(root: Path) -> list[Path]:
+    """The parts with labels of Tiny-ImageNet's folder, as it is shipped; empty for other folders."""
+    parts = [root / "train", root / "val"]
+    shipped = (root / WNIDS).is_file() and parts[0].is_dir() and (parts[1] / ANNOTATIONS).is_file()
+    return parts if shipped else []
 
 
 class Tree(NamedTuple):
@@ -38,7 +46,7 @@ class Tree(NamedTuple):
     left_out: Counter[str]  # what is no image, by what it is
 
 
-def scan(root: Path, table: Path | None = None) -> Tree:
+def scan(root: Path, table: Path | None = None, ids: Path | None = None) -> Tree:
     """The images of a folder. One folder a class, any depth below it; with a table of labels, images anywhere.
 
     A folder as Tiny-ImageNet's val has its table in it. Raises RequestError for a class without images, and for
@@ -51,8 +59,7 @@ def scan(root: Path, table: Path | None = None) -> Tree:
         table = root / ANNOTATIONS
     paths = list(images_below(root, left_out))
     if table is not None:
-        rows = labels.read_table(table)
-        found = [labels.in_table(rows, path) for path in paths]
+        found = labels.of_table(table, paths, ids)
         missing = [path for path, label in zip(paths, found, strict=True) if label is None]
         if missing:
             raise RequestError(f"{len(missing)} images in {root} have no line in {table}:\n{listed(missing)}")
@@ -137,16 +144,18 @@ def index(
     table: Path | None = None,
     classes: list[str] | None = None,
     exclude: bool = False,
+    ids: Path | None = None,
 ) -> Manifest:
     """Write the manifest of a folder of images (default: ROOT/manifest.arrow) and return it, opened.
 
-    table: names and classes, for images that do not lie in folders of their class. classes: the names to use, in their
+    table: names and classes, for images that do not lie in folders of their class, or a number for each, whose classes
+    `ids` (a file) tells. classes: the names to use, in their
     order (those of the training set, for a validation set). exclude: leave out images that do not decode, and write
     them down. Raises RequestError for a missing folder, an empty class, and images that do not decode (listed by name).
     """
     root = Path(root)
     out = Path(out) if out else root / FILE_NAME
-    tree = scan(root, table)
+    tree = scan(root, table, ids)
     excluded = read_excluded(root)
     chosen = [i for i, path in enumerate(tree.paths) if path not in excluded]
     paths = [tree.paths[i] for i in chosen]
