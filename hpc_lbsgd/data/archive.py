@@ -240,8 +240,8 @@ def index(
 ) -> Manifest:
     """Write the manifest of a tar, or of a folder of tars (default: beside them), and return it, opened.
 
-    table, classes, exclude, ids: as for `tree.index`. Raises RequestError for members that point outside, images without
-    labels and images that do not decode.
+    table, classes, exclude, ids: as for `tree.index`. Raises RequestError for members that point outside, images
+    without labels and images that do not decode.
     """
     source = Path(source)
     root = source.parent if source.is_file() else source

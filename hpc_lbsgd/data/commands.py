@@ -64,19 +64,20 @@ def add(commands) -> None:
 
 
 def show_manifests(args, manifests) -> int:
-    import numpy as np
-
     from hpc_lbsgd.data.labels import doubts
+
+    def turned(m) -> int:
+        return sum(int((m.orientations[some] != 1).sum()) for some in m.looked_at(all_of_it=True))
 
     facts = [
         {
             "manifest": str(m.path),
             "samples": len(m),
             "classes": m.classes,
-            "bytes": int(m.sizes.sum()),
+            "bytes": sum(int(m.sizes[some].sum()) for some in m.looked_at(all_of_it=True)),
             "fingerprint": m.fingerprint,
             "left_out": m.header.get("left_out", {}),
-            "turned": 0 if m.orientations is None else int(np.count_nonzero(m.orientations != 1)),
+            "turned": 0 if m.orientations is None else turned(m),
             "doubts": doubts(m.classes, m.labels),
         }
         for m in manifests

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from hpc_lbsgd.data.columns import slices
 from hpc_lbsgd.errors import RequestError
 
 MOST_CLASSES = 1_000_000  # a number above it is not taken for a class
@@ -50,8 +51,8 @@ def of_numbers(path: Path, numbers: list[str], names: Sequence[str], ids: Path |
     ids = ids or path.with_name(META)
     if not ids.exists():
         raise RequestError(
-            f"--labels {path}: has numbers alone, and no {META} is beside it: say which class each number is with --ids "
-            f"FILE (the devkit's {META}, or NUMBER CLASS a line)"
+            f"--labels {path}: has numbers alone, and no {META} is beside it: say which class each number is with "
+            f"--ids FILE (the devkit's {META}, or NUMBER CLASS a line)"
         )
     if len(numbers) != len(names):
         raise RequestError(f"--labels {path}: {len(numbers)} lines for {len(names)} images")
@@ -160,7 +161,7 @@ def renumber(names: Sequence[str], labels: Sequence[int], classes: list[str], wh
 
 def doubts(classes: Sequence[str], labels: Sequence[int]) -> list[str]:
     """What looks as if a set was not read as it was meant."""
-    counts = np.bincount(labels, minlength=len(classes))
+    counts = sum(np.bincount(labels[some], minlength=len(classes)) for some in slices(len(labels)))
     found = []
     parts = [name for name in classes if name.lower() in PARTS]
     if parts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from hpc_lbsgd.data.manifest import Manifest
@@ -28,11 +27,18 @@ def check_sizes(data, manifest: Manifest, train: bool) -> None:
         )
     if Source(data, manifest, 0, train).resizes:
         return
-    wrong = np.flatnonzero((manifest.widths != data.image_size) | (manifest.heights != data.image_size))
-    if wrong.size:
-        i, key = wrong[0], "augment" if train else "eval_resize"
+    looked_at = wrong = 0
+    example = None
+    for rows in manifest.looked_at():
+        fits = (manifest.widths[rows] == data.image_size) & (manifest.heights[rows] == data.image_size)
+        if example is None and not fits.all():
+            place = int(fits.argmin())
+            example = rows.start + place if isinstance(rows, slice) else int(rows[place])
+        looked_at, wrong = looked_at + len(fits), wrong + int((~fits).sum())
+    if example is not None:
+        i, key = example, "augment" if train else "eval_resize"
         raise RequestError(
-            f"data.image_size = {data.image_size}, but {wrong.size} of {len(manifest)} images have another size "
+            f"data.image_size = {data.image_size}, but {wrong} of {looked_at} images have another size "
             f"({manifest.file(i)} is {manifest.widths[i]}x{manifest.heights[i]}) and data.{key} = "
             f"{getattr(data, key)} does not resize"
         )

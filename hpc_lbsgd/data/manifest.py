@@ -14,14 +14,14 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from hpc_lbsgd.data import columns
 from hpc_lbsgd.data.decode import decoders
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import write_atomically
@@ -30,6 +30,7 @@ FILE_NAME = "manifest.arrow"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 NAMED_AT_MOST = 20  # problems listed by name before "and N more"
 FILES_CHECKED_AT_START = 100_000  # above it, a start looks at a random selection; `data verify` looks at all
+ROWS_CHECKED_AT_START = 10_000_000  # above it, labels and sizes are looked at alike
 CHUNK = 512  # files a work item of indexing
 
 SCHEMA = pa.schema(
@@ -55,7 +56,8 @@ def checksum(data: bytes | np.ndarray) -> int:
 
 
 class Manifest:
-    """A manifest file, opened. Columns are read-only numpy arrays of shape (N,)."""
+    """A manifest file, opened. Columns are read-only, of shape (N,): numpy arrays, or what gives them by index
+    (columns.py)."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -67,14 +69,13 @@ class Manifest:
         self.root = (self.path.parent / self.header["root"]).resolve()
         self.classes: list[str] = self.header["classes"]
         self.excluded: list[str] = []
+        self.rows = columns.Rows(self.table.num_rows, np.empty(0, np.int64))
         if unwanted := read_excluded(self.path.parent):
             if self.header.get("escaped"):
                 unwanted = {escaped(name) for name in unwanted}
             unwanted = {name for name in unwanted if is_utf8(name)}  # others are in no table
-            gone = pc.is_in(self.table.column("path"), value_set=pa.array(sorted(unwanted), pa.large_string()))
-            self.excluded = self.table.filter(gone).column("path").to_pylist()
-            if self.excluded:
-                self.table = self.table.filter(pc.invert(gone)).combine_chunks()
+            gone, self.excluded = columns.rows_named(self.table, "path", unwanted)
+            self.rows = columns.Rows(self.table.num_rows, gone)
 
     @property
     def shards(self) -> list[dict]:
@@ -87,11 +88,10 @@ class Manifest:
         return self.header.get("raw_channels")
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return len(self.rows)
 
     def _column(self, name: str) -> np.ndarray:
-        column = self.table.column(name)  # in one piece, a view of the mapped file; else a copy
-        return column.chunk(0).to_numpy() if column.num_chunks == 1 else column.to_numpy()
+        return columns.column(self.table, name, self.rows)
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -134,7 +134,7 @@ class Manifest:
 
     def stored_key(self, index: int) -> str:
         """The same as the column has it."""
-        return self.table.column("path")[int(index)].as_py()
+        return self.table.column("path")[int(self.rows.at(np.int64(index)))].as_py()
 
     def file(self, index: int) -> str:
         """Where one sample lies, for people: its absolute path, or its shard's with the sample's own behind a colon."""
@@ -174,12 +174,19 @@ class Manifest:
             again = "pack or copy them again" if self.shards else f"index again (hpc-lbsgd data index {self.root})"
             raise RequestError(f"{self.path} no longer matches its files; {again}:\n{listed(problems)}")
 
-    def check_labels(self) -> None:
+    def looked_at(self, all_of_it: bool = False) -> Iterator[slice | np.ndarray]:
+        """Rows that a start looks at: all up to 10 million, else a random selection; batches are checked as they come."""
+        if len(self) <= ROWS_CHECKED_AT_START or all_of_it:
+            return columns.slices(len(self))
+        return iter([np.random.default_rng(0).integers(0, len(self), FILES_CHECKED_AT_START)])
+
+    def check_labels(self, all_of_them: bool = False) -> None:
         """Refuse a manifest with labels that no class has."""
-        found = pc.min_max(self.table.column("label")).as_py()
-        wrong = next((v for v in found.values() if v is not None and not 0 <= v < len(self.classes)), None)
-        if wrong is not None:
-            raise RequestError(f"{self.path}: a label is {wrong}, and there are {len(self.classes)} classes")
+        for some in self.looked_at(all_of_them):
+            found = self.labels[some]
+            wrong = found[(found < 0) | (found >= len(self.classes))]
+            if len(wrong):
+                raise RequestError(f"{self.path}: a label is {wrong[0]}, and there are {len(self.classes)} classes")
 
 
 # Arrow holds UTF-8 alone; a file's name may have any bytes
@@ -281,11 +288,11 @@ def write(
         header["left_out"] = dict(left_out)
     if any(not is_utf8(path) for path in paths):
         header["escaped"], paths = True, [escaped(path) for path in paths]
-    columns, schema = [paths, labels, width, height, size, check, orientation], SCHEMA
+    values, schema = [paths, labels, width, height, size, check, orientation], SCHEMA
     if places is not None:
         header["shards"] = shards
-        columns, schema = [*columns, *(list(c) for c in zip(*places, strict=True))], PACKED_SCHEMA
-    table = pa.table(columns, schema=schema.with_metadata({"hpc_lbsgd": json.dumps(header)})).combine_chunks()
+        values, schema = [*values, *(list(c) for c in zip(*places, strict=True))], PACKED_SCHEMA
+    table = pa.table(values, schema=schema.with_metadata({"hpc_lbsgd": json.dumps(header)})).combine_chunks()
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -301,11 +308,11 @@ def write(
 def subset(source: Manifest, out: Path, count: int, seed: int = 0) -> Manifest:
     """Write a manifest of `count` samples of `source`, chosen at random and kept in its order; files stay in place."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:count])
-    columns = source.table.take(chosen).to_pydict()
-    columns.setdefault("orientation", [None] * count)
+    found = source.table.take(source.rows.at(chosen)).to_pydict()
+    found.setdefault("orientation", [None] * count)
     names = ("width", "height", "bytes", "checksum", "orientation")
-    facts = list(zip(*(columns[name] for name in names), strict=True))
-    places = list(zip(columns["shard"], columns["offset"], strict=True)) if source.shards else None
-    paths = [unescaped(path) for path in columns["path"]] if source.header.get("escaped") else columns["path"]
-    write(out, source.root, source.classes, paths, columns["label"], facts, places, source.shards)
+    facts = list(zip(*(found[name] for name in names), strict=True))
+    places = list(zip(found["shard"], found["offset"], strict=True)) if source.shards else None
+    paths = [unescaped(path) for path in found["path"]] if source.header.get("escaped") else found["path"]
+    write(out, source.root, source.classes, paths, found["label"], facts, places, source.shards)
     return Manifest(out)

@@ -202,11 +202,9 @@ def cut(m: Manifest, encoding: Encoding, shard_bytes: int) -> list[tuple[int, in
     """(first, last) of each shard: as many samples as are expected to fill it. A function of the source alone, so
     that a pack that goes on cuts as before."""
     if encoding.kind == "raw":
-        side = m.widths if not (encoding.short_side or encoding.long_side) else None
-        pixels = m.widths.astype(np.int64) * m.heights if side is not None else expected_pixels(m, encoding)
-        sizes = pixels * encoding.channels
+        sizes = expected_pixels(m, encoding) * encoding.channels
     else:
-        sizes = m.sizes
+        sizes = np.asarray(m.sizes)
     ends = np.cumsum(sizes + 3 * TAR_BLOCK)
     cuts, first = [], 0
     while first < len(m):
@@ -218,9 +216,11 @@ def cut(m: Manifest, encoding: Encoding, shard_bytes: int) -> list[tuple[int, in
 
 
 def expected_pixels(m: Manifest, encoding: Encoding) -> np.ndarray:
-    width, height = m.widths.astype(np.float64), m.heights.astype(np.float64)
+    width, height = np.asarray(m.widths, np.int64), np.asarray(m.heights, np.int64)
+    if not (encoding.short_side or encoding.long_side):
+        return width * height
     side = np.minimum(width, height) if encoding.short_side else np.maximum(width, height)
-    shrink = np.minimum(1.0, (encoding.short_side or encoding.long_side) / side)
+    shrink = np.minimum(1.0, (encoding.short_side or encoding.long_side) / side.astype(np.float64))
     return (width * height * shrink**2).astype(np.int64) + 1
 
 

@@ -14,7 +14,7 @@ from hpc_lbsgd.data.finish import cut
 from hpc_lbsgd.data.manifest import Manifest, checksum
 from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.storage import Request, SampleError, open_storage
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.errors import RequestError, RunError
 
 
 class Batch(NamedTuple):
@@ -71,7 +71,21 @@ class Source:
                 except SampleError as problem:
                     self.refuse(problem)
             given.append(candidate)
+        self.check(np.array(given, np.int64))
         return Fetched(request, Request(request.epoch, np.array(given, np.int64)), contents)
+
+    def check(self, samples: np.ndarray) -> None:
+        """Refuse what the start did not look at in a large set: labels that no class has, sizes that do not fit."""
+        m, size = self.manifest, self.data.image_size
+        wrong = (m.labels[samples] < 0) | (m.labels[samples] >= len(m.classes))
+        if not self.resizes:
+            wrong |= (m.widths[samples] != size) | (m.heights[samples] != size)
+        if wrong.any():
+            i = int(samples[wrong.argmax()])
+            raise RunError(
+                f"{m.file(i)}: class {m.labels[i]} of {len(m.classes)}, {m.widths[i]}x{m.heights[i]} pixels, in "
+                f"{m.path}: it does not fit the recipe; index again, and mend data.image_size or what resizes"
+            )
 
     def refuse(self, problem: SampleError) -> None:
         """A sample cannot be read or decoded: end the run (data.on_bad_image = error), or never ask for it again."""
