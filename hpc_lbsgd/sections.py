@@ -257,6 +257,9 @@ class Machine(Section):
     """decoding threads of a rank (default: cores / ranks, at most 8)"""
     prefetch: Count = 2
     """batches decoded ahead"""
+    prefetch_mb: Positive = 2048.0
+    """CPU ranks: about how much memory samples may take while they are read and decoded ahead; batches of large images
+    are made in parts, one image at least"""
     compile: Literal["none", "stages"] = "none"
     """torch.compile, a residual stage at a time"""
     channels_last: bool = True

@@ -30,7 +30,8 @@ FILE_NAME = "manifest.arrow"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 NAMED_AT_MOST = 20  # problems listed by name before "and N more"
 FILES_CHECKED_AT_START = 100_000  # above it, a start looks at a random selection; `data verify` looks at all
-ROWS_CHECKED_AT_START = 10_000_000  # above it, labels and sizes are looked at alike
+ROWS_CHECKED_AT_START = 10_000_000  # above it, of labels and sizes only these are looked at:
+STRETCHES, STRETCH = 100, 10_000  # stretches of rows, for single ones would be a seek each
 CHUNK = 512  # files a work item of indexing
 
 SCHEMA = pa.schema(
@@ -174,11 +175,12 @@ class Manifest:
             again = "pack or copy them again" if self.shards else f"index again (hpc-lbsgd data index {self.root})"
             raise RequestError(f"{self.path} no longer matches its files; {again}:\n{listed(problems)}")
 
-    def looked_at(self, all_of_it: bool = False) -> Iterator[slice | np.ndarray]:
-        """Rows that a start looks at: all up to 10 million, else a random selection; batches are checked as they come."""
+    def looked_at(self, all_of_it: bool = False) -> Iterator[slice]:
+        """Rows that a start looks at: all up to 10 million, else stretches of them; batches are checked as they come."""
         if len(self) <= ROWS_CHECKED_AT_START or all_of_it:
             return columns.slices(len(self))
-        return iter([np.random.default_rng(0).integers(0, len(self), FILES_CHECKED_AT_START)])
+        starts = np.linspace(0, len(self) - STRETCH, STRETCHES).astype(int).tolist()
+        return (slice(first, first + STRETCH) for first in starts)
 
     def check_labels(self, all_of_them: bool = False) -> None:
         """Refuse a manifest with labels that no class has."""

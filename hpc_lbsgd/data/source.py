@@ -154,5 +154,11 @@ class Source:
         how = self.manifest.orientations[request.samples].tolist()
         return [np.ascontiguousarray(orientation.turned(w, o)) for w, o in zip(windows, how, strict=True)]
 
+    def costs(self, samples: np.ndarray) -> np.ndarray:
+        """Bytes that samples take while they are made: as they are stored, and their pixels."""
+        m = self.manifest
+        stored = m.sizes[samples].astype(np.int64)
+        return stored if self.raw else stored + m.widths[samples].astype(np.int64) * m.heights[samples] * 3
+
     def labels(self, request: Request) -> np.ndarray:
         return self.manifest.labels[request.samples].astype(np.int64)
