@@ -2,9 +2,11 @@
 
 order.py       the permutation of an epoch, and who gets which part of it. Pure
 manifest.py    the list of a set's images. tree.py makes it from a folder, archive.py from tars, pack.py into shards;
-               decode.py says what is an image, labels.py which class it has, verify.py what is wrong
-source.py      the seam: what a loader is asked for, and a Batch
-loader.py      the choice of one; dali.py and torchvision.py decode, finish.py does the rest on CPUs
+               decode.py says what is an image, labels.py which class it has, verify.py what is wrong;
+               parts.py lets the work go on, and be shared; columns.py looks up rows of any number
+source.py      the seam: what a loader is asked for, and a Batch; orientation.py which way up
+loader.py      the choice of one; dali.py and torchvision.py decode, finish.py does the rest on CPUs, bounded.py asks
+               for as much as memory may hold
 
 May be imported by: outline, train, bench, reproduce, plan, cluster, cli.
 May import: recipe, arguments, owner, records, signals, imports, theory, errors.

@@ -18,10 +18,10 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from hpc_lbsgd.data import labels, tree
+from hpc_lbsgd.data import labels, parts, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, Row, listed
-from hpc_lbsgd.data.pool import in_order
+from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.data.tree import AT_A_TIME, rows_of, usable
 from hpc_lbsgd.errors import RequestError
 
@@ -229,6 +229,10 @@ def examine(path: str, chosen_members: list[Member]) -> list[Row | str]:
     return rows
 
 
+def identities(path: str, chosen_members: list[Member]) -> list:
+    return [path, parts.identity_of(path), [(m.name, m.offset, m.size) for m in chosen_members]]
+
+
 def index(
     source: str | os.PathLike,
     out: str | os.PathLike | None = None,
@@ -237,10 +241,11 @@ def index(
     classes: list[str] | None = None,
     exclude: bool = False,
     ids: Path | None = None,
-) -> Manifest:
+    share: Share = ALL,
+) -> Manifest | int:
     """Write the manifest of a tar, or of a folder of tars (default: beside them), and return it, opened.
 
-    table, classes, exclude, ids: as for `tree.index`. Raises RequestError for members that point outside, images
+    table, classes, exclude, ids, share: as for `tree.index`. Raises RequestError for members that point outside, images
     without labels and images that do not decode.
     """
     source = Path(source)
@@ -261,8 +266,11 @@ def index(
     chosen = [i for i, s in enumerate(samples) if s.member.name not in excluded]
     chosen.sort(key=lambda i: (numbers[i], samples[i].member.name))  # as a tree of folders would be
     work = chunks(samples, chosen)
-    jobs = [(examine, str(paths[shard]), [samples[i].member for i in some]) for shard, some in work]
-    found_rows = in_order(jobs, len(chosen), f"indexing {source}", processes)
+    jobs = [(str(paths[shard]), [samples[i].member for i in some]) for shard, some in work]
+    pieces = [parts.Work(examine, identities, job, len(job[1])) for job in jobs]
+    found_rows = parts.rows(out, pieces, f"indexing {source}", processes, share)
+    if share.count > 1:
+        return sum(map(len, found_rows))
     by_sample: dict[int, Row | str] = {}
     for (_, some), rows in zip(work, found_rows, strict=True):
         by_sample.update(zip(some, rows, strict=True))
@@ -281,6 +289,7 @@ def index(
         [{"name": p.name, "bytes": p.stat().st_size, "checksum": None} for p in paths],
         found.left_out,
     )
+    parts.remove(out)
     return Manifest(out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def add(commands) -> None:
     p.add_argument("--classes-of", metavar="MANIFEST", help="number the classes as this manifest (the training set's)")
     p.add_argument("--exclude", action="store_true", help="leave out images that do not decode, and list them")
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
+    with_part(p)
     with_json(p).set_defaults(function=index)
     p = data.add_parser("pack", help="a data set as a few tar shards with an index; goes on where it was stopped")
     p.add_argument("manifest", help="manifest, or the folder that has one")
@@ -42,6 +44,7 @@ def add(commands) -> None:
     )
     p.add_argument("--shard-mb", type=positive_float, default=256.0, help="size of a shard (default: %(default)g)")
     p.add_argument("--processes", type=positive, help="packing processes (default: one a core)")
+    with_part(p)
     with_json(p).set_defaults(function=pack)
     p = data.add_parser("verify", help="decode everything; list what is corrupt, odd or twice there")
     p.add_argument("data", help="manifest, the folder that has one, or a DIR/CLASS/IMAGE tree")
@@ -61,6 +64,26 @@ def add(commands) -> None:
     p.add_argument("--epoch", type=not_negative, default=0)
     p.add_argument("--worker", type=not_negative, default=0)
     with_json(p).set_defaults(function=order)
+
+
+def with_part(p) -> None:
+    words = "do part I of N alone (I from 0), as on one of N nodes; when all have ended, the same without --part"
+    p.add_argument("--part", type=part, metavar="I/N", help=words)
+
+
+def part(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text}: must be I/N, with I from 0 to N-1")
+    return int(number), int(count)
+
+
+def show_part(args, share, images: int) -> int:
+    if args.json:
+        print(json.dumps({"part": str(share), "images": images}))
+    else:
+        print(f"part {share}: {images} images; when all parts have ended, give the same command without --part")
+    return EXIT_DONE
 
 
 def show_manifests(args, manifests) -> int:
@@ -107,29 +130,36 @@ def fetch(args) -> int:
 
 def index(args) -> int:
     from hpc_lbsgd.data import archive, manifest, tree
+    from hpc_lbsgd.data.parts import ALL, Share
 
+    share = Share(*args.part) if args.part else ALL
     classes = manifest.Manifest(manifest.find(args.classes_of)).classes if args.classes_of else None
     if args.ids and not args.labels:
         raise RequestError("--ids says what the numbers of a list mean: give the list with --labels")
     if not (args.out or args.labels) and (parts := tree.parts_of(args.dir)):
         made = []
-        for part in parts:
-            made.append(tree.index(part, None, args.processes, None, classes, args.exclude))
-            classes = made[0].classes
-        return show_manifests(args, made)
+        for folder in parts:
+            made.append(tree.index(folder, None, args.processes, None, classes, args.exclude, share=share))
+            classes = made[0].classes if share.count == 1 else None
+        return show_manifests(args, made) if share.count == 1 else show_part(args, share, sum(made))
     make = archive.index if archive.is_archive(args.dir) else tree.index
-    options = args.processes, args.labels, classes, args.exclude, args.ids
-    return show_manifests(args, [make(args.dir, args.out, *options)])
+    found = make(args.dir, args.out, args.processes, args.labels, classes, args.exclude, args.ids, share)
+    return show_manifests(args, [found]) if share.count == 1 else show_part(args, share, found)
 
 
 def pack(args) -> int:
     from hpc_lbsgd.data import pack as packs
+    from hpc_lbsgd.data.parts import Share
 
     kind = "raw" if args.raw else "jpeg" if args.jpeg else "keep"
     encoding = packs.Encoding(
         kind, args.short_side, args.long_side, args.jpeg or 90, 1 if args.grey else 3, args.upright
     )
-    return show_manifests(args, [packs.pack(args.manifest, args.out, encoding, args.shard_mb, args.processes)])
+    asked = args.manifest, args.out, encoding, args.shard_mb, args.processes
+    if args.part:
+        share = Share(*args.part)
+        return show_part(args, share, packs.pack_share(*asked, share))
+    return show_manifests(args, [packs.pack(*asked)])
 
 
 def verify(args) -> int:

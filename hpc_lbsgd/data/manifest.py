@@ -176,7 +176,7 @@ class Manifest:
             raise RequestError(f"{self.path} no longer matches its files; {again}:\n{listed(problems)}")
 
     def looked_at(self, all_of_it: bool = False) -> Iterator[slice]:
-        """Rows that a start looks at: all up to 10 million, else stretches of them; batches are checked as they come."""
+        """Rows that a start looks at: all up to 10 million, else stretches; batches are checked as they come."""
         if len(self) <= ROWS_CHECKED_AT_START or all_of_it:
             return columns.slices(len(self))
         starts = np.linspace(0, len(self) - STRETCH, STRETCHES).astype(int).tolist()

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import socket
 import tarfile
 from concurrent.futures import as_completed
@@ -30,6 +31,7 @@ from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.decode import as_stored, decode, turned
 from hpc_lbsgd.data.manifest import PACKED_SCHEMA, PARTS, Manifest, checksum
 from hpc_lbsgd.data.orientation import TAG
+from hpc_lbsgd.data.parts import Share
 from hpc_lbsgd.data.pool import Pool
 from hpc_lbsgd.data.storage import SampleError, open_storage
 from hpc_lbsgd.errors import RequestError, RunError
@@ -232,22 +234,62 @@ def pack(
     Raises RequestError for a folder that holds something else, RunError for a sample or a disk that failed.
     """
     m, out = Manifest(manifests.find(source)), Path(out)
-    request = {"source": m.fingerprint, "shard_mb": shard_mb, "encoding": asdict(encoding)}
+    request = request_of(m, encoding, shard_mb)
     target = out / manifests.FILE_NAME
     if not same_request(out, target, request):
         held = owner.take(out / PARTS, name=str(out))  # two at once would write the same shards
         try:
+            shares = sorted((out / PARTS).glob("part-*-of-*"))
+            for folder in shares:
+                owner.check(folder)
             if not same_request(out, target, request):  # as it is now that it stands still
                 write_atomically(out / PARTS / "request.json", json.dumps(request))
                 cuts = cut(m, encoding, int(shard_mb * 1e6))
-                write_shards(m, out, cuts, encoding, processes)
+                write_shards(m, out, list(enumerate(cuts)), encoding, processes)
                 assemble(m, out, len(cuts), encoding, request)
                 parts = out / PARTS
                 for path in (*out.glob(".shard-*.writing"), *parts.glob("*.arrow"), parts / "request.json"):
                     path.unlink(missing_ok=True)
+                for folder in shares:  # of parts that were killed
+                    shutil.rmtree(folder, ignore_errors=True)
         finally:
             held.release()  # which removes the folder where it is empty
     return Manifest(target)
+
+
+def pack_share(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    encoding: Encoding,
+    shard_mb: float,
+    processes: int | None,
+    share: Share,
+) -> int:
+    """Write a part of the shards, at the same time as others write theirs; returns how many images they have. `pack`
+    makes one set of them when all have ended. Raises as `pack` does."""
+    m, out = Manifest(manifests.find(source)), Path(out)
+    request = request_of(m, encoding, shard_mb)
+    target = out / manifests.FILE_NAME
+    if same_request(out, target, request):
+        return 0
+    held = owner.take(share_folder(out, share), name=f"{out}, part {share}")
+    try:
+        owner.check(out / PARTS)  # a pack of all that is under way
+        if not same_request(out, target, request):
+            write_atomically(out / PARTS / "request.json", json.dumps(request))
+        shards = share.of(list(enumerate(cut(m, encoding, int(shard_mb * 1e6)))))
+        write_shards(m, out, shards, encoding, processes)
+    finally:
+        held.release()
+    return sum(last - first for _, (first, last) in shards)
+
+
+def share_folder(out: Path, share: Share) -> Path:
+    return out / PARTS / f"part-{share.number}-of-{share.count}"
+
+
+def request_of(m: Manifest, encoding: Encoding, shard_mb: float) -> dict:
+    return {"source": m.fingerprint, "shard_mb": shard_mb, "encoding": asdict(encoding)}
 
 
 def same_request(out: Path, target: Path, request: dict) -> bool:
@@ -268,11 +310,13 @@ def same_request(out: Path, target: Path, request: dict) -> bool:
     return False
 
 
-def write_shards(m: Manifest, out: Path, cuts: list, encoding: Encoding, processes: int | None) -> None:
-    missing = [(i, first, last) for i, (first, last) in enumerate(cuts) if not read_part(out, i)]
-    done = len(m) - sum(last - first for _, first, last in missing)
+def write_shards(m: Manifest, out: Path, shards: list, encoding: Encoding, processes: int | None) -> None:
+    """shards: (number, (first sample, behind the last))."""
+    missing = [(i, first, last) for i, (first, last) in shards if not read_part(out, i)]
+    total = sum(last - first for _, (first, last) in shards)
+    done = total - sum(last - first for _, first, last in missing)
     processes = min(processes or len(os.sched_getaffinity(0)), max(1, len(missing)))
-    with tqdm(total=len(m), initial=done, desc=f"packing {out}", unit="image", disable=None) as bar:
+    with tqdm(total=total, initial=done, desc=f"packing {out}", unit="image", disable=None) as bar:
         if processes == 1:
             for shard in missing:
                 bar.update(pack_shard(str(m.path), str(out), *shard, encoding))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hpc_lbsgd.data import labels
+from hpc_lbsgd.data import labels, parts
 from hpc_lbsgd.data.decode import decode_all
 from hpc_lbsgd.data.manifest import (
     CHUNK,
@@ -22,7 +22,7 @@ from hpc_lbsgd.data.manifest import (
     read_excluded,
     write,
 )
-from hpc_lbsgd.data.pool import in_order
+from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.errors import RequestError
 
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's table of labels, in the folder that it is of
@@ -125,6 +125,10 @@ def examine(root: str, paths: list[str]) -> list[Row | str]:
     return rows
 
 
+def identities(root: str, paths: list[str]) -> list:
+    return [(path, parts.identity_of(os.path.join(root, path))) for path in paths]
+
+
 def rows_of(contents: Sequence[bytes | str]) -> list[Row | str]:
     """The row of each content, or what is wrong with it; what is wrong already stays."""
     there = [i for i, content in enumerate(contents) if isinstance(content, bytes)]
@@ -145,13 +149,15 @@ def index(
     classes: list[str] | None = None,
     exclude: bool = False,
     ids: Path | None = None,
-) -> Manifest:
+    share: Share = ALL,
+) -> Manifest | int:
     """Write the manifest of a folder of images (default: ROOT/manifest.arrow) and return it, opened.
 
     table: names and classes, for images that do not lie in folders of their class, or a number for each, whose classes
     `ids` (a file) tells. classes: the names to use, in their
     order (those of the training set, for a validation set). exclude: leave out images that do not decode, and write
-    them down. Raises RequestError for a missing folder, an empty class, and images that do not decode (listed by name).
+    them down. share: look at this part of the images alone, for an index of all that follows; returns how many they
+    are. Raises RequestError for a missing folder, an empty class, and images that do not decode (listed by name).
     """
     root = Path(root)
     out = Path(out) if out else root / FILE_NAME
@@ -162,11 +168,15 @@ def index(
     numbers = [tree.labels[i] for i in chosen]
     if classes is not None:
         numbers = labels.renumber(tree.classes, numbers, classes, str(root))
-    jobs = [(examine, str(root), paths[i : i + CHUNK]) for i in range(0, len(paths), CHUNK)]
-    rows = [row for some in in_order(jobs, len(paths), f"indexing {root}", processes) for row in some]
+    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
+    work = [parts.Work(examine, identities, (str(root), some), len(some)) for some in chunks]
+    rows = [row for some in parts.rows(out, work, f"indexing {root}", processes, share) for row in some]
+    if share.count > 1:
+        return len(rows)
     good = usable(paths, rows, [str(root / path) for path in paths], root if exclude else None)
     columns = ([values[i] for i in good] for values in (paths, numbers, rows))
     write(out, root, classes or tree.classes, *columns, left_out=tree.left_out)
+    parts.remove(out)
     return Manifest(out)
 
 

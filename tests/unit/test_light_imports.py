@@ -15,6 +15,7 @@ WITH_TORCH = (
     "hpc_lbsgd.parallel.engine",
     "hpc_lbsgd.parallel.horovod_engine",
     "hpc_lbsgd.parallel.torch_engine",
+    "hpc_lbsgd.data.bounded",
     "hpc_lbsgd.data.dali",
     "hpc_lbsgd.data.finish",
     "hpc_lbsgd.data.loader",
