@@ -13,7 +13,7 @@ from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, RequestError
 def add(commands) -> None:
     """Add `data` to the top level's commands."""
     p = commands.add_parser("data", help="get, list and check a data set; print who gets which sample")
-    data = p.add_subparsers(dest="data_command", metavar="fetch|index|pack|verify|order", required=True)
+    data = p.add_subparsers(dest="data_command", metavar="fetch|index|pack|verify|show|order", required=True)
     p = data.add_parser("fetch", help="get a data set by name, as image files with a manifest")
     p.add_argument("name", choices=["fashion-mnist"])
     p.add_argument("--out", type=Path, help="folder to write to (default: data/NAME)")
@@ -53,6 +53,14 @@ def add(commands) -> None:
     )
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
     with_json(p).set_defaults(function=verify)
+    p = data.add_parser("show", help="look at samples by class as a model sees them, at counts and sizes")
+    p.add_argument("data", help="manifest, or the folder that has one")
+    p.add_argument("--png", type=Path, metavar="FILE", help="one picture")
+    p.add_argument("--html", type=Path, metavar="FILE", help="one page with all in it")
+    p.add_argument("--recipe", help="crop, flip and scale as this recipe does (default: a recipe's defaults)")
+    with_set(p)
+    p.add_argument("--classes", type=positive, default=10, metavar="N", help="how many (default: %(default)s)")
+    with_json(p).set_defaults(function=show)
     p = data.add_parser("order", help="which samples a worker gets in an epoch, in order")
     p.add_argument("recipe", nargs="?", help="recipe; or give --samples, --workers and --samples-per-worker")
     with_set(p)
@@ -169,6 +177,24 @@ def verify(args) -> int:
     excluded = verifies.write_excluded(found) if args.exclude else None
     print(json.dumps(verifies.as_json(found, excluded)) if args.json else verifies.show(found, excluded))
     return EXIT_FAILED if found.damaged or (found.unusable and not args.exclude) else EXIT_DONE
+
+
+def show(args) -> int:
+    from hpc_lbsgd import recipe as recipes
+
+    if not (args.png or args.html):
+        raise RequestError("data show: say where to write, with --png FILE or --html FILE")
+    if args.settings and not args.recipe:
+        raise RequestError("--set changes a recipe: name one with --recipe")
+    recipe = recipes.read(args.recipe, args.settings) if args.recipe else None
+
+    from hpc_lbsgd.data import show as shows  # matplotlib and torch: seconds
+
+    data, seed = (recipe.data, recipe.seed) if recipe else (None, 0)
+    shown = shows.show(args.data, data, seed, args.classes, args.png, args.html)
+    written = [str(path) for path in (args.png, args.html) if path]
+    print(json.dumps({"written": written, "samples": shown.samples.tolist()}) if args.json else "\n".join(written))
+    return EXIT_DONE
 
 
 def order(args) -> int:

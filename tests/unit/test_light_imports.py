@@ -19,6 +19,7 @@ WITH_TORCH = (
     "hpc_lbsgd.data.dali",
     "hpc_lbsgd.data.finish",
     "hpc_lbsgd.data.loader",
+    "hpc_lbsgd.data.show",
     "hpc_lbsgd.data.source",
     "hpc_lbsgd.data.torchvision",
     "hpc_lbsgd.data.user",
