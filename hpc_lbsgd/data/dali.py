@@ -16,7 +16,7 @@ import torch
 
 from hpc_lbsgd.data import orientation
 from hpc_lbsgd.data.ahead import ahead
-from hpc_lbsgd.data.dali_check import reason
+from hpc_lbsgd.data.dali_check import reason, unturned
 from hpc_lbsgd.data.finish import Finish
 from hpc_lbsgd.data.source import Batch, Fetched, Source
 from hpc_lbsgd.data.storage import READERS, Request
@@ -117,7 +117,8 @@ class DaliLoader:
         flip = [mirror.astype(np.int32)[:, None]] if self.on_gpu else []
         asked_for = self.source.crops if self.on_gpu else self.source.resizes
         corner_and_size = ((w.x, w.y), (w.w, w.h)) if asked_for else ()
-        return fetched.contents, *flip, *(np.stack(pair, axis=1).astype(np.int32) for pair in corner_and_size)
+        contents = fetched.contents if self.source.raw else [unturned(content) for content in fetched.contents]
+        return contents, *flip, *(np.stack(pair, axis=1).astype(np.int32) for pair in corner_and_size)
 
     def _outputs(self) -> Iterator[tuple[Fetched, Any]]:
         """What the pipeline makes of the feed, in order; good until the next is asked for."""

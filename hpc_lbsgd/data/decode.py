@@ -117,10 +117,13 @@ def turned(image, orientation: int):
 
 def orientation_of(image) -> int:
     """What EXIF or XMP say, where they can be read and say something that has a meaning; else 1."""
-    try:
-        found = image.getexif().get(TAG, 1)
-    except Exception:  # Pillow raises many kinds for metadata that it cannot read; the pixels may be good
-        return 1
+    found = 1
+    for _ in range(2):  # what could be read before it failed is there the second time, and Pillow turns TIFFs by it
+        try:
+            found = image.getexif().get(TAG, 1)
+            break
+        except Exception:  # Pillow raises many kinds for metadata that it cannot read; the pixels may be good
+            continue
     return int(found) if found in range(1, 9) else 1
 
 

@@ -67,7 +67,7 @@ def rows(out: Path, work: list[Work], title: str, processes: int | None, share: 
     beside `out`."""
     folder, mine = folder_of(out), share.of(work)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # the folder of a mistyped name is not made
     except OSError as problem:
         raise unwritable(out, problem) from None
     jobs = [(kept, str(folder), piece.function, piece.identity, piece.arguments) for piece in mine]

@@ -19,8 +19,8 @@ from hpc_lbsgd.data.columns import slices
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.storage import Request, open_storage
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.records import write_atomically
 from hpc_lbsgd.recipe import Data, Machine
+from hpc_lbsgd.records import write_atomically
 
 PER_CLASS, EPOCHS = 2, 4
 LOOKED_AT = 1_000_000  # rows; a larger set is seen in as many that lie evenly
