@@ -66,5 +66,5 @@ def in_order(jobs: Sequence[tuple], total: int, title: str, processes: int | Non
                 except BrokenProcessPool:
                     raise RunError(
                         f"{title}: a process was killed, or crashed in a decoder; where memory ran out, fewer may do "
-                        "(--processes N). What is known is kept: the same command goes on"
+                        "(--processes N)"
                     ) from None
