@@ -78,6 +78,8 @@ class Data(Section):
     """resized-crop: smallest and largest width / height"""
     eval_resize: Annotated[int, Field(ge=0)] = 256
     """evaluation: shorter side, before the centre crop; 0: images have their size already"""
+    orientation: Literal["ignore", "apply"] = "ignore"
+    """EXIF's orientation: pixels as they are stored, or turned upright, before windows are chosen"""
     on_bad_image: Literal["error", "skip"] = "error"
     """training images that cannot be read or decoded: end the run, or put another in its place and count it"""
     mean: list[float] = [123.675, 116.28, 103.53]
@@ -258,6 +260,9 @@ class Machine(Section):
     """decoding threads of a rank (default: cores / ranks, at most 8)"""
     prefetch: Count = 2
     """batches decoded ahead"""
+    prefetch_mb: Positive = 2048.0
+    """CPU ranks: about how much memory samples may take while they are read and decoded ahead; batches of large images
+    are made in parts, one image at least"""
     compile: Literal["none", "stages"] = "none"
     """torch.compile, a residual stage at a time"""
     channels_last: bool = True

@@ -2,10 +2,12 @@
 
 order.py       the permutation of an epoch, and who gets which part of it. Pure
 manifest.py    the list of a set's images. tree.py makes it from a folder, archive.py from tars, pack.py into shards;
-               decode.py says what is an image, labels.py which class it has, verify.py what is wrong
-source.py      the seam: what a loader is asked for, and a Batch
-loader.py      the choice of one; dali.py and torchvision.py decode, finish.py does the rest on CPUs,
-               place.py brings batches to a GPU
+               decode.py says what is an image, labels.py which class it has, verify.py what is wrong;
+               parts.py lets the work go on, and be shared; columns.py looks up rows of any number
+               show.py makes a picture of a set, as a model sees it
+source.py      the seam: what a loader is asked for, and a Batch; orientation.py which way up
+loader.py      the choice of one; dali.py and torchvision.py decode, finish.py does the rest on CPUs, bounded.py asks
+               for as much as memory may hold, place.py brings batches to a GPU
 
 May be imported by: outline, train, bench, reproduce, plan, cluster, trained, first_recipe, cli.
 May import: recipe, arguments, owner, records, signals, imports, theory, errors.

@@ -18,10 +18,10 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from hpc_lbsgd.data import labels, tree
+from hpc_lbsgd.data import labels, parts, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, Row, listed
-from hpc_lbsgd.data.pool import in_order
+from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.data.tree import AT_A_TIME, rows_of, usable
 from hpc_lbsgd.errors import RequestError
 
@@ -112,7 +112,7 @@ class Listed(NamedTuple):
     left_out: Counter[str]  # files that are neither images nor labels, by what they are
 
 
-def samples_of(paths: list[Path], table: dict[str, str] | None) -> Listed:
+def samples_of(paths: list[Path], table: Path | None, ids: Path | None = None) -> Listed:
     """Every image of these tars with its label."""
     images: list[Member] = []
     beside: dict[tuple[int, str], dict[str, str]] = {}  # (shard, key) -> label by the suffix of its file
@@ -142,7 +142,7 @@ def samples_of(paths: list[Path], table: dict[str, str] | None) -> Listed:
     if beside:
         images = inputs_of(images, beside, left_out)
     if table is not None:
-        found = [labels.in_table(table, image.name) for image in images]
+        found = labels.of_table(table, [image.name for image in images], ids)
     elif beside:
         found = [one_label(beside.get((i.shard, key_of(i.name)), {}), paths[i.shard], i) for i in images]
     else:
@@ -220,13 +220,17 @@ def label_in(data: bytes, suffix: str) -> str | None:
 
 
 def examine(path: str, chosen_members: list[Member]) -> list[Row | str]:
-    """For each image (width, height, bytes, checksum), or what is wrong with it."""
+    """For each image its row, or what is wrong with it."""
     rows: list[Row | str] = []
     with open(path, "rb") as file:
         for start in range(0, len(chosen_members), AT_A_TIME):
             some = chosen_members[start : start + AT_A_TIME]
             rows += rows_of([os.pread(file.fileno(), m.size, m.offset) for m in some])
     return rows
+
+
+def identities(path: str, chosen_members: list[Member]) -> list:
+    return [path, parts.identity_of(path), [(m.name, m.offset, m.size) for m in chosen_members]]
 
 
 def index(
@@ -236,11 +240,13 @@ def index(
     table: Path | None = None,
     classes: list[str] | None = None,
     exclude: bool = False,
-) -> Manifest:
+    ids: Path | None = None,
+    share: Share = ALL,
+) -> Manifest | int:
     """Write the manifest of a tar, or of a folder of tars (default: beside them), and return it, opened.
 
-    table, classes, exclude: as for `tree.index`. Raises RequestError for members that point outside, images without
-    labels and images that do not decode.
+    table, classes, exclude, ids, share: as for `tree.index`. Raises RequestError for members that point outside, images
+    without labels and images that do not decode.
     """
     source = Path(source)
     root = source.parent if source.is_file() else source
@@ -251,7 +257,7 @@ def index(
     if loose:
         raise RequestError(f"{source}: has tar files ({paths[0].name}) and images ({loose}); index a tar by its name")
     out = Path(out) if out else (source.with_suffix(".arrow") if source.is_file() else root / manifests.FILE_NAME)
-    found = samples_of(paths, labels.read_table(table) if table else None)
+    found = samples_of(paths, table, ids)
     samples = distinct(found.samples, paths)
     names, numbers = labels.number([s.label for s in samples], found.numbers, root / "classes.txt")
     if classes is not None:
@@ -260,8 +266,11 @@ def index(
     chosen = [i for i, s in enumerate(samples) if s.member.name not in excluded]
     chosen.sort(key=lambda i: (numbers[i], samples[i].member.name))  # as a tree of folders would be
     work = chunks(samples, chosen)
-    jobs = [(examine, str(paths[shard]), [samples[i].member for i in some]) for shard, some in work]
-    found_rows = in_order(jobs, len(chosen), f"indexing {source}", processes)
+    jobs = [(str(paths[shard]), [samples[i].member for i in some]) for shard, some in work]
+    pieces = [parts.Work(examine, identities, job, len(job[1])) for job in jobs]
+    found_rows = parts.rows(out, pieces, f"indexing {source}", processes, share)
+    if share.count > 1:
+        return sum(map(len, found_rows))
     by_sample: dict[int, Row | str] = {}
     for (_, some), rows in zip(work, found_rows, strict=True):
         by_sample.update(zip(some, rows, strict=True))
@@ -280,6 +289,7 @@ def index(
         [{"name": p.name, "bytes": p.stat().st_size, "checksum": None} for p in paths],
         found.left_out,
     )
+    parts.remove(out)
     return Manifest(out)
 
 

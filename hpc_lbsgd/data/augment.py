@@ -1,6 +1,6 @@
 """How a sample is cropped and flipped: a function of (seed, epoch, sample) and nothing else.
 
-Windows are whole pixels of the image as it is stored (EXIF orientation is not applied, in either loader).
+Windows are whole pixels of the image as it is stored, or as it stands upright (data.orientation).
 numpy only; the loaders turn windows into tensors.
 """
 

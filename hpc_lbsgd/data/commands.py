@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 from hpc_lbsgd.arguments import add_command, not_negative, positive, positive_float, quality, with_json, with_set
-from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, RequestError
 
 
 def add(commands) -> None:
@@ -29,9 +30,11 @@ def add(commands) -> None:
     p.add_argument("dir", type=Path, help="DIR/CLASS/IMAGE tree; a tar, or a folder of tars (WebDataset, ILSVRC's)")
     p.add_argument("--out", type=Path, help="manifest file (default: DIR/manifest.arrow; beside a single tar)")
     p.add_argument("--labels", type=Path, help="images without folders of classes: a table with NAME,CLASS a line")
+    p.add_argument("--ids", type=Path, help="--labels has numbers alone: NUMBER CLASS a line (default: its meta.mat)")
     p.add_argument("--classes-of", metavar="MANIFEST", help="number the classes as this manifest (the training set's)")
     p.add_argument("--exclude", action="store_true", help="leave out images that do not decode, and list them")
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
+    with_part(p)
     with_json(p).set_defaults(function=index)
     p = add_command(
         data, "pack", help="a data set as a few tar shards with an index; goes on where it was stopped",
@@ -46,8 +49,12 @@ def add(commands) -> None:
     side.add_argument("--short-side", type=positive, metavar="PX", help="scale larger images down to this shorter side")
     side.add_argument("--long-side", type=positive, metavar="PX", help="scale larger images down to this longer side")
     p.add_argument("--grey", action="store_true", help="with --jpeg or --raw: one channel")
+    p.add_argument(
+        "--upright", action="store_true", help="with --jpeg or --raw: turn pixels as EXIF's orientation says"
+    )
     p.add_argument("--shard-mb", type=positive_float, default=256.0, help="size of a shard, MB (default: %(default)g)")
     p.add_argument("--processes", type=positive, help="packing processes (default: one a core)")
+    with_part(p)
     with_json(p).set_defaults(function=pack)
     p = add_command(data, "verify", help="decode everything; list what is corrupt, odd or twice there")
     p.add_argument("data", help="manifest, the folder that has one, or a DIR/CLASS/IMAGE tree")
@@ -56,6 +63,17 @@ def add(commands) -> None:
     )
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
     with_json(p).set_defaults(function=verify)
+    p = add_command(
+        data, "show", help="look at samples by class as a model sees them, at counts and sizes",
+        example="data show imagenet/train --png sheet.png --recipe goyal-resnet50",
+    )  # fmt: skip
+    p.add_argument("data", help="manifest, or the folder that has one")
+    p.add_argument("--png", type=Path, metavar="FILE", help="one picture")
+    p.add_argument("--html", type=Path, metavar="FILE", help="one page with all in it")
+    p.add_argument("--recipe", help="crop, flip and scale as this recipe does (default: a recipe's defaults)")
+    with_set(p)
+    p.add_argument("--classes", type=positive, default=10, metavar="N", help="how many (default: %(default)s)")
+    with_json(p).set_defaults(function=show)
     p = add_command(
         data, "order", help="which samples a worker gets in an epoch, in order",
         example="data order --samples 1000 --workers 4 --epoch 2 --worker 3",
@@ -73,17 +91,41 @@ def add(commands) -> None:
     data.metavar = "|".join(data.choices)
 
 
+def with_part(p) -> None:
+    words = "do part I of N alone (I from 0), as on one of N nodes; when all have ended, the same without --part"
+    p.add_argument("--part", type=part, metavar="I/N", help=words)
+
+
+def part(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text}: must be I/N, with I from 0 to N-1")
+    return int(number), int(count)
+
+
+def show_part(args, share, images: int) -> int:
+    if args.json:
+        print(json.dumps({"part": str(share), "images": images}))
+    else:
+        print(f"part {share}: {images} images; when all parts have ended, give the same command without --part")
+    return EXIT_DONE
+
+
 def show_manifests(args, manifests) -> int:
     from hpc_lbsgd.data.labels import doubts
+
+    def turned(m) -> int:
+        return sum(int((m.orientations[some] != 1).sum()) for some in m.looked_at(all_of_it=True))
 
     facts = [
         {
             "manifest": str(m.path),
             "samples": len(m),
             "classes": m.classes,
-            "bytes": int(m.sizes.sum()),
+            "bytes": sum(int(m.sizes[some].sum()) for some in m.looked_at(all_of_it=True)),
             "fingerprint": m.fingerprint,
             "left_out": m.header.get("left_out", {}),
+            "turned": 0 if m.orientations is None else turned(m),
             "doubts": doubts(m.classes, m.labels),
         }
         for m in manifests
@@ -98,6 +140,8 @@ def show_manifests(args, manifests) -> int:
             if f["left_out"]:
                 rest = sorted(f["left_out"].items(), key=lambda kind: -kind[1])
                 print(f"  left out: {', '.join(f'{n} {what}' for what, n in rest[:10])}{' ...' * (len(rest) > 10)}")
+            if f["turned"]:
+                print(f"  {f['turned']} images are turned by EXIF's orientation (data.orientation = apply follows it)")
             for doubt in f["doubts"]:
                 print(f"  WARNING: {doubt}")
     return EXIT_DONE
@@ -111,18 +155,36 @@ def fetch(args) -> int:
 
 def index(args) -> int:
     from hpc_lbsgd.data import archive, manifest, tree
+    from hpc_lbsgd.data.parts import ALL, Share
 
+    share = Share(*args.part) if args.part else ALL
     classes = manifest.Manifest(manifest.find(args.classes_of)).classes if args.classes_of else None
+    if args.ids and not args.labels:
+        raise RequestError("--ids says what the numbers of a list mean: give the list with --labels")
+    if not (args.out or args.labels) and (parts := tree.parts_of(args.dir)):
+        made = []
+        for folder in parts:
+            made.append(tree.index(folder, None, args.processes, None, classes, args.exclude, share=share))
+            classes = made[0].classes if share.count == 1 else None
+        return show_manifests(args, made) if share.count == 1 else show_part(args, share, sum(made))
     make = archive.index if archive.is_archive(args.dir) else tree.index
-    return show_manifests(args, [make(args.dir, args.out, args.processes, args.labels, classes, args.exclude)])
+    found = make(args.dir, args.out, args.processes, args.labels, classes, args.exclude, args.ids, share)
+    return show_manifests(args, [found]) if share.count == 1 else show_part(args, share, found)
 
 
 def pack(args) -> int:
     from hpc_lbsgd.data import pack as packs
+    from hpc_lbsgd.data.parts import Share
 
     kind = "raw" if args.raw else "jpeg" if args.jpeg else "keep"
-    encoding = packs.Encoding(kind, args.short_side, args.long_side, args.jpeg or 90, 1 if args.grey else 3)
-    return show_manifests(args, [packs.pack(args.manifest, args.out, encoding, args.shard_mb, args.processes)])
+    encoding = packs.Encoding(
+        kind, args.short_side, args.long_side, args.jpeg or 90, 1 if args.grey else 3, args.upright
+    )
+    asked = args.manifest, args.out, encoding, args.shard_mb, args.processes
+    if args.part:
+        share = Share(*args.part)
+        return show_part(args, share, packs.pack_share(*asked, share))
+    return show_manifests(args, [packs.pack(*asked)])
 
 
 def verify(args) -> int:
@@ -132,6 +194,24 @@ def verify(args) -> int:
     excluded = verifies.write_excluded(found) if args.exclude else None
     print(json.dumps(verifies.as_json(found, excluded)) if args.json else verifies.show(found, excluded))
     return EXIT_FAILED if found.damaged or (found.unusable and not args.exclude) else EXIT_DONE
+
+
+def show(args) -> int:
+    from hpc_lbsgd import recipe as recipes
+
+    if not (args.png or args.html):
+        raise RequestError("data show: say where to write, with --png FILE or --html FILE")
+    if args.settings and not args.recipe:
+        raise RequestError("--set changes a recipe: name one with --recipe")
+    recipe = recipes.read(args.recipe, args.settings) if args.recipe else None
+
+    from hpc_lbsgd.data import show as shows  # matplotlib and torch: seconds
+
+    data, seed = (recipe.data, recipe.seed) if recipe else (None, 0)
+    shown = shows.show(args.data, data, seed, args.classes, args.png, args.html)
+    written = [str(path) for path in (args.png, args.html) if path]
+    print(json.dumps({"written": written, "samples": shown.samples.tolist()}) if args.json else "\n".join(written))
+    return EXIT_DONE
 
 
 def order(args) -> int:

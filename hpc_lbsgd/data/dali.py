@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpc_lbsgd.data import orientation
 from hpc_lbsgd.data.ahead import ahead
-from hpc_lbsgd.data.dali_check import reason
+from hpc_lbsgd.data.dali_check import reason, unturned
 from hpc_lbsgd.data.decode import pixels
 from hpc_lbsgd.data.finish import Finish
 from hpc_lbsgd.data.source import Batch, Fetched, Source
@@ -130,10 +131,12 @@ class DaliLoader:
 
     def _inputs(self, fetched: Fetched):
         w = self.source.windows(fetched.given)
-        flip = [w.flip.astype(np.int32)[:, None]] if self.whole else []
+        mirror = w.flip & ~self._turned_later(fetched)
+        flip = [mirror.astype(np.int32)[:, None]] if self.whole else []
         asked_for = self.source.crops if self.whole else self.source.resizes
         corner_and_size = ((w.x, w.y), (w.w, w.h)) if asked_for else ()
-        return fetched.contents, *flip, *(np.stack(pair, axis=1).astype(np.int32) for pair in corner_and_size)
+        contents = fetched.contents if self.source.raw else [unturned(content) for content in fetched.contents]
+        return contents, *flip, *(np.stack(pair, axis=1).astype(np.int32) for pair in corner_and_size)
 
     def _outputs(self) -> Iterator[tuple[Fetched, Any]]:
         """What the pipeline makes of the feed, in order; on a GPU bound to the stream that asks: what is launched there
@@ -185,14 +188,27 @@ class DaliLoader:
             return
         for fetched, output in self._outputs():
             images = np.asarray(output.as_tensor()) if output.is_dense_tensor() else map(np.asarray, output)
-            yield fetched, list(images) if self.source.resizes else self.source.cut(fetched.given, list(images))
+            made = self.source.upright if self.source.resizes else self.source.cut
+            yield fetched, made(fetched.given, list(images))
 
     def _as_torch(self, made: tuple[Fetched, Any]) -> tuple[Fetched, torch.Tensor]:
         """Where DALI does all: the pipeline's output as it lies. It is ours for as long as it is held, for DALI takes
         fresh memory for each (`exec_dynamic`, its default); what is freed is freed in the order of its stream."""
         fetched, output = made
         images = torch.from_dlpack(output.as_tensor())
-        return fetched, images.permute(0, 3, 1, 2) if self.channels_last else images
+        images = images.permute(0, 3, 1, 2) if self.channels_last else images
+        for i in np.flatnonzero(self._turned_later(fetched)):
+            sample = fetched.given.samples[i : i + 1]
+            flip = self.source.windows(Request(fetched.given.epoch, sample)).flip[0]
+            images[i] = orientation.upright_tensor(images[i], int(self.source.manifest.orientations[sample[0]]), flip)
+        return fetched, images
+
+    def _turned_later(self, fetched: Fetched) -> np.ndarray:
+        """Where DALI does all: pictures (B,) that are turned, and then mirrored, when they are square: DALI cannot turn
+        one of a batch and leave another."""
+        if not (self.whole and self.source.turns):
+            return np.zeros(len(fetched.contents), bool)
+        return self.source.manifest.orientations[fetched.given.samples] > 1
 
     def _find_bad(self, problem: RuntimeError) -> None:
         """DALI does not say which image it failed at. Most that fail it fail Pillow, which is asked in no time; what is

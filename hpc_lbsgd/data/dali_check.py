@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from hpc_lbsgd.data.orientation import TAG
+
 BATCH = 32  # images that it is asked about at a time
 
 
@@ -23,6 +25,32 @@ def version() -> str | None:
 def sizes(contents: Sequence[bytes]) -> list[tuple[int, int] | str]:
     """(width, height) of each image, or why it cannot be decoded."""
     return [size for start in range(0, len(contents), BATCH) for size in _sizes(contents[start : start + BATCH])]
+
+
+def unturned(content: np.ndarray) -> np.ndarray:
+    """A file's bytes for DALI. One of the decoders behind it turns TIFFs whatever it is told, sideways ones beyond the
+    memory that they were given: their tag of orientation is made to say 1."""
+    head = bytes(content[:8])
+    order = {b"II": "little", b"MM": "big"}.get(head[:2])
+    version = order and int.from_bytes(head[2:4], order)
+    if version not in (42, 43):
+        return content
+    # BigTIFF (43) has longer numbers: of the place of the list, the count in front of it, an entry in it, a value
+    place, count, entry, value = ((4, 4), 2, 12, 4) if version == 42 else ((8, 8), 8, 20, 8)
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(content[at : at + size].tobytes(), order)
+
+    first = number(*place)
+    plain = b"".join(n.to_bytes(size, order) for n, size in ((TAG, 2), (3, 2), (1, value))) + (
+        (1).to_bytes(2, order) + bytes(value - 2)
+    )
+    made = content
+    for at in range(first + count, min(first + count + number(first, count) * entry, len(content) - entry + 1), entry):
+        if number(at, 2) == TAG:
+            made = made.copy() if made is content else made
+            made[at : at + entry] = np.frombuffer(plain, np.uint8)
+    return made
 
 
 class Feed:
@@ -52,7 +80,7 @@ def pipeline() -> tuple[Any, Feed]:
 def _sizes(contents: Sequence[bytes]) -> list[tuple[int, int] | str]:
     """The same for one batch; halves of it where it fails, for DALI does not say which image it was."""
     made, feed = pipeline()
-    feed.batch = [np.frombuffer(data, np.uint8) for data in contents]
+    feed.batch = [unturned(np.frombuffer(data, np.uint8)) for data in contents]
     try:
         (images,) = made.run()
         return [(shape[1], shape[0]) for shape in images.shape()]

@@ -15,18 +15,22 @@ from typing import NamedTuple
 import numpy as np
 
 from hpc_lbsgd.data import dali_check
+from hpc_lbsgd.data.orientation import TAG
 
 PILLOW, DALI = "pillow", "dali"
 WIDE = ("I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of 16-bit grey
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM"}  # Pillow's names, by orientation
+TURNS |= {5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 
 class Facts(NamedTuple):
-    """What decoding an image says of it."""
+    """What decoding an image says of it. Sizes are of the pixels as they are stored."""
 
     width: int
     height: int
     format: str  # JPEG, PNG ...
     mode: str  # RGB, L, CMYK, I;16 ... (Pillow's names)
+    orientation: int  # EXIF's, 1 to 8: how it is to be turned
 
 
 @cache
@@ -53,10 +57,7 @@ def decode_all(contents: Sequence[bytes]) -> list[Facts | str]:
             if isinstance(size, str):
                 found[i] = f"DALI cannot decode it ({size}), though Pillow can"
             elif size != (facts.width, facts.height):
-                found[i] = (
-                    f"is {facts.width}x{facts.height} for Pillow and {size[0]}x{size[1]} for DALI (an orientation that "
-                    "one of them follows?)"
-                )
+                found[i] = f"is {facts.width}x{facts.height} for Pillow and {size[0]}x{size[1]} for DALI"
     return found
 
 
@@ -75,9 +76,9 @@ def decode(data: bytes) -> Facts:
         if not has_end(image.format, data):
             raise ValueError("image file is truncated (no end marker)")
         with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            eight_bits(image)
-            return Facts(image.width, image.height, image.format, image.mode)
+            kind, mode = image.format, image.mode
+            stored, orientation = as_stored(image)
+            return Facts(stored.width, stored.height, kind, mode, orientation)
     except Exception as problem:  # Pillow raises many kinds; each means: not usable as an image
         raise ValueError(told(problem)) from None
 
@@ -88,15 +89,42 @@ def told(problem: Exception) -> str:
 
 
 def pixels(data, channels: int) -> np.ndarray:
-    """uint8 (H, W, C) of an encoded image. Raises ValueError with what is wrong with it."""
+    """uint8 (H, W, C) of an encoded image, not turned. Raises ValueError with what is wrong with it."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            found = np.array(eight_bits(image).convert("L" if channels == 1 else "RGB"))
+            found = np.array(as_stored(image)[0].convert("L" if channels == 1 else "RGB"))
     except Exception as problem:  # Pillow raises many kinds
         raise ValueError(told(problem)) from None
     return found.reshape(*found.shape[:2], -1)
+
+
+def as_stored(image):
+    """(an image with 8 bits a channel, its orientation). Pillow turns TIFFs, and no other format: that is undone."""
+    orientation = orientation_of(image)
+    image.load()
+    back = {6: 8, 8: 6}.get(orientation, orientation) if image.format == "TIFF" else 1
+    return turned(eight_bits(image), back), orientation
+
+
+def turned(image, orientation: int):
+    """An image by Pillow, turned as its orientation says."""
+    from PIL import Image
+
+    return image if orientation == 1 else image.transpose(Image.Transpose[TURNS[orientation]])
+
+
+def orientation_of(image) -> int:
+    """What EXIF or XMP say, where they can be read and say something that has a meaning; else 1."""
+    found = 1
+    for _ in range(2):  # what could be read before it failed is there the second time, and Pillow turns TIFFs by it
+        try:
+            found = image.getexif().get(TAG, 1)
+            break
+        except Exception:  # Pillow raises many kinds for metadata that it cannot read; the pixels may be good
+            continue
+    return int(found) if found in range(1, 9) else 1
 
 
 def eight_bits(image):

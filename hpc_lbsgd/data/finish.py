@@ -67,5 +67,7 @@ def cut(image: np.ndarray, x: int, y: int, w: int, h: int) -> np.ndarray:
     if 0 <= x <= width - w and 0 <= y <= height - h:
         return image[y : y + h, x : x + w]
     window = np.zeros((h, w, channels), np.uint8)
-    window[max(-y, 0) : height - y, max(-x, 0) : width - x] = image[max(y, 0) : y + h, max(x, 0) : x + w]
+    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+    if left < right and top < bottom:
+        window[top - y : bottom - y, left - x : right - x] = image[top:bottom, left:right]
     return window

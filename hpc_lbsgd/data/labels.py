@@ -10,10 +10,12 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from hpc_lbsgd.data.columns import slices
 from hpc_lbsgd.errors import RequestError
 
 MOST_CLASSES = 1_000_000  # a number above it is not taken for a class
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "images", "img", "data"}
+META = "meta.mat"  # of ILSVRC's devkit
 NUMBER = re.compile(r"-?\d+")
 # a class, then boxes: x y w h, or class x y w h again (Tiny-ImageNet's val_annotations.txt, Kaggle's ILSVRC tables)
 WITH_BOXES = re.compile(r"(\S+)(?:(?:\s+-?\d+(?:\.\d+)?){4}(?:\s+\S+(?:\s+-?\d+(?:\.\d+)?){4})*)\s*")
@@ -30,13 +32,78 @@ def of_folders(names: Sequence[str]) -> list[str | None]:
     return [f[common] if f else None for f in folders]
 
 
-def read_table(path: Path) -> dict[str, str]:
+def of_table(path: Path, names: Sequence[str], ids: Path | None = None) -> list[str | None]:
+    """The class of each image by a table of names, or by a list of numbers alone as ILSVRC's ground truth is; None
+    where a table does not have the name. ids: as for `of_numbers`."""
+    lines = read_lines(path)
+    numbers = [line.strip() for line in lines if line.strip()]
+    if numbers and all(line.isdecimal() for line in numbers):
+        return of_numbers(path, numbers, names, ids)
+    if ids is not None:
+        raise RequestError(f"--ids {ids}: --labels {path} has names, not numbers alone")
+    table = read_table(path, lines)
+    return [in_table(table, name) for name in names]
+
+
+def of_numbers(path: Path, numbers: list[str], names: Sequence[str], ids: Path | None) -> list[str | None]:
+    """One number a line, in the order of the files' names. ids: which class each number is (default: the devkit's
+    meta.mat, which is shipped beside the list)."""
+    ids = ids or path.with_name(META)
+    if not ids.exists():
+        raise RequestError(
+            f"--labels {path}: has numbers alone, and no {META} is beside it: say which class each number is with "
+            f"--ids FILE (the devkit's {META}, or NUMBER CLASS a line)"
+        )
+    if len(numbers) != len(names):
+        raise RequestError(f"--labels {path}: {len(numbers)} lines for {len(names)} images")
+    class_of = read_meta(ids) if ids.suffix == ".mat" else read_ids(ids)
+    unknown = next((n for n in numbers if int(n) not in class_of), None)
+    if unknown:
+        raise RequestError(f"--ids {ids}: no class has the number {unknown}, which {path} has")
+    order = sorted(range(len(names)), key=lambda i: PurePosixPath(names[i]).name)
+    found: list[str | None] = [None] * len(names)
+    for number, i in zip(numbers, order, strict=True):
+        found[i] = class_of[int(number)]
+    return found
+
+
+def read_meta(path: Path) -> dict[int, str]:
+    """ILSVRC's classes (WordNet's IDs) by their numbers in the devkit, from its meta.mat."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise RequestError(
+            f"--ids {path}: MATLAB files are read by SciPy, which is not installed: pip install scipy, or give a table "
+            "with NUMBER CLASS a line"
+        ) from None
+    try:
+        synsets = loadmat(path, squeeze_me=True)["synsets"]
+        return {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets}
+    except Exception as problem:  # SciPy raises many kinds for files that are none of MATLAB's
+        raise RequestError(f"--ids {path}: not the devkit's {META} ({problem})") from None
+
+
+def read_ids(path: Path) -> dict[int, str]:
+    """NUMBER CLASS or CLASS NUMBER a line; what follows is ignored."""
+    found: dict[int, str] = {}
+    for line in read_lines(path, "--ids"):
+        row = re.split(r"[,\s]+", line.strip())
+        number = next((i for i in (0, 1) if len(row) > 1 and row[i].isdecimal()), None)
+        if number is not None and found.setdefault(int(row[number]), row[1 - number]) != row[1 - number]:
+            raise RequestError(f"--ids {path}: the number {row[number]} has two classes")
+    return found
+
+
+def read_lines(path: Path, option: str = "--labels") -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RequestError(f"{option} {path}: {getattr(problem, 'strerror', None) or problem}") from None
+
+
+def read_table(path: Path, lines: list[str]) -> dict[str, str]:
     """NAME,CLASS or NAME CLASS a line; columns of boxes are ignored, and so is a heading. A comma or a tab ends a name
     where the line has one, and a class may then have spaces."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise RequestError(f"--labels {path}: {getattr(problem, 'strerror', None) or problem}") from None
     table = {}
     for line in lines:
         if "," in line:
@@ -94,7 +161,7 @@ def renumber(names: Sequence[str], labels: Sequence[int], classes: list[str], wh
 
 def doubts(classes: Sequence[str], labels: Sequence[int]) -> list[str]:
     """What looks as if a set was not read as it was meant."""
-    counts = np.bincount(labels, minlength=len(classes))
+    counts = sum(np.bincount(labels[some], minlength=len(classes)) for some in slices(len(labels)))
     found = []
     parts = [name for name in classes if name.lower() in PARTS]
     if parts:

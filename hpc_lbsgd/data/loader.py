@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from hpc_lbsgd.data.bounded import UNDER_WAY, Bounded
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.source import Loader, Source
 from hpc_lbsgd.data.user import PREFIX, UserLoader, UserSet
@@ -28,11 +28,17 @@ def check_sizes(data, manifest: Manifest, train: bool) -> None:
         )
     if Source(data, manifest, 0, train).resizes:
         return
-    wrong = np.flatnonzero((manifest.widths != data.image_size) | (manifest.heights != data.image_size))
-    if wrong.size:
-        i, key = wrong[0], "augment" if train else "eval_resize"
+    looked_at = wrong = 0
+    example = None
+    for rows in manifest.looked_at():
+        fits = (manifest.widths[rows] == data.image_size) & (manifest.heights[rows] == data.image_size)
+        if example is None and not fits.all():
+            example = rows.start + int(fits.argmin())
+        looked_at, wrong = looked_at + len(fits), wrong + int((~fits).sum())
+    if example is not None:
+        i, key = example, "augment" if train else "eval_resize"
         raise RequestError(
-            f"data.image_size = {data.image_size}, but {wrong.size} of {len(manifest)} images have another size "
+            f"data.image_size = {data.image_size}, but {wrong} of {looked_at} images have another size "
             f"({manifest.file(i)} is {manifest.widths[i]}x{manifest.heights[i]}) and data.{key} = "
             f"{getattr(data, key)} does not resize"
         )
@@ -48,8 +54,12 @@ def create(
     prefetch: int,
     channels_last: bool,
     device: torch.device,
+    prefetch_mb: float | None = None,
 ) -> Loader:
-    """The loader that `data.loader` names (a user's set has its own), for batches of up to `max_batch` samples."""
+    """The loader that `data.loader` names (a user's set has its own), for batches of up to `max_batch` samples.
+
+    prefetch_mb: on CPUs, what samples may take while they are made ahead of time (default: no bound).
+    """
     if isinstance(manifest, UserSet):
         return UserLoader(manifest, seed, threads, prefetch, channels_last, device)
     source = Source(data, manifest, seed, train)
@@ -57,4 +67,7 @@ def create(
         from hpc_lbsgd.data.dali import DaliLoader as kind
     else:
         from hpc_lbsgd.data.torchvision import TorchvisionLoader as kind
-    return kind(source, max_batch, threads, prefetch, channels_last, device)
+    made = kind(source, max_batch, threads, prefetch, channels_last, device)
+    if prefetch_mb is None or device.type == "cuda":  # there, who decodes an image may depend on its batch
+        return made
+    return Bounded(made, source, prefetch_mb * 1e6 / (max(prefetch, threads) + UNDER_WAY))

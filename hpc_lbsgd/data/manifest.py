@@ -1,4 +1,4 @@
-"""The list of a data set's images: path, label, width, height, size in bytes, checksum.
+"""The list of a data set's images: path, label, width, height, size in bytes, checksum, orientation.
 
 A manifest is one Arrow file, mapped into memory, never read whole: at 1.28 million images each rank of a node
 shares the same pages. Rows are sorted by class and name, so a manifest is a function of the files alone.
@@ -14,14 +14,14 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from hpc_lbsgd.data import columns
 from hpc_lbsgd.data.decode import decoders
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import write_atomically
@@ -30,6 +30,8 @@ FILE_NAME = "manifest.arrow"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 NAMED_AT_MOST = 20  # problems listed by name before "and N more"
 FILES_CHECKED_AT_START = 100_000  # above it, a start looks at a random selection; `data verify` looks at all
+ROWS_CHECKED_AT_START = 10_000_000  # above it, of labels and sizes only these are looked at:
+STRETCHES, STRETCH = 100, 10_000  # stretches of rows, for single ones would be a seek each
 CHUNK = 512  # files a work item of indexing
 
 SCHEMA = pa.schema(
@@ -40,9 +42,10 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("bytes", pa.int64()),
         ("checksum", pa.uint64()),
+        ("orientation", pa.int8()),  # EXIF's; width and height are those of the stored pixels, before they are turned
     ]
 )
-Row = tuple[int, int, int, int]  # width, height, bytes, checksum of an image
+Row = tuple[int, int, int, int, int]  # width, height, bytes, checksum, orientation of an image
 PACKED_SCHEMA = SCHEMA.append(pa.field("shard", pa.int32())).append(pa.field("offset", pa.int64()))
 PARTS = ".parts"  # in a folder of shards while it is packed
 EXCLUDE = "exclude.txt"  # one path a line; what follows a tab is the reason
@@ -54,7 +57,8 @@ def checksum(data: bytes | np.ndarray) -> int:
 
 
 class Manifest:
-    """A manifest file, opened. Columns are read-only numpy arrays of shape (N,)."""
+    """A manifest file, opened. Columns are read-only, of shape (N,): numpy arrays, or what gives them by index
+    (columns.py)."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -66,14 +70,13 @@ class Manifest:
         self.root = (self.path.parent / self.header["root"]).resolve()
         self.classes: list[str] = self.header["classes"]
         self.excluded: list[str] = []
+        self.rows = columns.Rows(self.table.num_rows, np.empty(0, np.int64))
         if unwanted := read_excluded(self.path.parent):
             if self.header.get("escaped"):
                 unwanted = {escaped(name) for name in unwanted}
             unwanted = {name for name in unwanted if is_utf8(name)}  # others are in no table
-            gone = pc.is_in(self.table.column("path"), value_set=pa.array(sorted(unwanted), pa.large_string()))
-            self.excluded = self.table.filter(gone).column("path").to_pylist()
-            if self.excluded:
-                self.table = self.table.filter(pc.invert(gone)).combine_chunks()
+            gone, self.excluded = columns.rows_named(self.table, "path", unwanted)
+            self.rows = columns.Rows(self.table.num_rows, gone)
 
     @property
     def shards(self) -> list[dict]:
@@ -86,11 +89,10 @@ class Manifest:
         return self.header.get("raw_channels")
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return len(self.rows)
 
     def _column(self, name: str) -> np.ndarray:
-        column = self.table.column(name)  # in one piece, a view of the mapped file; else a copy
-        return column.chunk(0).to_numpy() if column.num_chunks == 1 else column.to_numpy()
+        return columns.column(self.table, name, self.rows)
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -113,6 +115,12 @@ class Manifest:
         return self._column("checksum")
 
     @cached_property
+    def orientations(self) -> np.ndarray | None:
+        """None where the manifest was made before they were kept."""
+        known = "orientation" in self.table.schema.names and not self.table.column("orientation").null_count
+        return self._column("orientation") if known else None
+
+    @cached_property
     def shard_of(self) -> np.ndarray:
         return self._column("shard")
 
@@ -127,7 +135,7 @@ class Manifest:
 
     def stored_key(self, index: int) -> str:
         """The same as the column has it."""
-        return self.table.column("path")[int(index)].as_py()
+        return self.table.column("path")[int(self.rows.at(np.int64(index)))].as_py()
 
     def file(self, index: int) -> str:
         """Where one sample lies, for people: its absolute path, or its shard's with the sample's own behind a colon."""
@@ -167,12 +175,20 @@ class Manifest:
             again = "pack or copy them again" if self.shards else f"index again (hpc-lbsgd data index {self.root})"
             raise RequestError(f"{self.path} no longer matches its files; {again}:\n{listed(problems)}")
 
-    def check_labels(self) -> None:
+    def looked_at(self, all_of_it: bool = False) -> Iterator[slice]:
+        """Rows that a start looks at: all up to 10 million, else stretches; batches are checked as they come."""
+        if len(self) <= ROWS_CHECKED_AT_START or all_of_it:
+            return columns.slices(len(self))
+        starts = np.linspace(0, len(self) - STRETCH, STRETCHES).astype(int).tolist()
+        return (slice(first, first + STRETCH) for first in starts)
+
+    def check_labels(self, all_of_them: bool = False) -> None:
         """Refuse a manifest with labels that no class has."""
-        found = pc.min_max(self.table.column("label")).as_py()
-        wrong = next((v for v in found.values() if v is not None and not 0 <= v < len(self.classes)), None)
-        if wrong is not None:
-            raise RequestError(f"{self.path}: a label is {wrong}, and there are {len(self.classes)} classes")
+        for some in self.looked_at(all_of_them):
+            found = self.labels[some]
+            wrong = found[(found < 0) | (found >= len(self.classes))]
+            if len(wrong):
+                raise RequestError(f"{self.path}: a label is {wrong[0]}, and there are {len(self.classes)} classes")
 
 
 # Arrow holds UTF-8 alone; a file's name may have any bytes
@@ -263,7 +279,7 @@ def write(
     many files were passed over, by what they are."""
     if not paths:
         raise RequestError(f"{root}: no images are left to be indexed")
-    width, height, size, check = (list(c) for c in zip(*rows, strict=True))
+    width, height, size, check, orientation = (list(c) for c in zip(*rows, strict=True))
     digest = hashlib.sha256(json.dumps(classes).encode())
     for row in zip(paths, labels, size, check, strict=True):
         digest.update(repr(row).encode(errors="surrogateescape"))
@@ -274,11 +290,11 @@ def write(
         header["left_out"] = dict(left_out)
     if any(not is_utf8(path) for path in paths):
         header["escaped"], paths = True, [escaped(path) for path in paths]
-    columns, schema = [paths, labels, width, height, size, check], SCHEMA
+    values, schema = [paths, labels, width, height, size, check, orientation], SCHEMA
     if places is not None:
         header["shards"] = shards
-        columns, schema = [*columns, *(list(c) for c in zip(*places, strict=True))], PACKED_SCHEMA
-    table = pa.table(columns, schema=schema.with_metadata({"hpc_lbsgd": json.dumps(header)})).combine_chunks()
+        values, schema = [*values, *(list(c) for c in zip(*places, strict=True))], PACKED_SCHEMA
+    table = pa.table(values, schema=schema.with_metadata({"hpc_lbsgd": json.dumps(header)})).combine_chunks()
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -298,9 +314,11 @@ def subset(source: Manifest, out: Path, count: int, seed: int = 0) -> Manifest:
 
 def pick(source: Manifest, out: Path, rows: np.ndarray) -> Manifest:
     """Write a manifest of these rows of `source`, in their order; files stay in place."""
-    columns = source.table.take(rows).to_pydict()
-    facts = list(zip(*(columns[name] for name in ("width", "height", "bytes", "checksum")), strict=True))
-    places = list(zip(columns["shard"], columns["offset"], strict=True)) if source.shards else None
-    paths = [unescaped(path) for path in columns["path"]] if source.header.get("escaped") else columns["path"]
-    write(out, source.root, source.classes, paths, columns["label"], facts, places, source.shards)
+    found = source.table.take(source.rows.at(rows)).to_pydict()
+    found.setdefault("orientation", [None] * len(rows))
+    names = ("width", "height", "bytes", "checksum", "orientation")
+    facts = list(zip(*(found[name] for name in names), strict=True))
+    places = list(zip(found["shard"], found["offset"], strict=True)) if source.shards else None
+    paths = [unescaped(path) for path in found["path"]] if source.header.get("escaped") else found["path"]
+    write(out, source.root, source.classes, paths, found["label"], facts, places, source.shards)
     return Manifest(out)

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import socket
 import tarfile
 from concurrent.futures import as_completed
@@ -27,8 +28,10 @@ from tqdm import tqdm
 
 from hpc_lbsgd import owner
 from hpc_lbsgd.data import manifest as manifests
-from hpc_lbsgd.data.decode import decode, eight_bits
+from hpc_lbsgd.data.decode import as_stored, decode, turned
 from hpc_lbsgd.data.manifest import PACKED_SCHEMA, PARTS, Manifest, checksum
+from hpc_lbsgd.data.orientation import TAG
+from hpc_lbsgd.data.parts import Share
 from hpc_lbsgd.data.pool import Pool
 from hpc_lbsgd.data.storage import SampleError, open_storage
 from hpc_lbsgd.errors import RequestError, RunError
@@ -44,6 +47,7 @@ class Encoding:
     """What becomes of an image. kind: keep its bytes, jpeg, or raw pixels (a .npy file, uint8 (H, W, C)).
 
     short_side, long_side: images that are larger are scaled down to it, in pixels. quality: of JPEG.
+    upright: pixels are turned as their orientation says; else it is kept beside them.
     """
 
     kind: str = "keep"
@@ -51,8 +55,11 @@ class Encoding:
     long_side: int | None = None
     quality: int = 90
     channels: int = 3
+    upright: bool = False
 
     def __post_init__(self):
+        if self.kind == "keep" and self.upright:
+            raise RequestError("--upright changes pixels: say --jpeg or --raw, what to store")
         if self.kind == "keep" and (self.short_side or self.long_side):
             raise RequestError("--short-side and --long-side change pixels: say --jpeg or --raw, what to store")
         if self.short_side and self.long_side:
@@ -69,23 +76,29 @@ def scaled(size: tuple[int, int], encoding: Encoding) -> tuple[int, int]:
     return max(1, round(width * target / side)), max(1, round(height * target / side))
 
 
-def encode(data: bytes, encoding: Encoding) -> tuple[bytes, int, int]:
-    """(bytes to store, width, height) of one image. Raises ValueError for one that cannot be decoded."""
+def encode(data: bytes, encoding: Encoding) -> tuple[bytes, int, int, int]:
+    """(bytes to store, width, height, orientation) of one image. Raises ValueError for one that cannot be decoded."""
     from PIL import Image
 
     decode(data)  # to the last row
     with Image.open(io.BytesIO(data)) as image:
-        pixels = eight_bits(image).convert("L" if encoding.channels == 1 else "RGB")
+        stored, orientation = as_stored(image)
+    pixels = stored.convert("L" if encoding.channels == 1 else "RGB")
+    if encoding.upright:
+        pixels, orientation = turned(pixels, orientation), 1
     size = scaled(pixels.size, encoding)
     if size != pixels.size:
         pixels = pixels.resize(size, Image.Resampling.LANCZOS)
     out = io.BytesIO()
     if encoding.kind == "jpeg":
-        pixels.save(out, "JPEG", quality=encoding.quality)
+        exif = Image.Exif()
+        if orientation > 1:
+            exif[TAG] = orientation
+        pixels.save(out, "JPEG", quality=encoding.quality, exif=exif)
     else:
         array = np.asarray(pixels, np.uint8).reshape(size[1], size[0], encoding.channels)
         np.save(out, array, allow_pickle=False)
-    return out.getvalue(), *size
+    return out.getvalue(), *size, orientation
 
 
 class Hashed:
@@ -123,10 +136,11 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
                     if checksum(data) != int(m.checksums[sample]):
                         raise SampleError(sample, f"{m.file(sample)} changed since it was indexed; index again")
                     width, height = int(m.widths[sample]), int(m.heights[sample])
+                    orientation = None if m.orientations is None else int(m.orientations[sample])
                     stem, suffix = os.path.splitext(m.stored_key(sample))
                     if encoding.kind != "keep":
                         try:
-                            data, width, height = encode(data, encoding)
+                            data, width, height, orientation = encode(data, encoding)
                         except ValueError as problem:
                             raise SampleError(sample, f"{m.file(sample)}: cannot be decoded ({problem})") from None
                         suffix = RAW_SUFFIX if encoding.kind == "raw" else JPEG_SUFFIX
@@ -134,7 +148,8 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
                     add(tar, f"{sample:09d}{suffix.lower()}", data)
                     offset = hashed.position - padded(len(data))
                     add(tar, f"{sample:09d}.cls", str(label).encode())
-                    row = (stem + suffix, label, width, height, len(data), checksum(data), number, offset)
+                    described = (width, height, len(data), checksum(data), orientation)
+                    row = (stem + suffix, label, *described, number, offset)
                     for field, value in zip(PACKED_SCHEMA.names, row, strict=True):
                         rows[field].append(value)
             file.flush()
@@ -189,11 +204,9 @@ def cut(m: Manifest, encoding: Encoding, shard_bytes: int) -> list[tuple[int, in
     """(first, last) of each shard: as many samples as are expected to fill it. A function of the source alone, so
     that a pack that goes on cuts as before."""
     if encoding.kind == "raw":
-        side = m.widths if not (encoding.short_side or encoding.long_side) else None
-        pixels = m.widths.astype(np.int64) * m.heights if side is not None else expected_pixels(m, encoding)
-        sizes = pixels * encoding.channels
+        sizes = expected_pixels(m, encoding) * encoding.channels
     else:
-        sizes = m.sizes
+        sizes = np.asarray(m.sizes)
     ends = np.cumsum(sizes + 3 * TAR_BLOCK)
     cuts, first = [], 0
     while first < len(m):
@@ -205,9 +218,11 @@ def cut(m: Manifest, encoding: Encoding, shard_bytes: int) -> list[tuple[int, in
 
 
 def expected_pixels(m: Manifest, encoding: Encoding) -> np.ndarray:
-    width, height = m.widths.astype(np.float64), m.heights.astype(np.float64)
+    width, height = np.asarray(m.widths, np.int64), np.asarray(m.heights, np.int64)
+    if not (encoding.short_side or encoding.long_side):
+        return width * height
     side = np.minimum(width, height) if encoding.short_side else np.maximum(width, height)
-    shrink = np.minimum(1.0, (encoding.short_side or encoding.long_side) / side)
+    shrink = np.minimum(1.0, (encoding.short_side or encoding.long_side) / side.astype(np.float64))
     return (width * height * shrink**2).astype(np.int64) + 1
 
 
@@ -219,22 +234,62 @@ def pack(
     Raises RequestError for a folder that holds something else, RunError for a sample or a disk that failed.
     """
     m, out = Manifest(manifests.find(source)), Path(out)
-    request = {"source": m.fingerprint, "shard_mb": shard_mb, "encoding": asdict(encoding)}
+    request = request_of(m, encoding, shard_mb)
     target = out / manifests.FILE_NAME
     if not same_request(out, target, request):
         held = owner.take(out / PARTS, name=str(out))  # two at once would write the same shards
         try:
+            shares = sorted((out / PARTS).glob("part-*-of-*"))
+            for folder in shares:
+                owner.check(folder)
             if not same_request(out, target, request):  # as it is now that it stands still
                 write_atomically(out / PARTS / "request.json", json.dumps(request))
                 cuts = cut(m, encoding, int(shard_mb * 1e6))
-                write_shards(m, out, cuts, encoding, processes)
+                write_shards(m, out, list(enumerate(cuts)), encoding, processes)
                 assemble(m, out, len(cuts), encoding, request)
                 parts = out / PARTS
                 for path in (*out.glob(".shard-*.writing"), *parts.glob("*.arrow"), parts / "request.json"):
                     path.unlink(missing_ok=True)
+                for folder in shares:  # of parts that were killed
+                    shutil.rmtree(folder, ignore_errors=True)
         finally:
             held.release()  # which removes the folder where it is empty
     return Manifest(target)
+
+
+def pack_share(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    encoding: Encoding,
+    shard_mb: float,
+    processes: int | None,
+    share: Share,
+) -> int:
+    """Write a part of the shards, at the same time as others write theirs; returns how many images they have. `pack`
+    makes one set of them when all have ended. Raises as `pack` does."""
+    m, out = Manifest(manifests.find(source)), Path(out)
+    request = request_of(m, encoding, shard_mb)
+    target = out / manifests.FILE_NAME
+    if same_request(out, target, request):
+        return 0
+    held = owner.take(share_folder(out, share), name=f"{out}, part {share}")
+    try:
+        owner.check(out / PARTS)  # a pack of all that is under way
+        if not same_request(out, target, request):
+            write_atomically(out / PARTS / "request.json", json.dumps(request))
+        shards = share.of(list(enumerate(cut(m, encoding, int(shard_mb * 1e6)))))
+        write_shards(m, out, shards, encoding, processes)
+    finally:
+        held.release()
+    return sum(last - first for _, (first, last) in shards)
+
+
+def share_folder(out: Path, share: Share) -> Path:
+    return out / PARTS / f"part-{share.number}-of-{share.count}"
+
+
+def request_of(m: Manifest, encoding: Encoding, shard_mb: float) -> dict:
+    return {"source": m.fingerprint, "shard_mb": shard_mb, "encoding": asdict(encoding)}
 
 
 def same_request(out: Path, target: Path, request: dict) -> bool:
@@ -255,11 +310,13 @@ def same_request(out: Path, target: Path, request: dict) -> bool:
     return False
 
 
-def write_shards(m: Manifest, out: Path, cuts: list, encoding: Encoding, processes: int | None) -> None:
-    missing = [(i, first, last) for i, (first, last) in enumerate(cuts) if not read_part(out, i)]
-    done = len(m) - sum(last - first for _, first, last in missing)
+def write_shards(m: Manifest, out: Path, shards: list, encoding: Encoding, processes: int | None) -> None:
+    """shards: (number, (first sample, behind the last))."""
+    missing = [(i, first, last) for i, (first, last) in shards if not read_part(out, i)]
+    total = sum(last - first for _, (first, last) in shards)
+    done = total - sum(last - first for _, first, last in missing)
     processes = min(processes or len(os.sched_getaffinity(0)), max(1, len(missing)))
-    with tqdm(total=len(m), initial=done, desc=f"packing {out}", unit="image", disable=None) as bar:
+    with tqdm(total=total, initial=done, desc=f"packing {out}", unit="image", disable=None) as bar:
         if processes == 1:
             for shard in missing:
                 bar.update(pack_shard(str(m.path), str(out), *shard, encoding))

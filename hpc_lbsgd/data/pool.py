@@ -7,10 +7,12 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 
 from tqdm import tqdm
 
+from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.signals import undisturbed
 
 
@@ -59,4 +61,10 @@ def in_order(jobs: Sequence[tuple], total: int, title: str, processes: int | Non
             return
         with Pool(processes) as pool:
             for future in [pool.submit(*job) for job in jobs]:
-                yield counted(future.result())
+                try:
+                    yield counted(future.result())
+                except BrokenProcessPool:
+                    raise RunError(
+                        f"{title}: a process was killed, or crashed in a decoder; where memory ran out, fewer may do "
+                        "(--processes N)"
+                    ) from None

@@ -9,11 +9,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from hpc_lbsgd.data import augment
+from hpc_lbsgd.data import augment, orientation
 from hpc_lbsgd.data.finish import cut
 from hpc_lbsgd.data.manifest import Manifest, checksum
 from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.storage import Request, SampleError, open_storage
+from hpc_lbsgd.errors import RequestError, RunError
 
 
 class Batch(NamedTuple):
@@ -49,6 +50,11 @@ class Source:
         self.data, self.manifest, self.seed, self.train = data, manifest, seed, train
         self.storage = open_storage(manifest)
         self.raw = manifest.raw_channels is not None
+        self.turns = data.orientation == "apply"
+        if self.turns and manifest.orientations is None:
+            raise RequestError(
+                f"data.orientation = apply, but {manifest.path} was made before orientations were kept; index again"
+            )
         self._bad: set[int] = set()
 
     # ------------------------------------------------------------ samples and their bytes
@@ -65,7 +71,21 @@ class Source:
                 except SampleError as problem:
                     self.refuse(problem)
             given.append(candidate)
+        self.check(np.array(given, np.int64))
         return Fetched(request, Request(request.epoch, np.array(given, np.int64)), contents)
+
+    def check(self, samples: np.ndarray) -> None:
+        """Refuse what the start did not look at in a large set: labels that no class has, sizes that do not fit."""
+        m, size = self.manifest, self.data.image_size
+        wrong = (m.labels[samples] < 0) | (m.labels[samples] >= len(m.classes))
+        if not self.resizes:
+            wrong |= (m.widths[samples] != size) | (m.heights[samples] != size)
+        if wrong.any():
+            i = int(samples[wrong.argmax()])
+            raise RunError(
+                f"{m.file(i)}: class {m.labels[i]} of {len(m.classes)}, {m.widths[i]}x{m.heights[i]} pixels, in "
+                f"{m.path}: it does not fit the recipe; index again, and mend data.image_size or what resizes"
+            )
 
     def refuse(self, problem: SampleError) -> None:
         """A sample cannot be read or decoded: end the run (data.on_bad_image = error), or never ask for it again."""
@@ -108,16 +128,37 @@ class Source:
         return self.resizes or (self.train and self.data.augment == "pad-crop")
 
     def windows(self, request: Request) -> augment.Windows:
+        """In coordinates of the stored images, which no decoder turns; flips are of upright ones."""
         width, height = (c[request.samples].astype(np.int64) for c in (self.manifest.widths, self.manifest.heights))
+        if not self.turns:
+            return self._chosen(request, width, height)
+        how = self.manifest.orientations[request.samples]
+        size = orientation.upright_sizes(width, height, how)
+        return orientation.stored_windows(self._chosen(request, *size), *size, how)
+
+    def _chosen(self, request: Request, width: np.ndarray, height: np.ndarray) -> augment.Windows:
         return augment.windows(self.data, self.seed, request.epoch, request.samples, width, height, self.train)
 
     def cut(self, request: Request, images: list[np.ndarray]) -> list[np.ndarray]:
-        """The windows of decoded images, each uint8 (h, w, C)."""
-        if not self.crops:
-            return images
-        w = self.windows(request)
-        places = zip(images, w.x.tolist(), w.y.tolist(), w.w.tolist(), w.h.tolist(), strict=True)
-        return [cut(*place) for place in places]
+        """The windows of decoded images, each uint8 (h, w, C), upright."""
+        if self.crops:
+            w = self.windows(request)
+            places = zip(images, w.x.tolist(), w.y.tolist(), w.w.tolist(), w.h.tolist(), strict=True)
+            images = [cut(*place) for place in places]
+        return self.upright(request, images)
+
+    def upright(self, request: Request, windows: list[np.ndarray]) -> list[np.ndarray]:
+        """Windows of stored images, turned where they are to be."""
+        if not self.turns:
+            return windows
+        how = self.manifest.orientations[request.samples].tolist()
+        return [np.ascontiguousarray(orientation.turned(w, o)) for w, o in zip(windows, how, strict=True)]
+
+    def costs(self, samples: np.ndarray) -> np.ndarray:
+        """Bytes that samples take while they are made: as they are stored, and their pixels."""
+        m = self.manifest
+        stored = m.sizes[samples].astype(np.int64)
+        return stored if self.raw else stored + m.widths[samples].astype(np.int64) * m.heights[samples] * 3
 
     def labels(self, request: Request) -> np.ndarray:
         return self.manifest.labels[request.samples].astype(np.int64)

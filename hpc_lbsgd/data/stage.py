@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from hpc_lbsgd.data.manifest import EXCLUDE, FILE_NAME, Manifest
 from hpc_lbsgd.errors import RequestError, RunError
-from hpc_lbsgd.records import write_atomically
+from hpc_lbsgd.records import sync_folder, write_atomically
 
 BLOCK = 1 << 22
 JOURNAL = "staged.json"
@@ -39,8 +39,10 @@ def folder_of(manifest: Manifest, stage_dir: str | os.PathLike) -> Path:
 
 
 def digest_of(manifest: Manifest) -> str:
-    """Of the shards, where each sample lies in them, and which are left out: two packs of one set differ."""
-    digest = hashlib.sha256(manifest.path.read_bytes())
+    """Of the shards, the manifest's file as it was written, and which samples are left out: two packs of one set
+    differ."""
+    there = manifest.path.stat()  # its rows may be too many to be read at each start
+    digest = hashlib.sha256(f"{json.dumps(manifest.header)} {there.st_size} {there.st_mtime_ns}".encode())
     for shard in manifest.shards:
         if not shard["checksum"]:  # tar files of others: known by where they are, and when they were written
             path = manifest.root / shard["name"]
@@ -161,9 +163,11 @@ def _write_manifest(manifest: Manifest, target: Path) -> None:
     """The set's manifest, with its shards beside it."""
     import pyarrow as pa
 
-    there = pa.ipc.open_file(pa.memory_map(str(manifest.path))).read_all()
-    schema = there.schema.with_metadata({"hpc_lbsgd": json.dumps(manifest.header | {"root": "."})})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_table(there.cast(schema))
-    write_atomically(target / FILE_NAME, sink.getvalue().to_pybytes())
+    schema = manifest.table.schema.with_metadata({"hpc_lbsgd": json.dumps(manifest.header | {"root": "."})})
+    temporary = target / f".{FILE_NAME}.copying"
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(manifest.table.cast(schema))
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, target / FILE_NAME)
+    sync_folder(target)

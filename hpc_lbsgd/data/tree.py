@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hpc_lbsgd.data import labels
+from hpc_lbsgd.data import labels, parts
 from hpc_lbsgd.data.decode import decode_all
 from hpc_lbsgd.data.manifest import (
     CHUNK,
@@ -22,11 +22,19 @@ from hpc_lbsgd.data.manifest import (
     read_excluded,
     write,
 )
-from hpc_lbsgd.data.pool import in_order
+from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.errors import RequestError
 
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's table of labels, in the folder that it is of
+WNIDS = "wnids.txt"  # its list of classes, in the folder of both parts
 AT_A_TIME = 32  # images whose bytes a process holds
+
+
+def parts_of(root: Path) -> list[Path]:
+    """The parts with labels of Tiny-ImageNet's folder, as it is shipped; empty for other folders."""
+    parts = [root / "train", root / "val"]
+    shipped = (root / WNIDS).is_file() and parts[0].is_dir() and (parts[1] / ANNOTATIONS).is_file()
+    return parts if shipped else []
 
 
 class Tree(NamedTuple):
@@ -38,7 +46,7 @@ class Tree(NamedTuple):
     left_out: Counter[str]  # what is no image, by what it is
 
 
-def scan(root: Path, table: Path | None = None) -> Tree:
+def scan(root: Path, table: Path | None = None, ids: Path | None = None) -> Tree:
     """The images of a folder. One folder a class, any depth below it; with a table of labels, images anywhere.
 
     A folder as Tiny-ImageNet's val has its table in it. Raises RequestError for a class without images, and for
@@ -51,8 +59,7 @@ def scan(root: Path, table: Path | None = None) -> Tree:
         table = root / ANNOTATIONS
     paths = list(images_below(root, left_out))
     if table is not None:
-        rows = labels.read_table(table)
-        found = [labels.in_table(rows, path) for path in paths]
+        found = labels.of_table(table, paths, ids)
         missing = [path for path, label in zip(paths, found, strict=True) if label is None]
         if missing:
             raise RequestError(f"{len(missing)} images in {root} have no line in {table}:\n{listed(missing)}")
@@ -101,7 +108,7 @@ def images_below(root: Path, left_out: Counter[str]) -> Iterator[str]:
 
 
 def examine(root: str, paths: list[str]) -> list[Row | str]:
-    """For each file (width, height, bytes, checksum), or a sentence about what is wrong with it.
+    """For each file its row, or a sentence about what is wrong with it.
 
     Every image is decoded to its last row: a truncated file is found here and not at hour three.
     """
@@ -118,15 +125,19 @@ def examine(root: str, paths: list[str]) -> list[Row | str]:
     return rows
 
 
+def identities(root: str, paths: list[str]) -> list:
+    return [(path, parts.identity_of(os.path.join(root, path))) for path in paths]
+
+
 def rows_of(contents: Sequence[bytes | str]) -> list[Row | str]:
-    """(width, height, bytes, checksum) of each content, or what is wrong with it; what is wrong already stays."""
+    """The row of each content, or what is wrong with it; what is wrong already stays."""
     there = [i for i, content in enumerate(contents) if isinstance(content, bytes)]
     rows: list = list(contents)
     for i, facts in zip(there, decode_all([contents[i] for i in there]), strict=True):
         if isinstance(facts, str):
             rows[i] = facts
         else:
-            rows[i] = (facts.width, facts.height, len(contents[i]), checksum(contents[i]))
+            rows[i] = (facts.width, facts.height, len(contents[i]), checksum(contents[i]), facts.orientation)
     return rows
 
 
@@ -137,27 +148,35 @@ def index(
     table: Path | None = None,
     classes: list[str] | None = None,
     exclude: bool = False,
-) -> Manifest:
+    ids: Path | None = None,
+    share: Share = ALL,
+) -> Manifest | int:
     """Write the manifest of a folder of images (default: ROOT/manifest.arrow) and return it, opened.
 
-    table: names and classes, for images that do not lie in folders of their class. classes: the names to use, in their
+    table: names and classes, for images that do not lie in folders of their class, or a number for each, whose classes
+    `ids` (a file) tells. classes: the names to use, in their
     order (those of the training set, for a validation set). exclude: leave out images that do not decode, and write
-    them down. Raises RequestError for a missing folder, an empty class, and images that do not decode (listed by name).
+    them down. share: look at this part of the images alone, for an index of all that follows; returns how many they
+    are. Raises RequestError for a missing folder, an empty class, and images that do not decode (listed by name).
     """
     root = Path(root)
     out = Path(out) if out else root / FILE_NAME
-    tree = scan(root, table)
+    tree = scan(root, table, ids)
     excluded = read_excluded(root)
     chosen = [i for i, path in enumerate(tree.paths) if path not in excluded]
     paths = [tree.paths[i] for i in chosen]
     numbers = [tree.labels[i] for i in chosen]
     if classes is not None:
         numbers = labels.renumber(tree.classes, numbers, classes, str(root))
-    jobs = [(examine, str(root), paths[i : i + CHUNK]) for i in range(0, len(paths), CHUNK)]
-    rows = [row for some in in_order(jobs, len(paths), f"indexing {root}", processes) for row in some]
+    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
+    work = [parts.Work(examine, identities, (str(root), some), len(some)) for some in chunks]
+    rows = [row for some in parts.rows(out, work, f"indexing {root}", processes, share) for row in some]
+    if share.count > 1:
+        return len(rows)
     good = usable(paths, rows, [str(root / path) for path in paths], root if exclude else None)
     columns = ([values[i] for i in good] for values in (paths, numbers, rows))
     write(out, root, classes or tree.classes, *columns, left_out=tree.left_out)
+    parts.remove(out)
     return Manifest(out)
 
 

@@ -163,8 +163,10 @@ def look_at_shards(m: Manifest, known: set[str]) -> list[Finding]:
         try:
             if shard["checksum"] is None:
                 members = {(member.offset, member.size) for member in archive.members(path, number)}
-                mine = m.shard_of == number
-                places = set(zip(m.offsets[mine].tolist(), m.sizes[mine].tolist(), strict=True))
+                places: set[tuple[int, int]] = set()
+                for some in m.looked_at(all_of_it=True):
+                    mine = m.shard_of[some] == number
+                    places |= set(zip(m.offsets[some][mine].tolist(), m.sizes[some][mine].tolist(), strict=True))
                 if places - members:
                     found.append(Finding(shard["name"], SHARD, f"{len(places - members)} samples lie elsewhere"))
             elif file_checksum(path) != shard["checksum"]:
@@ -186,7 +188,7 @@ def verify(path: str | os.PathLike, processes: int | None = None) -> Verified:
         count, m = len(paths), None
     else:
         m = Manifest(manifests.find(path))
-        m.check_labels()
+        m.check_labels(all_of_them=True)
         root, count = m.path.parent, len(m)
         work = [(look_at_samples, str(m.path), range(i, min(i + CHUNK, count))) for i in range(0, count, CHUNK)]
     seen = [one for some in in_order(work, count, f"verifying {path}", processes) for one in some]

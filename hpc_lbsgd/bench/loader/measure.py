@@ -21,7 +21,7 @@ from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.order import Permutation
 from hpc_lbsgd.data.storage import Request
-from hpc_lbsgd.recipe import Data
+from hpc_lbsgd.recipe import Data, Machine
 
 WARMUP_BATCHES = 4
 
@@ -46,9 +46,9 @@ def ours(name: str, manifest: Manifest, data: Data, batch: int, kind: str) -> Co
     """Our loader: a true global shuffle, any storage."""
 
     def start(threads: int) -> Iterator[int]:
-        made = loaders.create(
-            data.model_copy(update={"loader": kind}), manifest, 0, True, batch, threads, 2, True, torch.device("cpu")
-        )
+        section = data.model_copy(update={"loader": kind})
+        cpu, bound = torch.device("cpu"), Machine().prefetch_mb
+        made = loaders.create(section, manifest, 0, True, batch, threads, 2, True, cpu, bound)
         for images, _, _ in made.batches(requests(manifest, batch)):
             yield len(images)
 
