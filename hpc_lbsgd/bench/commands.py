@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hpc_lbsgd.bench.allreduce import command as allreduce
+from hpc_lbsgd.bench.checkpoint import command as checkpoint
 from hpc_lbsgd.bench.loader import command as loader
 from hpc_lbsgd.bench.rates import command as rates
 from hpc_lbsgd.bench.scaling import command as scaling
@@ -14,7 +15,7 @@ def add(commands) -> None:
     """Add `bench` to the top level's commands."""
     p = commands.add_parser("bench", help="measure loader, step and allreduce here; predict what more nodes would do")
     benches = p.add_subparsers(
-        dest="bench_command", metavar="loader|rates|step|scaling|allreduce|simulate", required=True
+        dest="bench_command", metavar="loader|rates|step|scaling|allreduce|checkpoint|simulate", required=True
     )
-    for benchmark in (loader, rates, step, scaling, allreduce, simulate):
+    for benchmark in (loader, rates, step, scaling, allreduce, checkpoint, simulate):
         benchmark.add(benches)

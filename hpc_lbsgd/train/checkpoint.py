@@ -85,7 +85,7 @@ def write(folder: RunFolder, snapshot: Snapshot, keep: int) -> Path:
         for part, content in snapshot.tensors.items():
             name = FILES[part]
             with open(building / name, "wb") as f:
-                torch.save(content, f)
+                write_tensors(content, f)
                 f.flush()
                 os.fsync(f.fileno())
             state.files[name] = file_sha256(building / name)
@@ -96,7 +96,7 @@ def write(folder: RunFolder, snapshot: Snapshot, keep: int) -> Path:
         os.replace(building, target)
         sync_folder(root)
         write_atomically(root / LATEST, target.name + "\n")
-    except (OSError, RuntimeError) as problem:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as problem:
         shutil.rmtree(building, ignore_errors=True)
         raise RunError(
             f"checkpoint at step {state.step} not written: {problem}. The older ones are untouched in {root}; "
@@ -110,6 +110,28 @@ def write(folder: RunFolder, snapshot: Snapshot, keep: int) -> Path:
             f"{what_to_do(problem)} and start again with --resume"
         ) from None
     return target
+
+
+def write_tensors(content: dict, file) -> None:
+    """torch.save, whose own message of a disk that fails does not say how: raises the OSError."""
+    met = []
+
+    class Watched:
+        flush = file.flush
+
+        def write(self, data):
+            try:
+                return file.write(data)
+            except OSError as problem:
+                met.append(problem)
+                raise
+
+    try:
+        torch.save(content, Watched())
+    except RuntimeError:
+        if met:
+            raise met[0] from None
+        raise
 
 
 def what_to_do(problem: Exception) -> str:
