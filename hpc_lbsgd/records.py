@@ -212,6 +212,10 @@ class Metrics:
     def sync(self) -> None:
         """Make everything written so far durable."""
         self._flush()
+        self.make_durable()
+
+    def make_durable(self) -> None:
+        """What has reached the file. Any thread may call it while another one writes."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

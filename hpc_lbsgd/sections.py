@@ -228,8 +228,11 @@ class Train(Section):
 class Checkpoint(Section):
     steps: Count | None = None
     """every so many steps"""
-    minutes: Positive | None = None
-    """every so many minutes, by rank 0's clock"""
+    minutes: Positive | Literal["auto"] | None = None
+    """every so many minutes, by rank 0's clock; auto: by Young and Daly, from the measured stall and mtbf_hours, the
+    first one after the first step"""
+    mtbf_hours: Positive = 5000.0
+    """auto: mean time between failures of one node, in hours; a job on n nodes fails n times as often"""
     keep: Count = 2
     """how many to keep, beside the best"""
 

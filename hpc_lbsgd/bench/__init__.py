@@ -1,6 +1,6 @@
 """Benchmarks: what a step, its sum over ranks and its data cost here, and what more nodes would do.
 
-A package a benchmark: loader, rates, step, allreduce, scaling, simulate. Each has, as far as it applies,
+A package a benchmark: loader, rates, step, allreduce, checkpoint, scaling, simulate. Each has, as far as it applies,
 
 command.py   flags, the call, the printing
 run.py       who takes part, how they take turns, and what their rounds say together

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hpc_lbsgd.arguments import add_command
 from hpc_lbsgd.bench.allreduce import command as allreduce
+from hpc_lbsgd.bench.checkpoint import command as checkpoint
 from hpc_lbsgd.bench.loader import command as loader
 from hpc_lbsgd.bench.rates import command as rates
 from hpc_lbsgd.bench.scaling import command as scaling
@@ -15,6 +16,6 @@ def add(commands) -> None:
     """Add `bench` to the top level's commands."""
     p = add_command(commands, "bench", help="measure loader, step and allreduce here; predict what more nodes would do")
     benches = p.add_subparsers(dest="bench_command", required=True)
-    for benchmark in (loader, rates, step, scaling, allreduce, simulate):
+    for benchmark in (loader, rates, step, scaling, allreduce, checkpoint, simulate):
         benchmark.add(benches)
     benches.metavar = "|".join(benches.choices)

@@ -152,7 +152,9 @@ def spend(seconds: dict[str, float], r: dict, passed: float) -> None:
     elif r["kind"] == "eval":
         seconds["evaluation"] += passed
     elif r["kind"] == "event" and r["event"] == "saved":
-        seconds["checkpoint"] += passed
+        stall = r.get("stall_s", passed)  # steps went on beside the rest; it was booked as time that nothing names
+        seconds["checkpoint"] += stall
+        seconds["other"] += passed - stall
     else:
         seconds["other"] += passed
 

@@ -10,6 +10,7 @@ No data state: the order of samples is a function of the step.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -23,9 +24,11 @@ import torch
 
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.records import RunFolder, sync_folder, write_atomically
-from hpc_lbsgd.train.replica import Replica, weights_sha256
+from hpc_lbsgd.train.replica import Replica, state_sha256
+from hpc_lbsgd.train.snapshot import HostCopy, Snapshot
 
 WEIGHTS, AVERAGE, OPTIMIZER = "weights.pt", "weights_ema.pt", "optimizer.pt"
+FILES = {"weights": WEIGHTS, "optimizer": OPTIMIZER, "average": AVERAGE}  # by part of a snapshot
 LATEST = "LATEST"
 RULES = 2  # what a step does with the same recipe. 2: a tail's absent samples count as zeros; averages have statistics
 
@@ -60,43 +63,86 @@ def name_of(step: int) -> str:
 
 
 def save(folder: RunFolder, replica: Replica, state: State, keep: int) -> Path:
-    """Write a checkpoint from this rank's replica; afterwards only the last `keep` and the best one are left."""
-    root = folder.checkpoints
-    root.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint of this rank's replica at once (see writer.py for one beside the steps)."""
+    return write(folder, HostCopy().take(replica, state), keep)
+
+
+def write(folder: RunFolder, snapshot: Snapshot, keep: int) -> Path:
+    """Write a checkpoint; afterwards only the last `keep` and the best one are left.
+
+    LATEST moves when files and folders are durable. Raises RunError where the disk does not take it.
+    """
+    state, root = snapshot.state, folder.checkpoints
     target, building = root / name_of(state.step), root / f".{name_of(state.step)}.{os.getpid()}"
     try:
+        snapshot.wait()
+        if not root.exists():
+            root.mkdir(parents=True, exist_ok=True)
+            sync_folder(root.parent)
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
-        weights = {k: v.detach().cpu().clone() for k, v in replica.model.state_dict().items()}
-        moments = {
-            kind: {k: v.detach().cpu().clone() for k, v in named.items()}
-            for kind, named in replica.optimizer.state().items()
-        }
-        contents = {WEIGHTS: weights, OPTIMIZER: moments}
-        if replica.average:
-            contents[AVERAGE] = weights | {k: v.detach().cpu().clone() for k, v in replica.averaged().items()}
         state.files = {}
-        for name, content in contents.items():
+        for part, content in snapshot.tensors.items():
+            name = FILES[part]
             with open(building / name, "wb") as f:
-                torch.save(content, f)
+                write_tensors(content, f)
                 f.flush()
                 os.fsync(f.fileno())
             state.files[name] = file_sha256(building / name)
-        state.weights_sha256 = weights_sha256(replica.model)
+        state.weights_sha256 = state_sha256(snapshot.tensors["weights"])
         write_atomically(building / "state.json", json.dumps(vars(state), indent=1) + "\n")
-        if target.exists():  # the same step, saved by an earlier start
+        if target.exists():  # the same step, saved by an earlier start, and torn: a resume took an older one
             discard(target)
         os.replace(building, target)
         sync_folder(root)
         write_atomically(root / LATEST, target.name + "\n")
-    except (OSError, RuntimeError) as problem:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as problem:
         shutil.rmtree(building, ignore_errors=True)
         raise RunError(
             f"checkpoint at step {state.step} not written: {problem}. The older ones are untouched in {root}; "
-            "make room and start again with --resume"
+            f"{what_to_do(problem)} and start again with --resume"
         ) from None
-    prune(root, keep, state.best_step)
+    try:
+        prune(root, keep, state.best_step)
+    except OSError as problem:
+        raise RunError(
+            f"checkpoint at step {state.step} is written, but an older one cannot be removed: {problem}; "
+            f"{what_to_do(problem)} and start again with --resume"
+        ) from None
     return target
+
+
+def write_tensors(content: dict, file) -> None:
+    """torch.save, whose own message of a disk that fails does not say how: raises the OSError."""
+    met = []
+
+    class Watched:
+        flush = file.flush
+
+        def write(self, data):
+            try:
+                return file.write(data)
+            except OSError as problem:
+                met.append(problem)
+                raise
+
+    try:
+        torch.save(content, Watched())
+    except RuntimeError:
+        if met:
+            raise met[0] from None
+        raise
+
+
+def what_to_do(problem: Exception) -> str:
+    """About a disk that does not take what is written."""
+    match getattr(problem, "errno", None):
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            return "make the folder writable"
+        case errno.EIO | errno.ESTALE:
+            return "see that the file system works again"
+        case _:
+            return "make room"
 
 
 def steps_there(root: Path) -> list[int]:

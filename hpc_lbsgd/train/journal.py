@@ -76,9 +76,14 @@ class Journal:
         self.write("event", event=event, **fields)
 
     def sync(self) -> None:
-        """Make what was written durable."""
+        """Write down all there is, and make it durable."""
         if self.metrics:
             self.metrics.sync()
+
+    def make_durable(self) -> None:
+        """What was written down so far. From any thread."""
+        if self.metrics:
+            self.metrics.make_durable()
 
     def step(self, point: Point, outcome: Outcome, seconds: float, **more) -> None:
         if outcome.replaced:

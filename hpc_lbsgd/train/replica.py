@@ -274,8 +274,13 @@ def channels_last_is_safe(model: nn.Module) -> bool:
 
 def weights_sha256(model: nn.Module) -> str:
     """SHA-256 over the state dict by name: parameters and BatchNorm statistics, in their own types."""
+    return state_sha256(model.state_dict())
+
+
+def state_sha256(state: dict[str, torch.Tensor]) -> str:
+    """`weights_sha256` of the model that a state dict is of."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import checkpoint, crosscheck, decide, verdict
 from hpc_lbsgd.train.evaluate import evaluate
+from hpc_lbsgd.train.interval import Interval
 from hpc_lbsgd.train.journal import Journal
 from hpc_lbsgd.train.laps import Laps
 from hpc_lbsgd.train.losses import loss_function
@@ -29,7 +31,10 @@ from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_fact
 from hpc_lbsgd.train.replica import weights_sha256
 from hpc_lbsgd.train.step import Outcome, Passes, Stepper
 from hpc_lbsgd.train.stops import Stops
-from hpc_lbsgd.train.watchdog import Watchdog
+from hpc_lbsgd.train.watchdog import LONG, Watchdog
+from hpc_lbsgd.train.writer import Saved, Writer
+
+CLAIM_S = 5.0  # for the record of a failure, before the job is ended
 
 
 class Trainer:
@@ -54,6 +59,7 @@ class Trainer:
         self.adaptive = recipe.schedule.kind == "adaptive-batch"
         self.first_step = self.state.step
         self.last_checkpoint = time.monotonic()
+        self.interval, self.stall_s = Interval(recipe.checkpoint), 0.0
         self.last_eval: dict = {}
         self.flushed_said = 0.0
 
@@ -67,9 +73,13 @@ class Trainer:
                 self.last_eval = agree(self.engine, lambda: self.folder.evaluation(self.first_step))
                 if not self.last_eval:
                     self._evaluate(self.schedule.at(self.first_step - 1).epoch + 1)
+            return self._end(stopped, time.monotonic() - started)
         except RequestError as problem:  # on one rank, perhaps, and long after the request
+            self._finish_writing()
             raise RunError(str(problem)) from None
-        return self._end(stopped, time.monotonic() - started)
+        except Exception:
+            self._finish_writing()
+            raise
 
     # ---------------------------------------------------------------- prepare
 
@@ -122,6 +132,10 @@ class Trainer:
                 self.folder.write_preflight(parts.facts)
             run = (self.name, self.found, self.recipe, self.schedule, self.state, self.engine)
             self.journal.open(*run, ranks, parts, self.laps)
+            self.interval.nodes = len(set(self.hosts))
+        limit_s = LONG["checkpoint"] * timeout_s
+        keep = self.recipe.checkpoint.keep
+        self.writer = Writer(self.folder, keep, limit_s, self._on_stuck, self.journal.make_durable)
         self.stops.watch(self.folder, self.lead)
 
     # ---------------------------------------------------------------- loop
@@ -152,8 +166,9 @@ class Trainer:
     def _step(self, stepper: Stepper, number: int) -> bool:
         """One step and what follows it; True if the job is to stop here."""
         point, recipe = self.schedule.at(number), self.recipe
-        before, minutes = time.perf_counter(), recipe.checkpoint.minutes
-        due = self.lead and minutes is not None and time.monotonic() - self.last_checkpoint > 60 * minutes
+        before = time.perf_counter()
+        self._saved(self.writer.ended())
+        due = self.lead and self.interval.due(time.monotonic() - self.last_checkpoint, self.writer.busy)
         outcome = stepper.run(point, self._previous_lr(number), self.stops.asked(), due)
         if outcome.mismatch:
             self._name_wrong_rank(point, outcome.mismatch)
@@ -228,17 +243,35 @@ class Trainer:
         return best
 
     def _save(self) -> None:
+        before = time.perf_counter()
         self.watchdog.enter("checkpoint", self.state.step)
         self.replica.check_others()
         self.replica.check_equal(f"checkpoint of step {self.state.step}")
         if self.lead:
-            before = time.perf_counter()
             path = self.folder.checkpoints / checkpoint.name_of(self.state.step)
             self.journal.write("checkpoint", step=self.state.step, path=str(path))
-            self.journal.sync()
-            checkpoint.save(self.folder, self.replica, self.state, self.recipe.checkpoint.keep)
-            self.journal.event("saved", step=self.state.step, seconds=round(time.perf_counter() - before, 3))
+            self._saved(self.writer.save(self.replica, self.state))
+            self.stall_s = time.perf_counter() - before
+            self.interval.measured(self.stall_s)
         self.last_checkpoint = time.monotonic()
+
+    def _saved(self, saved: Saved | None) -> None:
+        """Write down that a checkpoint is whole."""
+        if saved:
+            facts = {"seconds": round(saved.seconds, 3), "stall_s": round(self.stall_s, 4), "bytes": saved.bytes}
+            self.journal.event("saved", step=saved.step, **facts)
+
+    def _wait_for_writer(self) -> None:
+        """Until the last checkpoint is whole; other ranks wait for this one where they meet next."""
+        self.watchdog.enter("checkpoint", self.state.step)
+        self._saved(self.writer.wait())
+
+    def _finish_writing(self) -> None:
+        """What ends the run leaves the checkpoint under way whole. If that fails, it is said beside the cause."""
+        try:
+            self._wait_for_writer()
+        except RunError as problem:
+            print(f"hpc-lbsgd: {problem}", file=sys.stderr, flush=True)
 
     # ---------------------------------------------------------------- steps that were not taken
 
@@ -253,6 +286,7 @@ class Trainer:
             self.replica.optimizer.skipped = len(skipped)
             self.journal.event("skipped", **facts)
             return
+        self.writer.join()
         newest = checkpoint.find_newest(self.folder) if self.lead else None  # it reads all files; rank 0 speaks
         good = f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written yet"
         self.journal.event("non-finite", **facts)
@@ -292,13 +326,22 @@ class Trainer:
         if speaks:
             print(f"hpc-lbsgd: {message}", file=sys.stderr, flush=True)
             # nothing says that it is the run's fault: a batch script queues the job again
-            facts = {"rank": self.engine.rank, "host": socket.gethostname(), "crashed": True}
-            self.folder.claim_failure(**facts, error=message)
+            facts = {"rank": self.engine.rank, "host": socket.gethostname(), "crashed": True, "error": message}
+            # a file system that hangs would hang this too, and the job is to end
+            claim = threading.Thread(target=self.folder.claim_failure, kwargs=facts, daemon=True)
+            claim.start()
+            claim.join(CLAIM_S)
         self.engine.abort(EXIT_FAILED)
+
+    def _on_stuck(self, message: str) -> None:
+        """From the writer's deadline: rank 0 alone writes."""
+        where = f"rank {self.engine.rank} on {socket.gethostname()}"
+        self._on_stall(f"{where}: {message}", True)
 
     # ---------------------------------------------------------------- end
 
     def _end(self, stopped: bool, seconds: float) -> int:
+        self._wait_for_writer()
         self.watchdog.enter("end", self.state.step)
         self.replica.check_others()
         self.replica.check_equal("end")

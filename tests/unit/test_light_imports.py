@@ -32,6 +32,8 @@ WITH_TORCH = (
     "hpc_lbsgd.data.user",
     "hpc_lbsgd.bench.core.pictures",
     "hpc_lbsgd.bench.core.timing",
+    "hpc_lbsgd.bench.checkpoint.measure",
+    "hpc_lbsgd.bench.checkpoint.run",
     "hpc_lbsgd.bench.loader.measure",
     "hpc_lbsgd.bench.loader.run",
     "hpc_lbsgd.bench.rates.run",
