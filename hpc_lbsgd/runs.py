@@ -20,6 +20,11 @@ RESUME = "--resume"  # the run is there
 RESUME_IF_EXISTS = "--resume-if-exists"  # it may be there: for the first start of a batch script, and all later ones
 
 
+def as_word(path: str | Path) -> str:
+    """A path that no command takes for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 def own_run(
     name: str, run: str | None, resume: str | None, on_lost: Callable[[str], None] | None = None
 ) -> tuple[RunFolder, owner.Held]:

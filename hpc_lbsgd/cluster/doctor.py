@@ -255,7 +255,7 @@ def check_slurm() -> Iterator[Finding]:
         yield Finding(FAIL, "slurmctld", "does not answer", "ask the cluster's support; `scontrol ping` says more")
     try:
         listed = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, timeout=20)
-        plugins = sorted(set(re.findall(r"\b(pmix|pmi2)\b", listed.stdout + listed.stderr)))
+        plugins = sorted(set(re.findall(r"\b(pmix(?:_v\d)?|pmi2|cray_shasta)\b", listed.stdout + listed.stderr)))
     except (OSError, subprocess.SubprocessError):
         plugins = []
     yield Finding(
