@@ -16,10 +16,10 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
 
 def run_script(folder, status="", code=0, text="{gpus_per_node: 8}", python="true", run="run", more=(), **env):
     """(exit code, what it said). Slurm's controller is away for the first two questions; `asked` has all of them."""
-    result = f"printf '{{\n \"status\": \"{status}\"\n}}\n' >run/status.json; " if status else ""
+    result = f'printf \'{{\n "status": "{status}"\n}}\n\' >run/status.json; ' if status else ""
     for name, body in (
         ("srun", f'case "$*" in *" true") exit 0 ;; *" own "*) echo me; exit 0 ;; esac\n{result}exit {code}'),
-        ("squeue", 'n=$(cat n 2>/dev/null || echo 0); echo $((n+1)) >n\n[ $n -gt 1 ] || exit 1; echo RUNNING'),
+        ("squeue", "n=$(cat n 2>/dev/null || echo 0); echo $((n+1)) >n\n[ $n -gt 1 ] || exit 1; echo RUNNING"),
         ("scontrol", '[ "$1" != ping ] || { [ "$(cat n)" -gt 1 ]; exit; }\n[ "$1" != hostnames ] || echo n1'),
     ):
         (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >>asked\n{body}\n')
