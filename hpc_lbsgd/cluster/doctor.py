@@ -312,6 +312,13 @@ def check_mpi_for_real(hosts: str | None) -> Iterator[Finding]:
         f"{where}: {speed}" if facts["right"] else f"{where}: the sum is wrong",
         "MPI or the network is broken: try another MPI module, and tell the cluster's support",
     )
+    promised = int(os.environ.get("SLURM_CPUS_PER_TASK", 4 if facts["device"] == "cuda" else 1))
+    yield Finding(
+        OK if facts["cores"] >= promised else WARN,
+        "cores a rank",
+        f"{facts['cores']} at least, of {promised} to be expected",
+        "the launcher hides cores: srun --cpus-per-task on its own line, cores_per_node in the site file",
+    )
     if len(facts["nodes"]) > 1:
         skew = facts["clock_skew_s"]
         fix = "clocks of the nodes differ: ask for NTP; logs of several nodes are hard to compare"
