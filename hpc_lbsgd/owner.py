@@ -61,7 +61,14 @@ def alive(process: Process) -> bool | None:
 
 def ask_from(env: Mapping[str, str], for_job: bool = False) -> Ask:
     restart = int(env.get("SLURM_RESTART_COUNT") or 0)
-    return Ask(env.get(HANDED_ON) or None, env.get("SLURM_JOB_ID"), env.get("SLURM_CLUSTER_NAME"), restart, for_job)
+    return Ask(env.get(HANDED_ON) or None, job_of(env), env.get("SLURM_CLUSTER_NAME"), restart, for_job)
+
+
+def job_of(env: Mapping[str, str]) -> str | None:
+    """The Slurm job of this process; of an array the very task (7_1): the array's last task has the array's number,
+    by which Slurm means all of them."""
+    array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else env.get("SLURM_JOB_ID")
 
 
 def job_there(job: str, cluster: str | None) -> bool | None:
@@ -287,7 +294,7 @@ def refusal(name: str, file: OwnerFile, held: Lease) -> RequestError:
 def own(folder: str | os.PathLike, ended_with: int | None) -> None:
     """For a batch script: take a run folder for its job, and print what ranks must find in HPC_LBSGD_OWNER. Or give it
     up, at the job's end with this exit code: a failure that no rank lived to tell is on record then."""
-    job = os.environ.get("SLURM_JOB_ID")
+    job = job_of(os.environ)
     if not job:
         raise RequestError("own: not in a Slurm job; `train` and `launch` take a run folder by themselves")
     if ended_with is not None:

@@ -26,6 +26,11 @@ def name_of(recipe: str) -> str:
     return path.resolve().parent.name if path.name == "recipe.yaml" else path.stem
 
 
+def as_word(path: str | Path) -> str:
+    """A path that no command takes for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 def own_run(
     name: str, run: str | None, resume: str | None, on_lost: Callable[[str], None] | None = None
 ) -> tuple[RunFolder, owner.Held]:

@@ -264,7 +264,7 @@ def check_slurm() -> Iterator[Finding]:
         yield Finding(FAIL, "slurmctld", "does not answer", "ask the cluster's support; `scontrol ping` says more")
     try:
         listed = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, timeout=20)
-        plugins = sorted(set(re.findall(r"\b(pmix|pmi2)\b", listed.stdout + listed.stderr)))
+        plugins = sorted(set(re.findall(r"\b(pmix(?:_v\d)?|pmi2|cray_shasta)\b", listed.stdout + listed.stderr)))
     except (OSError, subprocess.SubprocessError):
         plugins = []
     yield Finding(
@@ -320,6 +320,13 @@ def check_mpi_for_real(hosts: str | None) -> Iterator[Finding]:
         "mpi sum",
         f"{where}: {speed}" if facts["right"] else f"{where}: the sum is wrong",
         "MPI or the network is broken: try another MPI module, and tell the cluster's support",
+    )
+    promised = int(os.environ.get("SLURM_CPUS_PER_TASK", 4 if facts["device"] == "cuda" else 1))
+    yield Finding(
+        OK if facts["cores"] >= promised else WARN,
+        "cores a rank",
+        f"{facts['cores']} at least, of {promised} to be expected",
+        "the launcher hides cores: srun --cpus-per-task on its own line, cores_per_node in the site file",
     )
     if len(facts["nodes"]) > 1:
         skew = facts["clock_skew_s"]

@@ -17,7 +17,7 @@ from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQU
 from hpc_lbsgd.owner import HANDED_ON
 from hpc_lbsgd.parallel.launchers import Layout, check_hosts, exported, starter
 from hpc_lbsgd.records import RunFolder
-from hpc_lbsgd.runs import choose_run, name_of, own_run
+from hpc_lbsgd.runs import as_word, choose_run, name_of, own_run
 from hpc_lbsgd.signals import ASKED, say, undisturbed
 
 POLL_S = 0.5
@@ -45,7 +45,7 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
         return code if code in (EXIT_DONE, EXIT_REQUEST) else EXIT_FAILED
     amend.of_request(job.amend, job.resume)
     folder = choose_run(name_of(job.recipe), job.run, job.resume)
-    program += ["--run", str(folder.path)]
+    program += ["--run", as_word(folder.path)]
     for change in job.amend:
         program += ["--amend", change]
     program += [job.resume] if job.resume else []
@@ -70,7 +70,7 @@ class Asked:
 
     def __init__(self, folder: RunFolder):
         self.folder, self.stop, self.end = folder, False, False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, self._on_signal)
 

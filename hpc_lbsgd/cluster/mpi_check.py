@@ -105,6 +105,7 @@ def one_rank() -> None:
         skews.append(max(clocks) - min(clocks))
         right = right and bool((vector == engine.size * (engine.size + 1) / 2).all())
     nodes = sorted(set(engine.gather(socket.gethostname())))
+    cores = engine.gather(worlds.cores())
     size, seconds, sent = engine.size, sorted(times[1:])[REPEATS // 2], vector.numel() * vector.element_size()
     if engine.rank == 0:
         facts = {
@@ -112,6 +113,7 @@ def one_rank() -> None:
             "nodes": nodes,
             "device": device.type,
             "right": right,
+            "cores": min(cores),
             "bytes": sent,
             "seconds": seconds,
             # the bytes that a ring moves over each link

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from hpc_lbsgd import yaml12
 from hpc_lbsgd.errors import RequestError
@@ -18,7 +18,8 @@ from hpc_lbsgd.sections import Count, Section
 
 # Values that become #SBATCH lines: one word, nothing that Slurm or a shell would read as more
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:@+-]*$")]
-Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@+&|*()\[\]/-]+)?$")]
+Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@+&|*%()\[\]/-]+)?$")]
+GPUs = Annotated[str, Field(pattern=r"^([A-Za-z0-9_.-]+:)?\d+$")]
 Interface = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]+$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 # Words that are quoted where they are used; a newline would still break the line of a log or a Slurm option
@@ -31,6 +32,15 @@ Duration = Annotated[str, Field(pattern=f"^{DURATION}$")]
 def check_duration(key: str, text: str) -> None:
     if not re.fullmatch(DURATION, text, re.ASCII):
         raise RequestError(f"{key} = {text!r}: expected a time as Slurm writes it, such as 24:00:00 or 2-12:00:00")
+
+
+def _as_gpus(value):
+    """YAML has numbers, and words with a kind; nothing else is any."""
+    if isinstance(value, str) and ":" in value:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"gpus_per_node = {value!r}: input should be a valid integer, or KIND:NUMBER such as a100:4")
+    return str(value)
 
 
 class Container(Section):
@@ -51,22 +61,26 @@ class Site(Section):
     """seconds before the time limit at which a job is asked to stop; a step and a checkpoint must fit in"""
     options: list[Option] = []
     """further options of sbatch, such as --constraint=h100 or --exclusive"""
-    gpus_per_node: Annotated[int, Field(ge=0)] = 8
+    gpus_per_node: Annotated[GPUs, BeforeValidator(_as_gpus)] = "8"
+    """a number, or a kind and a number: a100:4"""
     ranks_per_node: Count | None = None
     """default: one a GPU; must be set where there are none"""
-    cores_per_rank: Count = 1
-    """cores that a rank (a GPU) gets: compute, decoding, Horovod's own thread"""
+    cores_per_node: Count | None = None
+    """cores that a job may have of a node"""
+    cores_per_rank: Count | None = None
+    """cores that a rank (a GPU) gets: compute, decoding, Horovod's own thread; default: cores_per_node / ranks, rounded
+    down, and 1 where neither is said"""
     launcher: Literal["srun", "mpirun"] = "srun"
     mpi: Flavour = "openmpi"
     """the MPI that Horovod was built with"""
-    srun_mpi: Literal["pmix", "pmi2", "none"] | None = None
+    srun_mpi: Annotated[str, Field(pattern=r"^(pmix(_v\d)?|pmi2|cray_shasta|none)$")] | None = None
     """how srun wires ranks up (`srun --mpi=list` says what there is); default: pmix for openmpi, pmi2 for others;
     none: for machine.engine torch alone"""
     modules: list[Words] = []
     """loaded in this order"""
     environment: dict[Variable, str] = {}
     """set on all ranks"""
-    host_suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]*$")] = ""
+    host_suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$")] = ""
     """launcher mpirun: appended to Slurm's node names, where another network has other names (-ib); mpirun then
     reaches the nodes by ssh"""
     exclude_interfaces: list[Interface] = []
@@ -87,9 +101,11 @@ class Site(Section):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        if not self.gpus_per_node and self.ranks_per_node is None:
+        if not self.gpus and self.ranks_per_node is None:
             raise ValueError("ranks_per_node is not set, and gpus_per_node = 0: say how many ranks a node has")
-        if self.gpus_per_node and self.ranks > self.gpus_per_node:
+        if self.cores_per_node and self.ranks * self.cores > self.cores_per_node:
+            raise ValueError(f"{self.ranks} ranks of {self.cores} cores on cores_per_node = {self.cores_per_node}")
+        if self.gpus and self.ranks > self.gpus:
             raise ValueError(
                 f"ranks_per_node = {self.ranks_per_node} is more than gpus_per_node = {self.gpus_per_node}: "
                 "a GPU has one rank"
@@ -105,7 +121,17 @@ class Site(Section):
     @property
     def ranks(self) -> int:
         """Ranks a node."""
-        return self.ranks_per_node or self.gpus_per_node
+        return self.ranks_per_node or self.gpus
+
+    @property
+    def gpus(self) -> int:
+        """GPUs a node."""
+        return int(self.gpus_per_node.rpartition(":")[2])
+
+    @property
+    def cores(self) -> int:
+        """Cores a rank."""
+        return self.cores_per_rank or max(1, (self.cores_per_node or 0) // self.ranks)
 
     @property
     def wire_up(self) -> str:

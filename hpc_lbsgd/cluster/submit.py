@@ -22,9 +22,10 @@ from hpc_lbsgd.cluster import sites
 from hpc_lbsgd.cluster.sites import Site
 from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import EXIT_DONE, RequestError, RunError
+from hpc_lbsgd.parallel.launchers import EXPORT
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
-from hpc_lbsgd.runs import RESUME, choose_run
+from hpc_lbsgd.runs import RESUME, as_word, choose_run
 from hpc_lbsgd.theory.schedule import Schedule
 
 BEGIN, END = "# ---- the site's part", "# ---- end of the site's part"
@@ -99,8 +100,8 @@ def directives(job: Job, site: Site, time_limit: str | None) -> Iterator[str]:
         "nodes": job.nodes,
         "ntasks-per-node": 1 if job.one_task else site.ranks,
         # not --gpus-per-task: every rank must see all GPUs of its node, for NCCL
-        "gpus-per-node": site.gpus_per_node if site.gpus_per_node and not job.one_task else None,
-        "cpus-per-task": site.cores_per_rank * (site.ranks if job.one_task else 1),
+        "gpus-per-node": site.gpus_per_node if site.gpus and not job.one_task else None,
+        "cpus-per-task": site.cores * (site.ranks if job.one_task else 1),
         "time": time_limit or site.time_limit,
         "signal": f"B:USR2@{site.warn_s}" if job.template in STOP_SAFELY else None,
         "open-mode": "append",
@@ -117,12 +118,18 @@ def directives(job: Job, site: Site, time_limit: str | None) -> Iterator[str]:
 def loading(site: Site) -> Iterator[str]:
     """Modules and environment."""
     if site.modules:
-        yield "set +u # module functions of some sites use unset variables"
+        yield "set +eu # what sites define uses unset variables"
+        yield "# shellcheck source=/dev/null"
+        yield "command -v module >/dev/null || . /etc/profile # a job's shell is no login shell"
+        yield "set -e"
         for module in site.modules:
             yield f"module load {shlex.quote(module)}"
         yield "set -u"
     for key, value in {**site.fabric(), **site.storage(), **site.environment}.items():
         yield f"export {key}={shlex.quote(value)}"
+    if site.environment:
+        yield f"export {EXPORT}={shlex.quote(','.join(site.environment))}"
+    yield "export SLURM_EXPORT_ENV=ALL # all of this reaches the ranks, also where sbatch was given --export=NONE"
 
 
 def settings(job: Job, site: Site, python: str, body: str) -> Iterator[str]:
@@ -174,7 +181,7 @@ def sbatch_line(job: Job, script: str, condition: str | None = None, test_only: 
         options += [f"--dependency={condition}", "--kill-on-invalid-dep=yes"]
     if test_only:
         options += ["--test-only"]
-    return ["sbatch", *options, script, *job.words]
+    return ["sbatch", *options, as_word(script), *job.words]
 
 
 # ---------------------------------------------------------------- what to submit
@@ -275,7 +282,7 @@ def submit(name: str, settings: list[str], site_name: str, request: Request, as_
     if not request.data:
         label = f"scaling-{plain_name(stem)}" if request.sweep else plain_name(stem)
         named = request.run and site.folder_of_run(request.run)
-        run = str(choose_run(label, named, request.resume, Path(site.folder_of_run(site.runs))).path)
+        run = as_word(choose_run(label, named, request.resume, Path(site.folder_of_run(site.runs))).path)
         if not (request.dry_run or request.test_only):
             owner.check(run)
     if request.data:

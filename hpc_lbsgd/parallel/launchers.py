@@ -125,6 +125,10 @@ class Spawn(Launcher):
         return [python, "-m", "hpc_lbsgd.parallel.spawn", str(layout.ranks)]
 
 
+EXPORT = "HPC_LBSGD_EXPORT"  # names of further variables that all ranks shall have: "A,B"
+# what batch systems leave, under which mpirun finds other hosts by itself; Slurm says how many there are
+BATCH = ("PBS_NODEFILE", "LSB_MCPU_HOSTS", "LSB_DJOB_HOSTFILE", "COBALT_NODEFILE", "FLUX_JOB_ID")
+
 LAUNCHERS: list[type[Launcher]] = [OpenMPI, OpenMPI5, Hydra, IntelMPI]
 FLAVOURS = {launcher.name: launcher for launcher in LAUNCHERS}  # the one list of them, in the order of help
 
@@ -138,7 +142,7 @@ def slots_of(host: str) -> tuple[str, int]:
 def check_hosts(hosts: str, ranks: int) -> None:
     """Refuse what no launcher can mean."""
     for host in hosts.split(","):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*(:[1-9]\d*)?", host):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(:[1-9]\d*)?", host):
             raise RequestError(f"--hosts {hosts}: {host!r} is not HOST or HOST:RANKS, such as a:8,b:8")
     room = sum(slots_of(h)[1] for h in hosts.split(","))
     if room < ranks:
@@ -193,7 +197,8 @@ def choose(mpirun: str, flavour: str | None = None) -> Launcher:
 def exported(layout: Layout, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What ranks on other hosts must find in their environment; their engine sets its own part itself."""
     elsewhere = layout.hosts or layout.hostfile or int(environment.get("SLURM_JOB_NUM_NODES", 1)) > 1
-    names = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
+    elsewhere = elsewhere or any(name in environment for name in BATCH)
+    names = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", *environment.get(EXPORT, "").split(","))
     prefixes = ("HOROVOD_", "NCCL_", "GLOO_", "MASTER_", "MALLOC_", "OMP_NUM_THREADS", "UCX_", "FI_", "HPC_LBSGD_")
     return {k: v for k, v in environment.items() if elsewhere and (k in names or k.startswith(prefixes))}
 

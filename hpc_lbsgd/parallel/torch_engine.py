@@ -54,7 +54,7 @@ class TorchEngine:
             world_size=world.size,
             timeout=LONGEST_WAIT,
         )
-        self.rank, self.size, self.local_rank, self.local_size = world
+        self.rank, self.size, self.local_rank, self.local_size, _ = world
 
     def wrap(self, model: nn.Module, bucket_mb: float) -> nn.Module:
         return model

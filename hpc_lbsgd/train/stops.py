@@ -9,7 +9,7 @@ from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.signals import ASKED, say
 
 LOOK_EVERY_S = 1.0  # a look at a parallel file system is not free
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)  # not USR1, which NCCL may take
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
 
 class Stops:

@@ -118,7 +118,7 @@ def test_256_ranks_know_their_places(lab, folder, stub):
     assert lab.wait(number)["JobState"] == "COMPLETED", log_of(lab, number)
     for rank in range(256):
         env = dict(v.split("=", 1) for v in (run / f"env-{rank}").read_text().split("\0") if "=" in v)
-        assert from_environment(env) == World(rank, 256, rank % 8, 8)
+        assert from_environment(env) == World(rank, 256, rank % 8, 8, rank // 8)
         assert env["SLURMD_NODENAME"] == f"node{rank // 8 + 1:02d}"
         assert env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
 

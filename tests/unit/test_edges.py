@@ -1,33 +1,11 @@
-"""Launchers' environments, command lines, and what the display says."""
+"""Settings of engines, and what the display says."""
 
 import io
 
-import pytest
-
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.parallel.horovod_engine import defaults, environment
-from hpc_lbsgd.parallel.world import World, from_environment
 from hpc_lbsgd.theory.schedule import Schedule, Stage, Warmup
 from hpc_lbsgd.train.display import Display
-
-
-@pytest.mark.parametrize(
-    "env, world",
-    [
-        ({}, World(0, 1, 0, 1)),
-        ({"OMPI_COMM_WORLD_RANK": "9", "OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-          "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, World(9, 16, 1, 8)),
-        ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, World(3, 4, 1, 2)),
-        ({"SLURM_PROCID": "255", "SLURM_STEP_NUM_TASKS": "256", "SLURM_LOCALID": "7",
-          "SLURM_STEP_TASKS_PER_NODE": "8(x32)"}, World(255, 256, 7, 8)),
-        # srun --mpi=pmi2: Slurm sets two of MPICH's four
-        ({"PMI_RANK": "9", "PMI_SIZE": "11", "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "11", "SLURM_LOCALID": "1",
-          "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"}, World(9, 11, 1, 3)),
-        ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "5"}, World(0, 1, 0, 1)),
-    ],
-)  # fmt: skip
-def test_world_before_mpi(env, world):
-    assert from_environment(env) == world
 
 
 def test_engine_settings_follow_the_recipe():

@@ -74,6 +74,14 @@ def test_environment_is_passed_by_name_to_other_hosts_only():
     assert exported(Layout(2), mine) == {}
     assert exported(SPREAD, mine) == exported(LISTED, mine) == passed
     assert exported(Layout(2), mine | {"SLURM_JOB_NUM_NODES": "2"}) == passed
+    for batch in ("PBS_NODEFILE", "LSB_MCPU_HOSTS"):  # mpirun finds their hosts by itself
+        assert exported(Layout(2), mine | {batch: "x"}) == passed
+    asked = {"HPC_LBSGD_EXPORT": "ODD,HOME", "ODD": "1"}  # a site's `environment`
+    assert exported(SPREAD, mine | asked) == passed | asked | {"HOME": "/root"}
+
+
+def test_hosts_may_have_underscores():
+    check_hosts("gpu_node_1:8,b:8", 16)
 
 
 def test_an_unknown_or_another_launcher_is_refused(tmp_path):

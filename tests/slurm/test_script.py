@@ -1,0 +1,73 @@
+"""What train.sbatch asks of Slurm, with programs in Slurm's place that answer as told."""
+
+import os
+import subprocess
+
+import pytest
+
+from hpc_lbsgd import yaml12
+from hpc_lbsgd.cluster import sites
+from hpc_lbsgd.cluster.submit import Job, render
+
+JOB = {"SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1",
+       "SLURMD_NODENAME": "n1"}  # fmt: skip
+ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+
+
+def run_script(folder, status="", code=0, text="{gpus_per_node: 8}", python="true", run="run", more=(), **env):
+    """(exit code, what it said). Slurm's controller is away for the first two questions; `asked` has all of them."""
+    result = f'printf \'{{\n "status": "{status}"\n}}\n\' >run/status.json; ' if status else ""
+    for name, body in (
+        ("srun", f'case "$*" in *" true") exit 0 ;; *" own "*) echo me; exit 0 ;; esac\n{result}exit {code}'),
+        ("squeue", "n=$(cat n 2>/dev/null || echo 0); echo $((n+1)) >n\n[ $n -gt 1 ] || exit 1; echo RUNNING"),
+        ("scontrol", '[ "$1" != ping ] || { [ "$(cat n)" -gt 1 ]; exit; }\n[ "$1" != hostnames ] || echo n1'),
+    ):
+        (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >>asked\n{body}\n')
+        (folder / name).chmod(0o755)
+    (folder / "job.sbatch").write_text(
+        render(Job("train", "x", 1, [], ""), sites.Site.model_validate(yaml12.mapping(text, "site")), python)
+    )
+    found = subprocess.run(
+        ["bash", "job.sbatch", "r.yaml", f"--run={run}", *more], cwd=folder, capture_output=True, text=True, timeout=60,
+        env={**os.environ, **JOB, **env, "PATH": f"{folder}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    return found.returncode, found.stderr, (folder / "asked").read_text()
+
+
+def test_a_controller_that_is_away_is_asked_again_and_of_an_array_about_this_task_alone(tmp_path):
+    code, said, asked = run_script(tmp_path, "stopped", **ARRAY)
+    assert code == 0 and "does not answer; asking again" in said, said
+    assert said.count("queued again") == 1 and said.rstrip().endswith("stopped at a safe point; queued again")
+    assert "scontrol requeue 7_1\n" in asked and "squeue --noheader --jobs=7_1 " in asked and "9" not in asked
+
+
+@pytest.mark.parametrize("code, queued", [(255, False), (137, True)])  # a wrong option of srun; a killed rank
+def test_a_wrong_option_of_srun_is_no_crash(tmp_path, code, queued):
+    _, said, asked = run_script(tmp_path, code=code)
+    assert ("scontrol requeue 9\n" in asked) is queued, said
+
+
+def test_in_a_container_of_pyxis_python_is_looked_for_inside(tmp_path):
+    text = "{container: {runtime: pyxis, image: x.sqsh}, python: /in/the/image/python}"
+    code, said, asked = run_script(tmp_path, "done", text=text)
+    assert code == 0 and "--container-image=x.sqsh /in/the/image/python" in asked, said
+
+
+def test_a_run_folder_may_begin_with_a_dash(tmp_path):
+    _, said, asked = run_script(tmp_path, run="-x")
+    assert "--run ./-x " in asked and (tmp_path / "-x").is_dir(), said
+
+
+@pytest.mark.parametrize("text", ["gpus_per_node: a100:4", "srun_mpi: cray_shasta", "srun_mpi: pmix_v4",
+                                  "options: [--array=0-3%2]", "{launcher: mpirun, host_suffix: _ib}"])  # fmt: skip
+def test_what_sites_have_is_accepted(text):
+    assert sites.Site.model_validate(yaml12.mapping(text, "site"))
+
+
+def test_cores_a_rank_follow_from_the_node_and_modules_are_found_in_a_plain_shell():
+    text = "{gpus_per_node: 'a100:4', cores_per_node: 66, modules: [gcc], environment: {A: b, C: d}}"
+    script = render(Job("train", "x", 1, [], ""), sites.Site.model_validate(yaml12.mapping(text, "site")), "python")
+    lines = script.splitlines()
+    assert {"#SBATCH --gpus-per-node=a100:4", "#SBATCH --ntasks-per-node=4", "#SBATCH --cpus-per-task=16"} < set(lines)
+    assert lines.index("module load gcc") > next(i for i, line in enumerate(lines) if "/etc/profile" in line)
+    assert {"export HPC_LBSGD_EXPORT=A,C"} < set(lines) and "export SLURM_EXPORT_ENV=ALL" in script
