@@ -26,6 +26,7 @@ from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.parts import build, recompute
 from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, stage_folder
 from hpc_lbsgd.train.replica import weights_sha256
+from hpc_lbsgd.train.slow import SlowRanks
 from hpc_lbsgd.train.step import Outcome, Passes, Stepper
 from hpc_lbsgd.train.stops import Stops
 from hpc_lbsgd.train.watchdog import Watchdog
@@ -114,6 +115,7 @@ class Trainer:
         self.replica.synchronise()
         ranks = self.engine.gather(environment_facts(self.device))
         self.hosts, self.devices = [r["host"] for r in ranks], [r["device"] for r in ranks]
+        self.slow = SlowRanks(self.hosts)
         if self.lead:
             if parts.facts and not begun:
                 self.folder.write_preflight(parts.facts)
@@ -185,6 +187,8 @@ class Trainer:
             if scale:
                 more = {"noise_scale": scale.value, "noise_scale_low": scale.low, "noise_scale_high": scale.high}
         self.journal.step(point, outcome, seconds, **more)
+        for event, facts in self.slow.step(outcome.own_s, point.global_batch / self.engine.size):
+            self.journal.event(event, step=point.step, **facts)
         if outcome.flushed and outcome.flushed > max(verdict.FLUSHED_WARN, 2 * self.flushed_said):
             self._say_lost(point, outcome.flushed)
 
