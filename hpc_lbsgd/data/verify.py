@@ -186,6 +186,7 @@ def verify(path: str | os.PathLike, processes: int | None = None) -> Verified:
         count, m = len(paths), None
     else:
         m = Manifest(manifests.find(path))
+        m.check_content()
         m.check_labels()
         root, count = m.path.parent, len(m)
         work = [(look_at_samples, str(m.path), range(i, min(i + CHUNK, count))) for i in range(0, count, CHUNK)]

@@ -3,7 +3,7 @@
     checkpoints/step-00012345/weights.pt      a plain state dict, BatchNorm statistics in it
                               weights_ema.pt  the same with averaged weights, if the recipe has train.ema_decay
                               optimizer.pt    {"momentum": {parameter name: tensor}, ...}
-                              state.json      step, fingerprints, decisions, noise, SHA-256 of the files
+                              state.json      step, fingerprints, decisions, noise, SHA-256 of the files and of this one
     checkpoints/LATEST                      the name of the newest
 No data state: the order of samples is a function of the step.
 """
@@ -27,6 +27,7 @@ from hpc_lbsgd.train.replica import Replica, weights_sha256
 
 WEIGHTS, AVERAGE, OPTIMIZER = "weights.pt", "weights_ema.pt", "optimizer.pt"
 LATEST = "LATEST"
+SELF = "sha256"  # in state.json: of what else is in it
 RULES = 2  # what a step does with the same recipe. 2: a tail's absent samples count as zeros; averages have statistics
 
 
@@ -83,7 +84,7 @@ def save(folder: RunFolder, replica: Replica, state: State, keep: int) -> Path:
                 os.fsync(f.fileno())
             state.files[name] = file_sha256(building / name)
         state.weights_sha256 = weights_sha256(replica.model)
-        write_atomically(building / "state.json", json.dumps(vars(state), indent=1) + "\n")
+        write_atomically(building / "state.json", json.dumps(signed(vars(state)), indent=1) + "\n")
         if target.exists():  # the same step, saved by an earlier start
             discard(target)
         os.replace(building, target)
@@ -97,6 +98,11 @@ def save(folder: RunFolder, replica: Replica, state: State, keep: int) -> Path:
         ) from None
     prune(root, keep, state.best_step)
     return target
+
+
+def signed(content: dict) -> dict:
+    """The content of state.json, with the SHA-256 of all that is in it."""
+    return {**content, SELF: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def steps_there(root: Path) -> list[int]:
@@ -120,7 +126,11 @@ def read_whole(path: Path) -> State:
     """The state of a checkpoint whose files are what was written; else raises ValueError or OSError that says what
     is not."""
     try:
-        state = State(**json.loads((path / "state.json").read_text()))
+        content = json.loads((path / "state.json").read_text())
+        digest = content.pop(SELF, None)
+        state = State(**content)
+        if digest not in (None, signed(content)[SELF]):  # None: of a version that wrote none
+            raise ValueError("state.json is not what was written")
         broken = [n for n, digest in state.files.items() if file_sha256(path / n) != digest]
     except (TypeError, AttributeError) as problem:
         raise ValueError(problem) from None
