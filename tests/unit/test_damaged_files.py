@@ -10,6 +10,7 @@ from conftest import write_images
 
 from hpc_lbsgd.data import pack, tree
 from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
+from hpc_lbsgd.records import RunFolder, cut_metrics, json_line, read_metrics
 from hpc_lbsgd.train import checkpoint
 
 # In a process of its own: a column whose offsets lead out of it ends the process where it is read unchecked.
@@ -64,3 +65,20 @@ def test_a_bit_of_a_state(tmp_path):
                 assert checkpoint.read_whole(tmp_path) == state, (place, bit)
             except (ValueError, OSError):
                 continue
+
+
+def test_a_bit_of_the_metrics(tmp_path):
+    """Whatever it makes of a line, the other records are read, and a resume can cut the file."""
+    folder, steps = RunFolder(tmp_path), [{"kind": "step", "step": i, "loss": 0.5} for i in range(3)]
+    content = "".join(json_line(step) for step in steps).encode()
+    for place in range(len(content)):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            folder.metrics.write_bytes(changed)
+            assert sum(record in steps for record in read_metrics(folder.metrics)) >= 1
+            if bit == place % 8:
+                cut_metrics(folder, 2)
+    for line in (b"[1]", b"7", b'{"kind": 1}', b'{"kind": "step", "step": "x"}', b"[" * 100_000, b"\xff"):
+        folder.metrics.write_bytes(line + b"\n" + content)
+        assert list(read_metrics(folder.metrics)) == steps

@@ -2,5 +2,6 @@
 
 import bits
 import deaths
+import wrong
 
-ROWS = [*bits.ROWS, *deaths.ROWS]
+ROWS = [*bits.ROWS, *deaths.ROWS, *wrong.ROWS]
