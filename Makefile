@@ -23,7 +23,7 @@ ALONE   = mpi faults slurm e2e
 START  := $(shell date +%s)
 TOOK    = echo "make $@: $$(($$(date +%s) - $(START))) s"
 
-.PHONY: help setup train check test lint docs module clean
+.PHONY: help setup train check test lint faults docs module clean
 help:   ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -74,6 +74,9 @@ lint: setup  ## style, format, who may import whom, types (pyproject.toml)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
+
+faults: setup  ## the fault matrix, or rows of it whose names begin so; goes on where it ended [PART=row|page] [SEED=n] [COUNT=n]
+	$(BIN)/python tests/faults/matrix $(if $(filter page,$(PART)),--page docs/results/faults.md,$(if $(PART),--part $(PART)) $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT)))
 
 docs: setup  ## the manual as a site in site/; warnings are errors
 	@test -x $(BIN)/mkdocs || $(PIP) install -q -c constraints.txt -e '.[docs]' --no-build-isolation

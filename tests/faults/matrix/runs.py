@@ -25,7 +25,13 @@ RECIPE = {
     "schedule": {"kind": "cosine", "warmup_epochs": 1},
     "train": {"epochs": 5, "noise_scale_steps": 7, "preflight": False},
     "checkpoint": {"steps": 3, "keep": 2},
-    "machine": {"engine": "torch", "stall_timeout_s": 2.0, "cross_check_steps": 4, "loader_threads": 1, "eval_batch": 4},
+    "machine": {
+        "engine": "torch",
+        "stall_timeout_s": 2.0,
+        "cross_check_steps": 4,
+        "loader_threads": 1,
+        "eval_batch": 4,
+    },
 }
 
 
