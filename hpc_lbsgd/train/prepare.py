@@ -26,7 +26,6 @@ from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomic
 from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train import checkpoint
 
-
 SETTINGS = ("HOROVOD_", "NCCL_", "OMPI_MCA_", "OMP_")
 # Open MPI hands the key of a job's network on in OMPI_MCA_orte_precondition_transports
 SECRET = re.compile("TOKEN|KEY|PASS|SECRET|CREDENTIAL|COOKIE|AUTH|precondition_transports", re.IGNORECASE)

@@ -19,7 +19,7 @@ from hpc_lbsgd.parallel.agree import agree, together
 from hpc_lbsgd.recipe import Decision, Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train import checkpoint, crosscheck, decide, verdict
+from hpc_lbsgd.train import alike, checkpoint, crosscheck, decide, verdict
 from hpc_lbsgd.train.evaluate import evaluate
 from hpc_lbsgd.train.journal import Journal
 from hpc_lbsgd.train.losses import loss_function
@@ -47,6 +47,7 @@ class Trainer:
         self.journal = Journal(self.folder)
         self._open_sets()
         data = data_fingerprint(self.train_set, self.eval_set)
+        self._refuse_other_data(data)
         fresh = checkpoint.State(0, self.written.fingerprint(), data, rules=checkpoint.RULES)
         self.state = checkpoint.State(**found.state) if found.state else fresh
         self._schedule_from_decisions()
@@ -80,6 +81,12 @@ class Trainer:
         folder = together(self.engine, lambda: stage_folder(self.recipe))
         if folder:
             self._stage(folder)
+
+    def _refuse_other_data(self, data: str) -> None:
+        """A set may lie on each node's own disk, and be an older copy there."""
+        found = self.engine.gather((socket.gethostname(), data))
+        alike.refuse_other([{"data": digest} for _, digest in found], [host for host, _ in found],
+                           "; copy the data there again")  # fmt: skip
 
     def _stage(self, folder: str) -> None:
         """Read packed sets from node-local copies: the first rank of each node makes them, the others wait."""

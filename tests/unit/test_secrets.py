@@ -6,7 +6,8 @@ from hpc_lbsgd.train.prepare import settings_of
 
 SECRETS = {
     "GITHUB_TOKEN": "s3cret-a", "AWS_SECRET_ACCESS_KEY": "s3cret-b", "DB_PASSWORD": "s3cret-c",
-    "HOROVOD_SECRET_KEY": "s3cret-d", "NCCL_AUTH_TOKEN": "s3cret-e", "OMPI_MCA_orte_precondition_transports": "s3cret-f",
+    "HOROVOD_SECRET_KEY": "s3cret-d", "NCCL_AUTH_TOKEN": "s3cret-e",
+    "OMPI_MCA_orte_precondition_transports": "s3cret-f",
     "OMPI_MCA_sec_password": "s3cret-g", "OMP_API_KEY": "s3cret-h", "SESSION_COOKIE": "s3cret-i",
 }  # fmt: skip
 

@@ -234,7 +234,7 @@ def _row(name: str, what: str, must: str, count: int, act: Callable) -> Row:
 
 
 ROWS = [
-    _row("checkpoint", "a file of the newest checkpoint", "passed over by name, the one before is taken", 60, _checkpoint),
+    _row("checkpoint", "a file of the newest checkpoint", "passed over, the one before is taken", 60, _checkpoint),
     _row("manifest", "the manifest of an image tree", "refused, or named by `data verify`", 40, _manifest),
     _row("index", "the index of a packed set", "refused, or named by `data verify`", 40, _index),
     _row("shard", "a shard", "named by `data verify`", 40, _shard),

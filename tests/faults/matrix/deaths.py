@@ -18,7 +18,7 @@ END_S = 30.0
 def one(rng: random.Random, folder: Path) -> Iterator[Injection]:
     path, run = runs.recipe(folder), folder / "run"
     mark = folder / "mark"
-    for number in range(CHAIN):
+    for _ in range(CHAIN):
         ranks = rng.randint(2, 4)
         first = runs.checkpointed(run)
         kind = rng.choice(KINDS)
@@ -61,8 +61,8 @@ def one(rng: random.Random, folder: Path) -> Iterator[Injection]:
 ROWS = [
     Row(
         "rank-dies",
-        "rank killed -9, segfault, `os._exit`, exception, or deadlock in a user's data set or model; in start-up, data, "
-        "forward, sum, checkpoint, evaluation",
+        "rank killed -9, segfault, `os._exit`, exception, or deadlock in a user's data set or model; in start-up, "
+        "data, forward, sum, checkpoint, evaluation",
         "all ranks end within 30 s, cause on record; resumed on another number of ranks to the same weights",
         300,
         one,

@@ -7,9 +7,9 @@ from statistics import median
 HEAD = """# Faults injected
 
 Every fault is injected at a random moment; what must hold is checked by the row. Tiny model (16 inputs, BatchNorm,
-dropout), `determinism: any-ranks`, 30 steps, a checkpoint every 3, `stall_timeout_s: 2`. Real ranks are processes that
-talk over sockets by `machine.engine: torch`; nothing but the product ends them. Weights are compared with those of a run
-on one rank that nothing disturbed, bit for bit; each step, epoch and evaluation is on record once.
+dropout), `determinism: any-ranks`, 30 steps, a checkpoint every 3, `stall_timeout_s: 2`. Real ranks are processes
+that talk over sockets by `machine.engine: torch`; nothing but the product ends them. Weights are compared with those of a
+run on one rank that nothing disturbed, bit for bit; each step, epoch and evaluation is on record once.
 
     make faults [PART=row] [SEED=n] [COUNT=n]       # appends to runs/faults/injections.jsonl, goes on where it ended
     make faults PART=page                           # this page from that file
@@ -20,7 +20,7 @@ One seed is one chain of injections, and the same chain again; timing between pr
 
 
 def render(rows, records: list[dict]) -> str:
-    lines = ["| row | fault | must happen | injected | held | seeds | seconds to detect: median, longest | steps lost, most |",
+    lines = ["| row | fault | must happen | injected | held | seeds | seconds: median, longest | steps lost, most |",
              "|---|---|---|---:|---:|---|---|---:|"]  # fmt: skip
     total = held = of_ranks = 0
     for row in rows:

@@ -2,6 +2,7 @@
 
 import bits
 import deaths
+import unlike
 import wrong
 
-ROWS = [*bits.ROWS, *deaths.ROWS, *wrong.ROWS]
+ROWS = [*bits.ROWS, *deaths.ROWS, *wrong.ROWS, *unlike.ROWS]
