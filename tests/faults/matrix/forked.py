@@ -1,5 +1,5 @@
-"""Real ranks (processes, sockets, files), forked from one process which has imported everything: a start takes a second,
-not six. Nobody ends them but themselves: this launcher only waits, so what ends a job is the product's doing.
+"""Real ranks (processes, sockets, files), forked from one process which has imported everything: a start takes
+a second, not six. Nobody ends them but themselves: this launcher only waits, so what ends a job is the product's doing.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ HEAD = """# Faults injected
 
 Every fault is injected at a random moment; what must hold is checked by the row. Tiny model (16 inputs, BatchNorm,
 dropout), `determinism: any-ranks`, 30 steps, a checkpoint every 3, `stall_timeout_s: 2`. Real ranks are processes
-that talk over sockets by `machine.engine: torch`; nothing but the product ends them. Weights are compared with those of a
-run on one rank that nothing disturbed, bit for bit; each step, epoch and evaluation is on record once.
+that talk over sockets by `machine.engine: torch`; nothing but the product ends them. Weights are compared with
+those of a run on one rank that nothing disturbed, bit for bit; each step, epoch and evaluation is on record once.
 
     make faults [PART=row] [SEED=n] [COUNT=n]       # appends to runs/faults/injections.jsonl, goes on where it ended
     make faults PART=page                           # this page from that file
