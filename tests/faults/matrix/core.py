@@ -77,7 +77,7 @@ def _run_seed(row: Row, seed: int, count: int, out: Path, tally: Tally) -> None:
             _write(out, row, seed, index, asdict(found), "held")
             index += 1
             tally.done += 1
-            if tally.done >= count and index == 1 and not row.ranks:
+            if tally.done >= count and not row.ranks:
                 break
     except Exception as problem:  # whatever it is: something did not hold, or could not be looked at
         said = str(problem) if isinstance(problem, AssertionError) else traceback.format_exc()

@@ -22,10 +22,14 @@ One seed is one chain of injections, and the same chain again; timing between pr
 def render(rows, records: list[dict]) -> str:
     lines = ["| row | fault | must happen | injected | held | seeds | seconds: median, longest | steps lost, most |",
              "|---|---|---|---:|---:|---|---|---:|"]  # fmt: skip
-    total = held = of_ranks = 0
+    total = held = of_ranks = cases = 0
     for row in rows:
         mine = [r for r in records if r["row"] == row.name]
         good = [r for r in mine if r["verdict"] == "held"]
+        if row.name.startswith("fuzz"):
+            cases += len(mine)
+            held -= len(good)
+            total -= len(mine)
         total, held, of_ranks = total + len(mine), held + len(good), of_ranks + len(mine) * row.ranks
         seconds = sorted(r["seconds"] for r in good if r["seconds"] is not None)
         seeds = sorted({r["seed"] for r in mine})
@@ -36,7 +40,10 @@ def render(rows, records: list[dict]) -> str:
         lines.append(
             f"| `{row.name}` | {row.fault} | {row.must} | {count} | {len(good)} | {span} | {spread} | {lost} |"
         )
-    said = [f"**{total} injections, {of_ranks} of them with real ranks; {held} held.**", ""]
+    said = [
+        f"**{total} injections, {of_ranks} of them with real ranks; {held} held. Beside them {cases} fuzzed files.**",
+        "",
+    ]
     return HEAD + "\n".join([*said, *lines, "", *_examples(rows, records), *_failures(records)]) + "\n"
 
 

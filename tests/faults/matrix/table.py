@@ -2,7 +2,8 @@
 
 import bits
 import deaths
+import fuzz
 import unlike
 import wrong
 
-ROWS = [*bits.ROWS, *deaths.ROWS, *wrong.ROWS, *unlike.ROWS]
+ROWS = [*bits.ROWS, *deaths.ROWS, *wrong.ROWS, *unlike.ROWS, *fuzz.ROWS]

@@ -58,8 +58,8 @@ def gradient(rng: random.Random, folder: Path) -> Iterator[Injection]:
     records = list(read_metrics(run / "metrics.jsonl"))
     events = [r for r in records if r.get("event") == "cross-check"]
     hold(len(events) == 1, f"{moment}: {events}", job.said)
-    hold(events[0]["what"].startswith(f"rank {rank} on") and "; computed again it was right" in events[0]["what"], moment,
-         events)  # fmt: skip
+    what = events[0]["what"]
+    hold(what.startswith(f"rank {rank} on") and "; computed again it was right" in what, f"{moment}: {what}")
     taken = [r["step"] for r in records if r["kind"] == "step"]
     hold(taken == list(range(events[0]["step"])), f"{moment}: step taken: {taken}")
     hold(runs.status(run)["status"] == "failed", moment)
