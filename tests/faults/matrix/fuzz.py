@@ -1,5 +1,5 @@
-"""Files of strangers: mutated recipes, sites, tars, images. Refused by one message, or read; never a traceback, a hang or
-memory without bound."""
+"""Files of strangers: mutated recipes, sites, tars, images. Refused by one message, or read; never a traceback, a
+hang or memory without bound."""
 
 from __future__ import annotations
 
