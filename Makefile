@@ -25,7 +25,7 @@ ALONE    = mpi faults e2e
 START  := $(shell date +%s)
 TOOK    = echo "make $@: $$(($$(date +%s) - $(START))) s"
 
-.PHONY: help setup train check test gpu-check lint docs module clean
+.PHONY: help setup train check test faults gpu-check lint docs module clean
 help:   ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
@@ -72,6 +72,9 @@ else
 	    $(PYTEST) $(ALONE:%=tests/%) || failed=1; \
 	    wait $$! || failed=1; cat $$slurm; rm $$slurm; $(TOOK); exit $$failed
 endif
+
+faults: setup  ## the fault matrix, or rows of it whose names begin so; goes on where it ended [PART=row|page] [SEED=n] [COUNT=n]
+	$(BIN)/python tests/faults/matrix $(if $(filter page,$(PART)),--page docs/results/faults.md,$(if $(PART),--part $(PART)) $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT)))
 
 gpu-check: setup  ## what only a GPU can prove, on this machine's: ten minutes, a page and gpu-check.json [DEVICE=cuda|cpu]
 	@$(BIN)/python tests/gpu/check.py --device $(or $(DEVICE),cuda)

@@ -224,16 +224,23 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Iterator[dict]:
-    """The records of a metrics file; a line that a kill cut short is left out."""
+    """The records of a metrics file; a line that a kill cut short, or a disk changed, is left out."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, "rb") as f:
             for line in f:
                 try:
-                    yield json.loads(line)
-                except ValueError:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
                     continue
+                if is_record(record):
+                    yield record
     except FileNotFoundError:
         return
+
+
+def is_record(record: object) -> bool:
+    """It has a kind, and a step that counts (`start` of old runs had none)."""
+    return isinstance(record, dict) and isinstance(record.get("kind"), str) and type(record.get("step", 0)) is int
 
 
 def cut_metrics(folder: RunFolder, step: int) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hpc_lbsgd.data import columns
 from hpc_lbsgd.data.decode import decoders
@@ -51,6 +52,27 @@ PARTS = ".parts"  # in a folder of shards while it is packed
 EXCLUDE = "exclude.txt"  # one path a line; what follows a tab is the reason
 
 
+def content_digest(table: pa.Table, header: Mapping) -> str:
+    """Of all that a manifest says, but for where its images lie: 64 bits of BLAKE2b, hexadecimal.
+
+    Raises ValueError for columns whose bytes cannot be what was written.
+    """
+    known = {k: v for k, v in header.items() if k not in ("root", "digest")}
+    digest = hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=8)
+    table.validate(full=True)  # offsets that lead out of a column would end the process
+    for name in table.column_names:  # however the rows lie in pieces
+        chunks = table.column(name).chunks
+        digest.update(f"{name} {table.column(name).type} {table.num_rows}".encode())
+        for piece in (chunk.slice(at, 2**20) for chunk in chunks for at in range(0, len(chunk), 2**20)):
+            values = pc.binary_length(piece) if pa.types.is_large_string(piece.type) else piece
+            values = values.fill_null(-1) if values.null_count else values  # an orientation that nobody asked for
+            digest.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)))
+        for chunk in chunks if pa.types.is_large_string(table.column(name).type) else ():
+            starts = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+            digest.update(memoryview(chunk.buffers()[2] or b"")[starts[0] : starts[-1]])
+    return digest.hexdigest()
+
+
 def checksum(data: bytes | np.ndarray) -> int:
     """64 bits of BLAKE2b of a file's content."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
@@ -65,10 +87,11 @@ class Manifest:
         try:
             self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             self.header = json.loads(self.table.schema.metadata[b"hpc_lbsgd"])
-        except (pa.ArrowInvalid, OSError, KeyError, TypeError) as problem:
+            self.root = (self.path.parent / self.header["root"]).resolve()
+            self.classes: list[str] = self.header["classes"]
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as problem:
             raise RequestError(f"{path}: not a manifest ({problem}); make one with: hpc-lbsgd data index DIR") from None
-        self.root = (self.path.parent / self.header["root"]).resolve()
-        self.classes: list[str] = self.header["classes"]
+        self._as_written = self.table
         self.excluded: list[str] = []
         self.rows = columns.Rows(self.table.num_rows, np.empty(0, np.int64))
         if unwanted := read_excluded(self.path.parent):
@@ -154,6 +177,7 @@ class Manifest:
     def check_files(self) -> None:
         """Refuse a manifest whose files are gone or have another size. Looks at all shards, or all files up to
         100,000, else at that many chosen at random; content is `data verify`'s matter."""
+        self.check_content()
         if self.shards:
             expected = [(str(self.root / s["name"]), s["bytes"]) for s in self.shards]
         else:
@@ -181,6 +205,20 @@ class Manifest:
             return columns.slices(len(self))
         starts = np.linspace(0, len(self) - STRETCH, STRETCHES).astype(int).tolist()
         return (slice(first, first + STRETCH) for first in starts)
+
+    def check_content(self, at_any_size: bool = False) -> None:
+        """Refuse a manifest that is not what was written: a label, or where a sample lies, may have changed. Above 10
+        million rows a start does not read them all."""
+        if len(self) > ROWS_CHECKED_AT_START and not at_any_size:
+            return
+        try:
+            whole = self.header.get("digest") in (None, content_digest(self._as_written, self.header))
+        except (pa.ArrowException, ValueError) as problem:
+            raise RequestError(f"{self.path}: damaged ({problem}); index or pack the data again") from None
+        if not whole:
+            raise RequestError(
+                f"{self.path}: damaged: what is in it is not what was written; index or pack the data again"
+            )
 
     def check_labels(self, all_of_them: bool = False) -> None:
         """Refuse a manifest with labels that no class has."""
@@ -294,7 +332,9 @@ def write(
     if places is not None:
         header["shards"] = shards
         values, schema = [*values, *(list(c) for c in zip(*places, strict=True))], PACKED_SCHEMA
-    table = pa.table(values, schema=schema.with_metadata({"hpc_lbsgd": json.dumps(header)})).combine_chunks()
+    table = pa.table(values, schema=schema).combine_chunks()
+    header["digest"] = content_digest(table, header)
+    table = table.replace_schema_metadata({"hpc_lbsgd": json.dumps(header)})
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:

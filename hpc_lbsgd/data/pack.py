@@ -345,6 +345,8 @@ def assemble(m: Manifest, out: Path, shards: int, encoding: Encoding, request: d
     if encoding.kind == "raw":
         header["raw_channels"] = encoding.channels
     write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in m.classes))
+    whole = pa.concat_tables(read_part(out, number)[0] for number in range(shards)).cast(PACKED_SCHEMA)
+    header["digest"] = manifests.content_digest(whole, header)
     schema = PACKED_SCHEMA.with_metadata({"hpc_lbsgd": json.dumps(header)})
     temporary = out / f".{manifests.FILE_NAME}.writing"
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:

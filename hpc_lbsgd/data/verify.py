@@ -188,6 +188,7 @@ def verify(path: str | os.PathLike, processes: int | None = None) -> Verified:
         count, m = len(paths), None
     else:
         m = Manifest(manifests.find(path))
+        m.check_content(at_any_size=True)
         m.check_labels(all_of_them=True)
         root, count = m.path.parent, len(m)
         work = [(look_at_samples, str(m.path), range(i, min(i + CHUNK, count))) for i in range(0, count, CHUNK)]

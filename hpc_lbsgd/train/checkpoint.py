@@ -3,7 +3,7 @@
     checkpoints/step-00012345/weights.pt      a plain state dict, BatchNorm statistics in it
                               weights_ema.pt  the same with averaged weights, if the recipe has train.ema_decay
                               optimizer.pt    {"momentum": {parameter name: tensor}, ...}
-                              state.json      step, fingerprints, decisions, noise, SHA-256 of the files
+                              state.json      step, fingerprints, decisions, noise, SHA-256 of the files and of this one
     checkpoints/LATEST                      the name of the newest
 No data state: the order of samples is a function of the step.
 """
@@ -30,6 +30,7 @@ from hpc_lbsgd.train.snapshot import HostCopy, Snapshot
 WEIGHTS, AVERAGE, OPTIMIZER = "weights.pt", "weights_ema.pt", "optimizer.pt"
 FILES = {"weights": WEIGHTS, "optimizer": OPTIMIZER, "average": AVERAGE}  # by part of a snapshot
 LATEST = "LATEST"
+SELF = "sha256"  # in state.json: of what else is in it
 RULES = 2  # what a step does with the same recipe. 2: a tail's absent samples count as zeros; averages have statistics
 
 
@@ -90,7 +91,7 @@ def write(folder: RunFolder, snapshot: Snapshot, keep: int) -> Path:
                 os.fsync(f.fileno())
             state.files[name] = file_sha256(building / name)
         state.weights_sha256 = state_sha256(snapshot.tensors["weights"])
-        write_atomically(building / "state.json", json.dumps(vars(state), indent=1) + "\n")
+        write_atomically(building / "state.json", json.dumps(signed(vars(state)), indent=1) + "\n")
         if target.exists():  # the same step, saved by an earlier start, and torn: a resume took an older one
             discard(target)
         os.replace(building, target)
@@ -145,6 +146,11 @@ def what_to_do(problem: Exception) -> str:
             return "make room"
 
 
+def signed(content: dict) -> dict:
+    """The content of state.json, with the SHA-256 of all that is in it."""
+    return {**content, SELF: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
 def steps_there(root: Path) -> list[int]:
     """Steps of the finished checkpoints, oldest first. Folders with other names are a person's."""
     names = (re.fullmatch(r"step-(\d{8,})", p.name) for p in root.glob("step-*") if p.is_dir())
@@ -166,7 +172,11 @@ def read_whole(path: Path) -> State:
     """The state of a checkpoint whose files are what was written; else raises ValueError or OSError that says what
     is not."""
     try:
-        state = State(**json.loads((path / "state.json").read_text()))
+        content = json.loads((path / "state.json").read_text())
+        digest = content.pop(SELF, None)
+        state = State(**content)
+        if digest not in (None, signed(content)[SELF]):  # None: of a version that wrote none
+            raise ValueError("state.json is not what was written")
         broken = [n for n, digest in state.files.items() if file_sha256(path / n) != digest]
     except (TypeError, AttributeError) as problem:
         raise ValueError(problem) from None

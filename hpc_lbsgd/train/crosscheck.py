@@ -95,6 +95,11 @@ def halves(value: torch.Tensor) -> torch.Tensor:
     return torch.stack([value >> 32 & 0xFFFFFFFF, value & 0xFFFFFFFF]).double()
 
 
+def number(value: torch.Tensor) -> int:
+    """An int64 scalar as `whole` gives it back: not negative, or the same digest would be two."""
+    return int(value) % 2**64
+
+
 def whole(high: float, low: float) -> int:
     return int(high) << 32 | int(low)
 

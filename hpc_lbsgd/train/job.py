@@ -22,6 +22,7 @@ from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.runs import RUNS, own_run
 from hpc_lbsgd.signals import undisturbed
+from hpc_lbsgd.train.alike import refuse_unlike
 from hpc_lbsgd.train.laps import Laps
 from hpc_lbsgd.train.parts import build
 from hpc_lbsgd.train.preflight import Check
@@ -69,6 +70,7 @@ def train(
 
     try:
         refuse_shared(engine.gather(place_of(device)))
+        refuse_unlike(engine, recipe)
         found = agree(engine, begin)
         folder = RunFolder(found.run)
         laps.end("prepare")

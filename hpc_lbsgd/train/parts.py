@@ -96,4 +96,4 @@ def recompute(recipe, schedule: Schedule, train_set, replica: Replica, point: Po
     loader, _ = make_loaders(recipe, train_set, None, memory_format, replica.engine, replica.device)
     samples = worker_samples(Permutation(schedule.samples, recipe.seed, point.epoch), point, worker)
     (batch,) = loader.batches([Request(point.epoch, samples)])
-    return int(crosscheck.digest(preflight.Bench(replica, recipe, point).share({worker: batch})))
+    return crosscheck.number(crosscheck.digest(preflight.Bench(replica, recipe, point).share({worker: batch})))

@@ -6,10 +6,12 @@ import getpass
 import json
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,10 @@ from hpc_lbsgd.recipe import Decision, Recipe
 from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
 from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train import checkpoint
+
+SETTINGS = ("HOROVOD_", "NCCL_", "OMPI_MCA_", "OMP_")
+# Open MPI hands the key of a job's network on in OMPI_MCA_orte_precondition_transports
+SECRET = re.compile("TOKEN|KEY|PASS|SECRET|CREDENTIAL|COOKIE|AUTH|precondition_transports", re.IGNORECASE)
 
 
 class Prepared(NamedTuple):
@@ -240,6 +246,11 @@ def environment_facts(device) -> dict:
     return facts
 
 
+def settings_of(env: Mapping[str, str]) -> dict[str, str]:
+    """Variables that steer libraries, for environment.json; never one whose name says that it is a secret."""
+    return {k: v for k, v in sorted(env.items()) if k.startswith(SETTINGS) and not SECRET.search(k)}
+
+
 def software_facts() -> dict:
     """Versions and circumstances, once a start."""
     from importlib import metadata
@@ -276,7 +287,5 @@ def software_facts() -> dict:
         "user": user,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "modules": os.environ.get("LOADEDMODULES", "").split(":") if os.environ.get("LOADEDMODULES") else [],
-        "settings": {
-            k: v for k, v in sorted(os.environ.items()) if k.startswith(("HOROVOD_", "NCCL_", "OMPI_MCA_", "OMP_"))
-        },
+        "settings": settings_of(os.environ),
     }

@@ -19,6 +19,7 @@ from hpc_lbsgd.theory.schedule import Point, Schedule
 from hpc_lbsgd.train import crosscheck
 from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.replica import Replica
+from hpc_lbsgd.train.slow import OwnTime
 from hpc_lbsgd.train.workers import groups_in_step
 
 # The control vector: summed once a step, beside the gradients. All ranks decide from the sums alone. After these come
@@ -93,6 +94,7 @@ class Outcome:
     mismatch: crosscheck.Mismatch | None  # ranks that computed different bits; the step was not taken
     data_wait_s: float  # on this rank, for this step's first batch and the one after its last
     exposed_comm_s: float  # from the end of this rank's backward, and the next batch, until all sums are there
+    own_s: list[float]  # seconds a sample at the step before, by rank; 0: it had no samples
 
 
 class Stepper:
@@ -113,6 +115,7 @@ class Stepper:
         self.bn_group, self.samples_per_worker = recipe.batch.group, recipe.batch.samples_per_worker
         self.loss = loss_function(recipe.train)
         self._ahead: Batch | None = None  # of the pass that comes next, where it is there already
+        self.time, self.own_s = OwnTime(replica.device), 0.0
 
     def _take(self) -> Batch:
         batch, self._ahead = self._ahead, None
@@ -124,14 +127,17 @@ class Stepper:
         previous_lr: of the update before (0: there was none), for optimizers that absorb the learning rate.
         """
         replica, buckets = self.replica, self.replica.buckets
+        self.time.begin()
         replica.train()
         work, measured, k = self.passes.at(point), point.measured, point.workers
         groups, pair = groups_in_step(point, self.bn_group), self.passes.pair_at(point)
         end = WORKERS + 2 * k
-        control = torch.zeros(end + (self.slots.length if pair else 0), dtype=torch.float64, device=replica.device)
+        times = end + (self.slots.length if pair else 0)
+        control = torch.zeros(times + self.engine.size, dtype=torch.float64, device=replica.device)
+        control[times + self.engine.rank] = self.own_s
         losses, squares = control[WORKERS : WORKERS + k], control[WORKERS + k : end]
         if pair:
-            self.slots.write(control[end:], self.engine.rank, replica.digest())
+            self.slots.write(control[end:times], self.engine.rank, replica.digest())
         data_wait_s, replaced = 0.0, 0
         buckets.begin(k, count_flushed=point.step % COUNT_FLUSHED_EVERY == 0)
         for i, (workers, counts, again) in enumerate(work):
@@ -160,7 +166,8 @@ class Stepper:
                 squares[workers[0]] = square
             if compared:
                 mixed = crosscheck.mixed(digests[b] for b in sorted(digests))
-                self.slots.write_worker(control[end:], again, mixed)
+                self.slots.write_worker(control[end:times], again, mixed)
+        self.time.end()
         if all(w.again for w in work):
             buckets.join_idle()
         bad = ~torch.isfinite(losses.sum())
@@ -176,7 +183,8 @@ class Stepper:
         before = time.perf_counter()
         self.mark("data", point.step)
         self._ahead = next(self.batches, None)  # while the sums are under way, and a GPU has backward left to do
-        data_wait_s += time.perf_counter() - before
+        ahead_s = time.perf_counter() - before
+        data_wait_s += ahead_s
         self.mark("sum", point.step)
         before = time.perf_counter()
         finite = buckets.finish()
@@ -184,7 +192,9 @@ class Stepper:
         big_square = buckets.square() if measured else control[COUNT]
         sums = torch.cat([control, torch.stack([big_square, finite.double()])]).tolist()
         exposed_comm_s = time.perf_counter() - before
-        mismatch = self.slots.read(sums[end:-2], pair) if pair else None
+        computed = sum(sum(w.counts) for w in work)
+        self.own_s = (self.time.seconds() + ahead_s) / computed if computed else 0.0
+        mismatch = self.slots.read(sums[end:times], pair) if pair else None
         ok = bool(sums[-1]) and sums[BAD_RANKS] == 0 and mismatch is None
         if ok:
             replica.update(point, previous_lr)
@@ -203,6 +213,7 @@ class Stepper:
             mismatch=mismatch,
             data_wait_s=data_wait_s,
             exposed_comm_s=exposed_comm_s,
+            own_s=sums[times : times + self.engine.size],
         )
 
     def _measurement(self, point: Point, squares: list[float], big_square: float) -> noise.Measurement:

@@ -20,7 +20,7 @@ from hpc_lbsgd.parallel.agree import agree, together
 from hpc_lbsgd.recipe import Decision, Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train import checkpoint, crosscheck, decide, verdict
+from hpc_lbsgd.train import alike, checkpoint, crosscheck, decide, verdict
 from hpc_lbsgd.train.evaluate import evaluate
 from hpc_lbsgd.train.interval import Interval
 from hpc_lbsgd.train.journal import Journal
@@ -29,6 +29,7 @@ from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.parts import build, recompute
 from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, stage_folder
 from hpc_lbsgd.train.replica import weights_sha256
+from hpc_lbsgd.train.slow import SlowRanks
 from hpc_lbsgd.train.step import Outcome, Passes, Stepper
 from hpc_lbsgd.train.stops import Stops
 from hpc_lbsgd.train.watchdog import LONG, Watchdog
@@ -53,6 +54,7 @@ class Trainer:
         self.journal = Journal(self.folder)
         self._open_sets()
         data = data_fingerprint(self.train_set, self.eval_set)
+        self._refuse_other_data(data)
         fresh = checkpoint.State(0, self.written.fingerprint(), data, rules=checkpoint.RULES)
         self.state = checkpoint.State(**found.state) if found.state else fresh
         self._schedule_from_decisions()
@@ -92,6 +94,12 @@ class Trainer:
         if folder:
             self._stage(folder)
 
+    def _refuse_other_data(self, data: str) -> None:
+        """A set may lie on each node's own disk, and be an older copy there."""
+        found = self.engine.gather((socket.gethostname(), data))
+        alike.refuse_other([{"data": digest} for _, digest in found], [host for host, _ in found],
+                           "; copy the data there again")  # fmt: skip
+
     def _stage(self, folder: str) -> None:
         """Read packed sets from node-local copies: the first rank of each node makes them, the others wait."""
         first = worlds.from_environment().local_rank == 0
@@ -127,6 +135,7 @@ class Trainer:
         self.replica.synchronise()
         ranks = self.engine.gather(environment_facts(self.device))
         self.hosts, self.devices = [r["host"] for r in ranks], [r["device"] for r in ranks]
+        self.slow = SlowRanks(self.hosts)
         if self.lead:
             if parts.facts and not begun:
                 self.folder.write_preflight(parts.facts)
@@ -203,6 +212,8 @@ class Trainer:
             if scale:
                 more = {"noise_scale": scale.value, "noise_scale_low": scale.low, "noise_scale_high": scale.high}
         self.journal.step(point, outcome, seconds, **more)
+        for event, facts in self.slow.step(outcome.own_s, point.global_batch / self.engine.size):
+            self.journal.event(event, step=point.step, **facts)
         if outcome.flushed and outcome.flushed > max(verdict.FLUSHED_WARN, 2 * self.flushed_said):
             self._say_lost(point, outcome.flushed)
 

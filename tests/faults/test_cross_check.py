@@ -76,7 +76,7 @@ def test_digests_survive_a_float_sum():
     for value in (0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF0):
         halves = crosscheck.halves(torch.tensor(value))
         assert (halves + 0.0 == halves).all()
-        assert crosscheck.whole(*halves.tolist()) == value % 2**64
+        assert crosscheck.whole(*halves.tolist()) == crosscheck.number(torch.tensor(value)) == value % 2**64
 
 
 def test_every_worker_has_its_turn_on_another_host():

@@ -1,0 +1,74 @@
+"""Ranks that are slower than the others. A sum over ranks hides who they are: all wait for the last one.
+
+Each rank's own time a sample (its wait for data, forward and backward; not its wait for others) travels beside the sums
+in a slot of its own, where adding zeros changes nothing. Times decide nothing about a run, they are only told.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from statistics import median, median_low
+
+import torch
+
+WINDOW = 10  # steps; a rank's time is the median over them, so that one hiccup is none
+SLOW, OVER = 2.0, 1.5  # times the median rank: from where it is said, below which it has ended
+WORTH_S = 0.01  # a step; what is lost by less than this is noise
+
+
+class OwnTime:
+    """Seconds of one step up to this rank's own last kernel. On GPUs they are read once the device has come there."""
+
+    def __init__(self, device: torch.device):
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
+        self._times = [0.0, 0.0]
+
+    def begin(self) -> None:
+        self._mark(0)
+
+    def end(self) -> None:
+        self._mark(1)
+
+    def _mark(self, which: int) -> None:
+        if self._events:
+            self._events[which].record()
+        else:
+            self._times[which] = time.perf_counter()
+
+    def seconds(self) -> float:
+        """After the step's sums were read: the device is at rest."""
+        if self._events:
+            return self._events[0].elapsed_time(self._events[1]) / 1000
+        return self._times[1] - self._times[0]
+
+
+class SlowRanks:
+    """Says once that a rank became slow, and once that it no longer is. Pure."""
+
+    def __init__(self, hosts: Sequence[str]):
+        self.hosts = hosts
+        self.recent: list[deque[float]] = [deque(maxlen=WINDOW) for _ in hosts]
+        self.slow: set[int] = set()
+
+    def step(self, own_s: Sequence[float], samples: float) -> Iterator[tuple[str, dict]]:
+        """(event, its fields) of what changed with this step. own_s: seconds a sample by rank, 0: it had none.
+        samples: of a rank in a step, about."""
+        for found, seconds in zip(self.recent, own_s, strict=True):
+            if seconds > 0:
+                found.append(seconds)
+        known = {rank: median(found) for rank, found in enumerate(self.recent) if len(found) == WINDOW}
+        if len(known) < 2:
+            return
+        typical = median_low(known.values())
+        for rank, seconds in known.items():
+            facts = {"rank": rank, "host": self.hosts[rank], "times": round(seconds / typical, 1)}
+            facts |= {"own_s": round(seconds * samples, 4), "median_s": round(typical * samples, 4)}
+            worth = (seconds - typical) * samples > WORTH_S
+            if rank not in self.slow and seconds > SLOW * typical and worth:
+                self.slow.add(rank)
+                yield "slow", facts
+            elif rank in self.slow and (seconds < OVER * typical or not worth):
+                self.slow.remove(rank)
+                yield "slow-ended", facts

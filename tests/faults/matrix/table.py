@@ -1,0 +1,9 @@
+"""All rows, in the order in which they run: the cheap ones first."""
+
+import bits
+import deaths
+import fuzz
+import unlike
+import wrong
+
+ROWS = [*bits.ROWS, *deaths.ROWS, *wrong.ROWS, *unlike.ROWS, *fuzz.ROWS]
