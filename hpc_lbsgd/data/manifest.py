@@ -177,6 +177,7 @@ class Manifest:
     def check_files(self) -> None:
         """Refuse a manifest whose files are gone or have another size. Looks at all shards, or all files up to
         100,000, else at that many chosen at random; content is `data verify`'s matter."""
+        self.check_labels()
         self.check_content()
         if self.shards:
             expected = [(str(self.root / s["name"]), s["bytes"]) for s in self.shards]
@@ -185,7 +186,6 @@ class Manifest:
             if len(self) > FILES_CHECKED_AT_START:
                 chosen = random.Random(0).sample(chosen, FILES_CHECKED_AT_START)
             expected = ((self.file(i), int(self.sizes[i])) for i in chosen)
-        self.check_labels()
         problems = []
         for path, size in expected:
             try:

@@ -188,8 +188,8 @@ def verify(path: str | os.PathLike, processes: int | None = None) -> Verified:
         count, m = len(paths), None
     else:
         m = Manifest(manifests.find(path))
-        m.check_content(at_any_size=True)
         m.check_labels(all_of_them=True)
+        m.check_content(at_any_size=True)
         root, count = m.path.parent, len(m)
         work = [(look_at_samples, str(m.path), range(i, min(i + CHUNK, count))) for i in range(0, count, CHUNK)]
     seen = [one for some in in_order(work, count, f"verifying {path}", processes) for one in some]

@@ -182,7 +182,8 @@ class Stepper:
         handle = self.engine.start_sum(control, "control")  # after all buckets: some engines match sums by order
         before = time.perf_counter()
         self.mark("data", point.step)
-        self._ahead = next(self.batches, None)  # while the sums are under way, and a GPU has backward left to do
+        if self._ahead is None:  # a step without work of this rank has left it
+            self._ahead = next(self.batches, None)  # while the sums are under way, and a GPU has backward left to do
         ahead_s = time.perf_counter() - before
         data_wait_s += ahead_s
         self.mark("sum", point.step)
