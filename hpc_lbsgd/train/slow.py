@@ -14,6 +14,8 @@ from statistics import median, median_low
 import torch
 
 WINDOW = 10  # steps; a rank's time is the median over them, so that one hiccup is none
+HELD = 8  # steps that it must last before it is told: with the window, within 20 steps
+QUIET = 100  # steps after an end in which the same rank is not told anew: who reads it knows by then
 SLOW, OVER = 2.0, 1.5  # times the median rank: from where it is said, below which it has ended
 WORTH_S = 0.01  # a step; what is lost by less than this is noise
 
@@ -51,6 +53,8 @@ class SlowRanks:
         self.hosts = hosts
         self.recent: list[deque[float]] = [deque(maxlen=WINDOW) for _ in hosts]
         self.slow: set[int] = set()
+        self._held = [0] * len(hosts)  # steps for which a rank's change has lasted
+        self._quiet = [0] * len(hosts)  # steps in which nothing is told of it
 
     def step(self, own_s: Sequence[float], samples: float) -> Iterator[tuple[str, dict]]:
         """(event, its fields) of what changed with this step. own_s: seconds a sample by rank, 0: it had none.
@@ -66,9 +70,16 @@ class SlowRanks:
             facts = {"rank": rank, "host": self.hosts[rank], "times": round(seconds / typical, 1)}
             facts |= {"own_s": round(seconds * samples, 4), "median_s": round(typical * samples, 4)}
             worth = (seconds - typical) * samples > WORTH_S
-            if rank not in self.slow and seconds > SLOW * typical and worth:
-                self.slow.add(rank)
-                yield "slow", facts
-            elif rank in self.slow and (seconds < OVER * typical or not worth):
+            is_slow = rank in self.slow
+            changes = (seconds < OVER * typical or not worth) if is_slow else (seconds > SLOW * typical and worth)
+            self._quiet[rank] = max(self._quiet[rank] - 1, 0)
+            self._held[rank] = self._held[rank] + 1 if changes and not self._quiet[rank] else 0
+            if self._held[rank] < HELD:
+                continue
+            self._held[rank] = 0
+            if is_slow:
                 self.slow.remove(rank)
-                yield "slow-ended", facts
+                self._quiet[rank] = QUIET
+            else:
+                self.slow.add(rank)
+            yield "slow-ended" if is_slow else "slow", facts

@@ -5,6 +5,5 @@
 
 core.py runs rows and writes a JSON line an injection; page.py makes docs/results/faults.md of them. hurt.py is the
 injector (`fail_at`), a module such as a user's; forked.py starts ranks without paying for imports. The rows:
-bits.py, writes.py, owners.py in process; deaths.py, wrong.py, signals.py, unlike.py, slow.py with real ranks; fuzz.py;
-soak.py.
+bits.py in process; deaths.py, wrong.py, unlike.py with real ranks; fuzz.py.
 """
