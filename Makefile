@@ -92,5 +92,5 @@ docs: setup  ## the manual as a site in site/; warnings are errors
 module:  ## modulefiles for this environment in PREFIX [PREREQ="gcc/12 openmpi/4.1"] [CONFLICT=...]
 	@$(PYTHON) tools/make_module.py --environment "$(VENV)" --prereq "$(PREREQ)" --conflict "$(CONFLICT)" "$(PREFIX)"
 
-clean:  ## remove .venv, runs, data and site
-	rm -rf $(VENV) runs data site
+clean:  ## remove .venv and site; runs and data stay
+	rm -rf $(VENV) site
