@@ -13,16 +13,16 @@ class Second:
 
     rank, size = 1, 2
 
-    def __init__(self, engine):
-        self.engine = engine
+    def __init__(self, real):
+        self.real = real
 
     def __getattr__(self, name):
-        return getattr(self.engine, name)
+        return getattr(self.real, name)
 
     def start_sum(self, tensor, name, *more, **named):
         if name == "control":
             tensor[step.COUNT] += 8
-        return self.engine.start_sum(tensor, name, *more, **named)
+        return self.real.start_sum(tensor, name, *more, **named)
 
 
 @pytest.mark.parametrize("idle", [1, 2])
