@@ -297,6 +297,7 @@ class Trainer:
             self.replica.optimizer.skipped = len(skipped)
             self.journal.event("skipped", **facts)
             return
+        self.watchdog.enter("checkpoint", point.step)  # the write under way may take long, and so may reading it
         self.writer.join()
         newest = checkpoint.find_newest(self.folder) if self.lead else None  # it reads all files; rank 0 speaks
         good = f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written yet"
