@@ -120,7 +120,7 @@ class Trainer:
     def _prepare(self) -> None:
         timeout_s = self.recipe.machine.stall_timeout_s
         self.watchdog = Watchdog(self.folder, self.engine.rank, self.engine.size, timeout_s, self._on_stall)
-        begun = agree(self.engine, self.folder.read_preflight)
+        begun = None if self.found.start_gone else agree(self.engine, self.folder.read_preflight)
         try:
             parts = build(self.recipe, self.schedule, self.train_set, self.eval_set, self.engine, self.device, begun)
             parts.refuse()
@@ -137,7 +137,7 @@ class Trainer:
         self.hosts, self.devices = [r["host"] for r in ranks], [r["device"] for r in ranks]
         self.slow = SlowRanks(self.hosts)
         if self.lead:
-            if parts.facts and not begun:
+            if parts.facts and not begun and not self.found.start_gone:
                 self.folder.write_preflight(parts.facts)
             run = (self.name, self.found, self.recipe, self.schedule, self.state, self.engine)
             self.journal.open(*run, ranks, parts, self.laps)
