@@ -79,7 +79,9 @@ class Trainer:
         except RequestError as problem:  # on one rank, perhaps, and long after the request
             self._finish_writing()
             raise RunError(str(problem)) from None
-        except Exception:
+        except Exception as problem:
+            if getattr(problem, "everywhere", False):
+                self.watchdog.stop()  # ranks leave one by one, and the first is not one that died
             self._finish_writing()
             raise
 
@@ -298,11 +300,15 @@ class Trainer:
             self.journal.event("skipped", **facts)
             return
         self.watchdog.enter("checkpoint", point.step)  # the write under way may take long, and so may reading it
-        self.writer.join()
-        newest = checkpoint.find_newest(self.folder) if self.lead else None  # it reads all files; rank 0 speaks
-        good = f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written yet"
+        good = agree(self.engine, self._last_good)  # a rank that left meanwhile would be one that died
         self.journal.event("non-finite", **facts)
         self._give_up(verdict.bad_step(self.recipe, point, outcome, skipped, self.hosts, good))
+
+    def _last_good(self) -> str:
+        """About the newest checkpoint, for people; on rank 0."""
+        self.writer.join()
+        newest = checkpoint.find_newest(self.folder)
+        return f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written yet"
 
     def _say_lost(self, point: Point, flushed: float) -> None:
         """Gradients below what the wire can hold are lost, and nothing else shows it."""
@@ -330,7 +336,6 @@ class Trainer:
     def _give_up(self, message: str) -> None:
         """End the run; every rank does, with the same message."""
         self.journal.sync()
-        self.watchdog.stop()
         raise RunError(message, everywhere=True)
 
     def _on_stall(self, message: str, speaks: bool) -> None:

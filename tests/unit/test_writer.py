@@ -110,6 +110,7 @@ def test_a_bad_step_waits_for_the_write_as_for_a_checkpoint(tmp_path):
     phases, told = [], []
     trainer = Trainer.__new__(Trainer)
     trainer.recipe, trainer.state, trainer.hosts, trainer.lead = recipes.Recipe(), state(5), ["here"], True
+    trainer.engine = SimpleNamespace(rank=0, size=1, share=lambda verdict: verdict)
     trainer.folder, trainer.journal = RunFolder(tmp_path), SimpleNamespace(event=lambda *_, **__: None)
     trainer.watchdog = SimpleNamespace(enter=lambda phase, _: phases.append(phase))
     trainer.writer = SimpleNamespace(join=lambda: phases.append("joined"))
@@ -117,6 +118,25 @@ def test_a_bad_step_waits_for_the_write_as_for_a_checkpoint(tmp_path):
     bad = SimpleNamespace(bad_ranks=1, bad_rank=0)
     trainer._pass_over(Point(5, 0, 5, 0.1, 0.9, workers=1, samples_per_worker=8, first=0, count=8), bad)
     assert phases == ["checkpoint", "joined"] and "no checkpoint was written yet" in told[0]
+
+
+def test_ranks_that_all_leave_do_not_watch_one_another_while_one_waits_for_its_write():
+    seen = []
+    trainer = Trainer.__new__(Trainer)
+    trainer.state = state(5)
+    trainer.watchdog = SimpleNamespace(stop=lambda: seen.append("stopped"), enter=lambda phase, _: seen.append(phase))
+    trainer.writer = SimpleNamespace(wait=lambda: seen.append("waited"))
+    trainer._prepare = lambda: None
+    for everywhere, expected in ((True, ["stopped", "checkpoint", "waited"]), (False, ["checkpoint", "waited"])):
+        seen.clear()
+
+        def fail(everywhere=everywhere):
+            raise RunError("odd", everywhere=everywhere)
+
+        trainer._train = fail
+        with pytest.raises(RunError, match="odd"):
+            trainer.run()
+        assert seen == expected
 
 
 def test_a_reader_finds_the_newest_of_a_run_that_goes_on(tmp_path, monkeypatch):
