@@ -49,7 +49,7 @@ class Model(Section):
     """dropout before the classifier"""
     init_from: str | None = None
     """weights to start from: a run folder, or a state dict (.pt, .pth, .safetensors); a classifier of another number of
-    classes starts anew. Compared by content at a resume (preflight), not part of the fingerprint"""
+    classes starts anew. Compared by content at a resume (preflight) while it is there, not part of the fingerprint"""
 
 
 class Data(Section):

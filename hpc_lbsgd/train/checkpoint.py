@@ -219,13 +219,15 @@ def sweep(folder: RunFolder) -> None:
 
 def find_newest(folder: RunFolder) -> tuple[Path, State, list[str]] | None:
     """The newest checkpoint whose files are whole, and a sentence for each newer one that is not."""
-    problems = []
-    for step in reversed(steps_there(folder.checkpoints)):
+    problems, there = [], steps_there(folder.checkpoints)
+    for step in reversed(there):
         path = folder.checkpoints / name_of(step)
         try:
             return path, read_whole(path), problems
         except (OSError, ValueError) as problem:
             problems.append(f"{path}: {problem}")
+    if there != steps_there(folder.checkpoints):  # of a run that goes on: those that were there are pruned by now
+        return find_newest(folder)
     if problems:
         raise RequestError(
             f"no usable checkpoint in {folder.checkpoints}:\n  "

@@ -47,6 +47,7 @@ class Prepared(NamedTuple):
     notes: list[str]
     amendments: list[list]  # [step, {key: value}]
     amended: bool  # this start brought one
+    start_gone: bool  # the file of model.init_from, which a checkpoint makes needless
 
 
 def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = None) -> Prepared:
@@ -79,6 +80,10 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = 
                 f"data.train = {recipe.data.train}: not the data that {folder.path} was trained on; "
                 "resume with the same data, or start a new run"
             )
+    start_gone = bool(state and recipe.model.init_from and not Path(recipe.model.init_from).exists())
+    if start_gone:
+        what = "gone; the checkpoint has all, but that this start computes what the first one did is not checked"
+        notes.append(f"model.init_from = {recipe.model.init_from}: {what}")
     step = state.step if state else 0
     amendments = amends.checked(folder.read_amendments(), str(folder.amendments)) if folder.exists() else []
     before = amendments
@@ -102,6 +107,8 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = 
             folder.write_amendments(amendments)
     except OSError as problem:
         raise RequestError(f"--run {folder.path}: cannot be written: {problem.strerror or problem}") from None
+    if start_gone:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"init_from": None})})
     return Prepared(
         str(folder.path),
         recipe.model_dump(mode="json"),
@@ -113,6 +120,7 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = 
         notes,
         amendments,
         amendments != before,
+        start_gone,
     )
 
 

@@ -121,6 +121,11 @@ class Stepper:
         batch, self._ahead = self._ahead, None
         return next(self.batches) if batch is None else batch
 
+    def _fetch(self) -> None:
+        """The next pass's batch; a step without samples on this rank leaves the one that is there."""
+        if self._ahead is None:
+            self._ahead = next(self.batches, None)
+
     def run(self, point: Point, previous_lr: float = 0.0, stop: bool = False, checkpoint: bool = False) -> Outcome:
         """One step. The weights change only if every rank's loss and gradients are finite.
 
@@ -182,8 +187,7 @@ class Stepper:
         handle = self.engine.start_sum(control, "control")  # after all buckets: some engines match sums by order
         before = time.perf_counter()
         self.mark("data", point.step)
-        if self._ahead is None:  # a step without work of this rank has left it
-            self._ahead = next(self.batches, None)  # while the sums are under way, and a GPU has backward left to do
+        self._fetch()  # while the sums are under way, and a GPU has backward left to do
         ahead_s = time.perf_counter() - before
         data_wait_s += ahead_s
         self.mark("sum", point.step)

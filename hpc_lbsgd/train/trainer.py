@@ -79,7 +79,9 @@ class Trainer:
         except RequestError as problem:  # on one rank, perhaps, and long after the request
             self._finish_writing()
             raise RunError(str(problem)) from None
-        except Exception:
+        except Exception as problem:
+            if getattr(problem, "everywhere", False):
+                self.watchdog.stop()  # ranks leave one by one, and the first is not one that died
             self._finish_writing()
             raise
 
@@ -120,7 +122,7 @@ class Trainer:
     def _prepare(self) -> None:
         timeout_s = self.recipe.machine.stall_timeout_s
         self.watchdog = Watchdog(self.folder, self.engine.rank, self.engine.size, timeout_s, self._on_stall)
-        begun = agree(self.engine, self.folder.read_preflight)
+        begun = None if self.found.start_gone else agree(self.engine, self.folder.read_preflight)
         try:
             parts = build(self.recipe, self.schedule, self.train_set, self.eval_set, self.engine, self.device, begun)
             parts.refuse()
@@ -137,7 +139,7 @@ class Trainer:
         self.hosts, self.devices = [r["host"] for r in ranks], [r["device"] for r in ranks]
         self.slow = SlowRanks(self.hosts)
         if self.lead:
-            if parts.facts and not begun:
+            if parts.facts and not begun and not self.found.start_gone:
                 self.folder.write_preflight(parts.facts)
             run = (self.name, self.found, self.recipe, self.schedule, self.state, self.engine)
             self.journal.open(*run, ranks, parts, self.laps)
@@ -297,11 +299,16 @@ class Trainer:
             self.replica.optimizer.skipped = len(skipped)
             self.journal.event("skipped", **facts)
             return
-        self.writer.join()
-        newest = checkpoint.find_newest(self.folder) if self.lead else None  # it reads all files; rank 0 speaks
-        good = f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written yet"
+        self.watchdog.enter("checkpoint", point.step)  # the write under way may take long, and so may reading it
+        good = agree(self.engine, self._last_good)  # a rank that left meanwhile would be one that died
         self.journal.event("non-finite", **facts)
         self._give_up(verdict.bad_step(self.recipe, point, outcome, skipped, self.hosts, good))
+
+    def _last_good(self) -> str:
+        """About the newest checkpoint, for people; on rank 0."""
+        self.writer.join()
+        newest = checkpoint.find_newest(self.folder)
+        return f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written yet"
 
     def _say_lost(self, point: Point, flushed: float) -> None:
         """Gradients below what the wire can hold are lost, and nothing else shows it."""
@@ -329,7 +336,6 @@ class Trainer:
     def _give_up(self, message: str) -> None:
         """End the run; every rank does, with the same message."""
         self.journal.sync()
-        self.watchdog.stop()
         raise RunError(message, everywhere=True)
 
     def _on_stall(self, message: str, speaks: bool) -> None:

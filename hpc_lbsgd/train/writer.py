@@ -39,7 +39,7 @@ class Writer:
         self._memory = HostCopy()
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
-        self._problem: Exception | None = None
+        self._problem: RunError | None = None
 
     @property
     def busy(self) -> bool:
@@ -86,7 +86,7 @@ class Writer:
             self._saved = Saved(snapshot.state.step, time.perf_counter() - started, size)
         except RunError as problem:
             self._problem = problem
-        except Exception as problem:  # a thread's exception reaches nobody by itself
+        except BaseException as problem:  # a thread's exception reaches nobody by itself
             self._problem = RunError(
                 f"checkpoint at step {snapshot.state.step} not written: {type(problem).__name__}: {problem}. The older "
                 f"ones are untouched in {self.folder.checkpoints}; start again with --resume"

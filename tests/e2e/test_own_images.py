@@ -120,6 +120,10 @@ def test_a_run_starts_from_another_s_weights(told, monkeypatch):
         if name.endswith("weight") and name != "fc.weight":
             assert torch.allclose(old[name], new[name], atol=1e-6), name
     found = compare("runs/photos", "tuned")
+    Path("runs").rename("elsewhere")  # a resume has all in its checkpoint
+    more = command("train", "two.yaml", "--run", "tuned", "--resume", *few, cwd=here)
+    Path("elsewhere").rename("runs")
+    assert more.returncode == 0 and "weights.pt: gone" in more.stderr, more.stderr
     assert found["recipe"]["train.max_steps"] == [None, 1] and found["first_difference"]["step"] == 0
 
 

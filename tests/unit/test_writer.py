@@ -1,18 +1,22 @@
 """Checkpoints behind the steps: what is written is the step's own, and a write that fails or hangs is said."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_save_boundaries import replica
 
+from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.sections import Checkpoint
 from hpc_lbsgd.theory.interval import checkpoint_interval_s, job_mtbf_s
+from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import checkpoint
 from hpc_lbsgd.train.interval import Interval
 from hpc_lbsgd.train.snapshot import HostCopy
+from hpc_lbsgd.train.trainer import Trainer
 from hpc_lbsgd.train.writer import Writer
 
 
@@ -70,7 +74,7 @@ def test_the_next_save_waits_for_the_one_under_way(tmp_path, disk):
     assert sorted(map(str, events)) == ["1", "records", "records"]
 
 
-@pytest.mark.parametrize("problem", [OSError(28, "No space left on device"), ValueError("odd")])
+@pytest.mark.parametrize("problem", [OSError(28, "No space left on device"), ValueError("odd"), SystemExit("odd")])
 @pytest.mark.parametrize("ask", ["wait", "ended", "save"])
 def test_a_write_that_fails_is_said_once(tmp_path, monkeypatch, problem, ask):
     def fail(*_):
@@ -99,6 +103,55 @@ def test_a_write_that_hangs_is_named(tmp_path, disk):
     disk.set()
     writer.wait()
     assert len(said) == 1
+
+
+def test_a_bad_step_waits_for_the_write_as_for_a_checkpoint(tmp_path):
+    """It may take longer than any step: another phase's limit would end the job as one that stalled."""
+    phases, told = [], []
+    trainer = Trainer.__new__(Trainer)
+    trainer.recipe, trainer.state, trainer.hosts, trainer.lead = recipes.Recipe(), state(5), ["here"], True
+    trainer.engine = SimpleNamespace(rank=0, size=1, share=lambda verdict: verdict)
+    trainer.folder, trainer.journal = RunFolder(tmp_path), SimpleNamespace(event=lambda *_, **__: None)
+    trainer.watchdog = SimpleNamespace(enter=lambda phase, _: phases.append(phase))
+    trainer.writer = SimpleNamespace(join=lambda: phases.append("joined"))
+    trainer._give_up = told.append
+    bad = SimpleNamespace(bad_ranks=1, bad_rank=0)
+    trainer._pass_over(Point(5, 0, 5, 0.1, 0.9, workers=1, samples_per_worker=8, first=0, count=8), bad)
+    assert phases == ["checkpoint", "joined"] and "no checkpoint was written yet" in told[0]
+
+
+def test_ranks_that_all_leave_do_not_watch_one_another_while_one_waits_for_its_write():
+    seen = []
+    trainer = Trainer.__new__(Trainer)
+    trainer.state = state(5)
+    trainer.watchdog = SimpleNamespace(stop=lambda: seen.append("stopped"), enter=lambda phase, _: seen.append(phase))
+    trainer.writer = SimpleNamespace(wait=lambda: seen.append("waited"))
+    trainer._prepare = lambda: None
+    for everywhere, expected in ((True, ["stopped", "checkpoint", "waited"]), (False, ["checkpoint", "waited"])):
+        seen.clear()
+
+        def fail(everywhere=everywhere):
+            raise RunError("odd", everywhere=everywhere)
+
+        trainer._train = fail
+        with pytest.raises(RunError, match="odd"):
+            trainer.run()
+        assert seen == expected
+
+
+def test_a_reader_finds_the_newest_of_a_run_that_goes_on(tmp_path, monkeypatch):
+    """Those that it listed are pruned while it reads them."""
+    folder, read_whole = RunFolder(tmp_path), checkpoint.read_whole
+    checkpoint.save(folder, replica(1), state(1), 1)
+
+    def read(path):
+        if path.name == checkpoint.name_of(1):
+            checkpoint.save(folder, replica(2), state(2), 1)
+        return read_whole(path)
+
+    monkeypatch.setattr(checkpoint, "read_whole", read)
+    path, found, problems = checkpoint.find_newest(folder)
+    assert (path.name, found.step, problems) == (checkpoint.name_of(2), 2, [])
 
 
 def test_memory_is_used_again_and_keeps_the_layout():
