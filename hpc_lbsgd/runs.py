@@ -23,7 +23,8 @@ RESUME_IF_EXISTS = "--resume-if-exists"  # it may be there: for the first start 
 def name_of(recipe: str) -> str:
     """What a recipe is called, by its file's name; that of a run folder is called as the folder."""
     path = Path(recipe)
-    return path.resolve().parent.name if path.name == "recipe.yaml" else path.stem
+    of_run = path.name == "recipe.yaml" and RunFolder(path.parent).metrics.exists()
+    return path.resolve().parent.name if of_run else path.stem
 
 
 def as_word(path: str | Path) -> str:
