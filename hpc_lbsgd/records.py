@@ -228,19 +228,21 @@ def read_metrics(path: Path) -> Iterator[dict]:
     try:
         with open(path, "rb") as f:
             for line in f:
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if is_record(record):
+                record = record_of(line)
+                if record is not None:
                     yield record
     except FileNotFoundError:
         return
 
 
-def is_record(record: object) -> bool:
-    """It has a kind, and a step that counts (`start` of old runs had none)."""
-    return isinstance(record, dict) and isinstance(record.get("kind"), str) and type(record.get("step", 0)) is int
+def record_of(line: bytes) -> dict | None:
+    """A line's record: it has a kind, and a step that counts (`start` of old runs had none)."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(record, dict) and isinstance(record.get("kind"), str) and type(record.get("step", 0)) is int
+    return record if known else None
 
 
 def cut_metrics(folder: RunFolder, step: int) -> int:
