@@ -22,8 +22,9 @@ def colour(i: int) -> str:
 
 
 def short(name: str) -> str:
-    """What of a name fits beside a curve."""
-    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
+    """What of a name fits beside a curve. matplotlib hides names that begin with _, and takes $ for mathematics."""
+    fits = name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
+    return (" " if fits.startswith("_") else "") + fits.replace("$", r"\$")
 
 
 def mark(i: int) -> str:

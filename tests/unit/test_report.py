@@ -87,6 +87,14 @@ def test_many_steps_are_averaged_and_keep_their_mean():
     assert reading.thin([1, 2, 3], [None, float("nan"), 5.0]) == ([3.0], [5.0])
 
 
+@pytest.mark.parametrize("name", ["_hidden", r"$\foo$", "$x^2$", "a$b", "<i>&amp;", "g%d{}"])
+def test_a_run_of_any_name_has_its_curve_named(tmp_path, name):
+    begin = line(0, "start", step=0, attempt=0, ranks=1)
+    runs = [reading.facts(str(make(tmp_path / n, [begin, step(1, 0), step(2, 1)]).path)) for n in (name, "other")]
+    figure = ElementTree.fromstring(next(f["svg"] for f in page.draw(runs) if f["name"] == "loss"))
+    assert name in ["".join(e.itertext()).strip() for e in figure.iter() if e.tag.endswith("text")]
+
+
 def test_a_page_of_many_steps_stays_small(tmp_path):
     noise = {"noise_scale": 50.0, "noise_scale_low": None, "noise_scale_high": 60.0}
     steps = [step(i % 3600, i, **{**noise, "noise_scale": 50.0 + i % 13}) for i in range(20_000)]
