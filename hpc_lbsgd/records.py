@@ -173,6 +173,13 @@ class RunFolder:
         except (OSError, ValueError):
             return []
 
+    def home(self) -> Path | None:
+        """The folder that the last start was made in: the recipe's relative paths are from there. None where that is
+        not known, or gone."""
+        starts = self.starts()
+        found = Path(starts[-1].get("folder") or "") if starts else Path()
+        return found if found.is_absolute() and found.is_dir() else None
+
     def add_environment(self, facts: dict) -> None:
         write_atomically(self.environment, json.dumps([*self.starts(), facts], indent=1) + "\n")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import socket
 from argparse import Namespace
 from pathlib import Path
@@ -49,4 +51,10 @@ def resume(
     (machine.*, checkpoint.*, train.max_steps)."""
     folder = RunFolder(Path(run))
     count = ranks or ranks_of(folder)
+    home = folder.home()
+    if home and home != Path.cwd():  # data and models of the recipe may be named from there
+        folder = RunFolder(folder.path.absolute())
+        os.chdir(home)
+        if dry_run:
+            print(f"cd {shlex.quote(str(home))} && ", end="")
     return launches.launch(Layout(count, None, None, oversubscribe), job_of(folder, settings, amend, as_json), dry_run)
