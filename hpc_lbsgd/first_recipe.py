@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +60,8 @@ def init(folder: Path, out: Path | None, small: bool, exclude: bool, processes: 
     out = out or Path(f"{folder.resolve().name.removesuffix('.tar')}.yaml")
     if out.exists():
         raise RequestError(f"{out}: is there already; name another file with --out")
+    if not os.access(out.parent, os.W_OK):  # before all images are decoded
+        raise RequestError(f"{out}: no such folder, or nothing can be written to it; name another file with --out")
     facts = examine(*parts_of(folder, exclude, processes))
     write_atomically(out, text(folder, out, facts, small))
     return out
@@ -88,6 +92,12 @@ def indexed(path: Path, exclude: bool, processes: int | None, classes: list[str]
     if path.is_dir() and (path / FILE_NAME).exists():
         found = Manifest(path / FILE_NAME)
         found.check_files()
+        made = datetime.fromtimestamp(found.path.stat().st_mtime)
+        print(
+            f"{found.path}: the {len(found):,} images as they were listed on {made:%Y-%m-%d %H:%M}; where some came "
+            "since, remove it and start again",
+            file=sys.stderr,
+        )
     else:
         make = archive.index if archive.is_archive(path) else tree.index
         found = make(path, None, processes, None, classes, exclude)

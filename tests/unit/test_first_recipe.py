@@ -140,3 +140,15 @@ def test_any_name_of_a_folder_is_read_back(tmp_path, monkeypatch, name):
     assert Manifest(made.data.train).root == tmp_path / name and made == recipe.validate(yaml.safe_load(made.to_yaml()))
     pasted = first_recipe.show(out).split("next:")[1].strip()
     assert shlex.split(pasted)[:3] == ["hpc-lbsgd", "plan", str(out)]
+
+
+def test_init_says_before_it_decodes_where_it_cannot_write_and_that_a_list_is_an_old_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "photos", 16, 16, classes=2)
+    with pytest.raises(RequestError, match="no such folder"):
+        first_recipe.init(tmp_path / "photos", tmp_path / "none" / "r.yaml", False, False, 1)
+    assert not list(tmp_path.rglob("*.arrow"))
+    first_recipe.init(tmp_path / "photos", None, False, False, 1)
+    assert "as they were listed" not in capsys.readouterr().err
+    first_recipe.init(tmp_path / "photos", tmp_path / "r.yaml", False, False, 1)
+    assert "the 16 images as they were listed" in capsys.readouterr().err
