@@ -169,9 +169,11 @@ class RunFolder:
     def starts(self) -> list[dict]:
         """What each start ran on that came as far as its first step."""
         try:
-            return json.loads(self.environment.read_text())
+            found = json.loads(self.environment.read_text())
         except (OSError, ValueError):
             return []
+        known = isinstance(found, list) and all(isinstance(s, dict) for s in found)
+        return found if known else []
 
     def home(self) -> Path | None:
         """The folder that the last start was made in: the recipe's relative paths are from there. None where that is

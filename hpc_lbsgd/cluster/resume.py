@@ -21,7 +21,8 @@ def ranks_of(folder: RunFolder) -> int:
     if not folder.exists():
         raise RequestError(f"{folder.path}: no run (no recipe.yaml in it)")
     starts = folder.starts()
-    ranks = starts[-1]["ranks"] if starts else [{"host": socket.gethostname()}]
+    ranks = starts[-1].get("ranks") if starts else None
+    ranks = ranks or [{"host": socket.gethostname()}]  # no start came as far as its first step
     hosts = sorted({r["host"] for r in ranks})
     if len(hosts) > 1:
         raise RequestError(

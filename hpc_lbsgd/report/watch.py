@@ -17,7 +17,7 @@ from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Decision
 from hpc_lbsgd.records import RunFolder, record_of
-from hpc_lbsgd.report.facts import QUIET, seconds_of
+from hpc_lbsgd.report.facts import QUIET, seconds_of, whole
 from hpc_lbsgd.train.display import duration
 
 RECENT = 50  # steps that speed and waits are averaged over
@@ -79,7 +79,7 @@ class Live:
 
     def look(self) -> None:
         """Take in what was written since."""
-        for r in self.tail():
+        for r in filter(whole, self.tail()):
             self.newest[r["kind"]] = r
             if r["kind"] == "start":
                 self.done = r["step"]

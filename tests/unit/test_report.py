@@ -10,8 +10,10 @@ import yaml
 from conftest import SMALL_RECIPE, changed, command
 
 from hpc_lbsgd import recipe
+from hpc_lbsgd.cluster.resume import ranks_of
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.report import compare as comparing
 from hpc_lbsgd.report import facts as reading
 from hpc_lbsgd.report import page
 from hpc_lbsgd.report.watch import Live, Tail, lines, sparkline
@@ -214,3 +216,18 @@ def test_a_view_of_a_run_that_went_back_starts_again(tmp_path):
     live.look()
     assert live.facts()["step"] == 13 and live.facts()["best_accuracy"] is None
     assert live.decisions == [[2, 20, 0.2]] and len(live.recent) == 13
+
+
+@pytest.mark.parametrize("environment", ['{"a": 1}', "[1]", "[{}]", "["])
+def test_what_is_not_whole_is_left_out(run, environment):
+    """Records of other versions and damaged files: a page and a view tell the rest."""
+    run.environment.write_text(environment)
+    with run.metrics.open("a") as file:
+        for kind in ("start", "step", "eval", "event", "checkpoint", "end"):
+            file.write(json.dumps({"kind": kind, "step": 3}) + "\n" + json.dumps({"kind": kind}) + "\n")
+    assert page.report([str(run.path)]).exists() and reading.facts(str(run.path)).accuracy == 0.75
+    live = Live(run)
+    live.look()
+    assert live.facts()["step"] == 6 and lines(live.facts(), [], 80)
+    assert comparing.compare(str(run.path), str(run.path))["first_difference"] is None
+    assert ranks_of(run) == 1
