@@ -1,6 +1,7 @@
 """`predict`, `evaluate`, `export`: what they see of data and of a run's model."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hpc_lbsgd.data.source import Request, Source
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.train import start
+from hpc_lbsgd.trained import opened
 from hpc_lbsgd.trained.export import export
 from hpc_lbsgd.trained.opened import Trained
 from hpc_lbsgd.trained.predict import window_of
@@ -107,3 +109,11 @@ def test_a_part_called_module_is_the_model_s_own(tmp_path):
     torch.save({"other." + k: v for k, v in nn.Linear(2, 3, bias=False).state_dict().items()}, tmp_path / "w.pt")
     with pytest.raises(RequestError, match=r"unknown other\.weight"):
         start.load_into(new, str(tmp_path / "w.pt"))
+
+
+def test_an_older_checkpoint_is_taken_with_a_word(tmp_path, monkeypatch, capsys):
+    state = SimpleNamespace(step=6, best_step=None)
+    monkeypatch.setattr(opened.checkpoint, "find_newest", lambda folder: (tmp_path, state, ["step-8: torn"]))
+    assert opened.find_checkpoint(RunFolder(tmp_path), "newest") == (tmp_path, state)
+    said = capsys.readouterr()
+    assert "step-8: torn" in said.err and str(tmp_path) in said.err and said.out == ""
