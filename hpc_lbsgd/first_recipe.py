@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import shlex
+import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import yaml
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data import archive, tree
@@ -57,6 +60,8 @@ def init(folder: Path, out: Path | None, small: bool, exclude: bool, processes: 
     out = out or Path(f"{folder.resolve().name.removesuffix('.tar')}.yaml")
     if out.exists():
         raise RequestError(f"{out}: is there already; name another file with --out")
+    if not os.access(out.parent, os.W_OK):  # before all images are decoded
+        raise RequestError(f"{out}: no such folder, or nothing can be written to it; name another file with --out")
     facts = examine(*parts_of(folder, exclude, processes))
     write_atomically(out, text(folder, out, facts, small))
     return out
@@ -87,6 +92,12 @@ def indexed(path: Path, exclude: bool, processes: int | None, classes: list[str]
     if path.is_dir() and (path / FILE_NAME).exists():
         found = Manifest(path / FILE_NAME)
         found.check_files()
+        made = datetime.fromtimestamp(found.path.stat().st_mtime)
+        print(
+            f"{found.path}: the {len(found):,} images as they were listed on {made:%Y-%m-%d %H:%M}; where some came "
+            "since, remove it and start again",
+            file=sys.stderr,
+        )
     else:
         make = archive.index if archive.is_archive(path) else tree.index
         found = make(path, None, processes, None, classes, exclude)
@@ -178,7 +189,7 @@ def choose(facts: Facts, small: bool) -> Choice:
 
 def text(folder: Path, out: Path, facts: Facts, small: bool) -> str:
     """The recipe's file."""
-    c = choose(facts, small)
+    c, word = choose(facts, small), shlex.quote(str(out))
     kn = c.n * c.k
     warmup = min(5, max(1, c.epochs // 10))
     part = "a tenth of each class, held out by `init`" if facts.held_out else "what the set brings for evaluation"
@@ -194,10 +205,10 @@ def text(folder: Path, out: Path, facts: Facts, small: bool) -> str:
     }[c.augment]
     deep = c.model == "resnet50"
     lines: Sequence[tuple[str, str] | str] = [
-        f"# {folder.resolve().name}: {facts.samples:,} images in {facts.classes} classes; written by `hpc-lbsgd init`. "
-        "Every key: docs/recipe.md",
-        f"#   hpc-lbsgd plan {out}",
-        f"#   hpc-lbsgd launch --np 2 -- train {out}       (a rank a GPU, or a core)",
+        f"# {in_a_line(folder.resolve().name)}: {facts.samples:,} images in {facts.classes} classes; written by "
+        "`hpc-lbsgd init`. Every key: docs/recipe.md",
+        f"#   {in_a_line(f'hpc-lbsgd plan {word}')}",
+        f"#   {in_a_line(f'hpc-lbsgd launch --np 2 -- train {word}')}       (a rank a GPU, or a core)",
         ("determinism: any-ranks", "the same weights, bit for bit, on any number of ranks"),
         "data:",
         (f"  train: {quoted(facts.train)}", ""),
@@ -247,15 +258,18 @@ def with_reason(line: str, reason: str) -> str:
     return f"{line:32s}  # {reason}" if reason else line
 
 
+def in_a_line(text: str) -> str:
+    """What a comment can hold: names of folders may have line ends in them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def quoted(path: Path) -> str:
     """A path as YAML has it: relative to here where it lies below."""
     found = os.path.relpath(path)
     found = str(path.resolve()) if found.startswith("..") else found
-    return (
-        found
-        if found.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum()
-        else json.dumps(found)
-    )
+    if found.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum():
+        return found
+    return yaml.safe_dump(found, default_style='"', allow_unicode=True, width=math.inf).strip()
 
 
 def show(out: Path) -> str:
@@ -265,7 +279,7 @@ def show(out: Path) -> str:
         [
             f"{out}: written; read it, each choice has its reason beside it",
             render(out.stem, outline(recipe, recipe.build_schedule(recipe.data.samples or 0), 1), recipe),
-            f"next:  hpc-lbsgd plan {out}",
-            f"       hpc-lbsgd launch --np 2 -- train {out}",
+            f"next:  hpc-lbsgd plan {shlex.quote(str(out))}",
+            f"       hpc-lbsgd launch --np 2 -- train {shlex.quote(str(out))}",
         ]
     )

@@ -169,9 +169,18 @@ class RunFolder:
     def starts(self) -> list[dict]:
         """What each start ran on that came as far as its first step."""
         try:
-            return json.loads(self.environment.read_text())
+            found = json.loads(self.environment.read_text())
         except (OSError, ValueError):
             return []
+        known = isinstance(found, list) and all(isinstance(s, dict) for s in found)
+        return found if known else []
+
+    def home(self) -> Path | None:
+        """The folder that the last start was made in: the recipe's relative paths are from there. None where that is
+        not known, or gone."""
+        starts = self.starts()
+        found = Path(starts[-1].get("folder") or "") if starts else Path()
+        return found if found.is_absolute() and found.is_dir() else None
 
     def add_environment(self, facts: dict) -> None:
         write_atomically(self.environment, json.dumps([*self.starts(), facts], indent=1) + "\n")
@@ -228,19 +237,21 @@ def read_metrics(path: Path) -> Iterator[dict]:
     try:
         with open(path, "rb") as f:
             for line in f:
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if is_record(record):
+                record = record_of(line)
+                if record is not None:
                     yield record
     except FileNotFoundError:
         return
 
 
-def is_record(record: object) -> bool:
-    """It has a kind, and a step that counts (`start` of old runs had none)."""
-    return isinstance(record, dict) and isinstance(record.get("kind"), str) and type(record.get("step", 0)) is int
+def record_of(line: bytes) -> dict | None:
+    """A line's record: it has a kind, and a step that counts (`start` of old runs had none)."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(record, dict) and isinstance(record.get("kind"), str) and type(record.get("step", 0)) is int
+    return record if known else None
 
 
 def cut_metrics(folder: RunFolder, step: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import socket
 from argparse import Namespace
 from pathlib import Path
@@ -19,7 +21,8 @@ def ranks_of(folder: RunFolder) -> int:
     if not folder.exists():
         raise RequestError(f"{folder.path}: no run (no recipe.yaml in it)")
     starts = folder.starts()
-    ranks = starts[-1]["ranks"] if starts else [{"host": socket.gethostname()}]
+    ranks = starts[-1].get("ranks") if starts else None
+    ranks = ranks or [{"host": socket.gethostname()}]  # no start came as far as its first step
     hosts = sorted({r["host"] for r in ranks})
     if len(hosts) > 1:
         raise RequestError(
@@ -49,4 +52,10 @@ def resume(
     (machine.*, checkpoint.*, train.max_steps)."""
     folder = RunFolder(Path(run))
     count = ranks or ranks_of(folder)
+    home = folder.home()
+    if home and home != Path.cwd():  # data and models of the recipe may be named from there
+        folder = RunFolder(folder.path.absolute())
+        os.chdir(home)
+        if dry_run:
+            print(f"cd {shlex.quote(str(home))} && ", end="")
     return launches.launch(Layout(count, None, None, oversubscribe), job_of(folder, settings, amend, as_json), dry_run)

@@ -88,13 +88,15 @@ def told(problem: Exception) -> str:
     return "not an image that Pillow knows" if "cannot identify image file" in str(problem) else str(problem)
 
 
-def pixels(data, channels: int) -> np.ndarray:
-    """uint8 (H, W, C) of an encoded image, not turned. Raises ValueError with what is wrong with it."""
+def pixels(data, channels: int, upright: bool = False) -> np.ndarray:
+    """uint8 (H, W, C) of an encoded image, as it is stored or turned upright. Raises ValueError with what is wrong with
+    it."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            found = np.array(as_stored(image)[0].convert("L" if channels == 1 else "RGB"))
+            stored, orientation = as_stored(image)
+            found = np.array(turned(stored, orientation if upright else 1).convert("L" if channels == 1 else "RGB"))
     except Exception as problem:  # Pillow raises many kinds
         raise ValueError(told(problem)) from None
     return found.reshape(*found.shape[:2], -1)

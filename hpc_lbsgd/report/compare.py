@@ -9,6 +9,7 @@ from pathlib import Path
 from hpc_lbsgd import yaml12
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import RunFolder, read_metrics
+from hpc_lbsgd.report.facts import whole
 
 SAME = ("loss", "lr", "momentum", "global_batch", "samples", "noise_scale", "skipped")  # of a step, in both to the bit
 FACTS = ("engine", "ranks", "device")  # of a start
@@ -24,7 +25,7 @@ def compare(a: str, b: str) -> dict:
     for folder in folders:
         if not folder.exists():
             raise RequestError(f"{folder.path}: no run (no recipe.yaml in it)")
-    records = [list(read_metrics(folder.metrics)) for folder in folders]
+    records = [list(filter(whole, read_metrics(folder.metrics))) for folder in folders]
     steps = [{r["step"]: r for r in found if r["kind"] == "step"} for found in records]
     return {
         "runs": [a, b],

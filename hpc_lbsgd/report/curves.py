@@ -22,8 +22,9 @@ def colour(i: int) -> str:
 
 
 def short(name: str) -> str:
-    """What of a name fits beside a curve."""
-    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
+    """What of a name fits beside a curve. matplotlib hides names that begin with _, and takes $ for mathematics."""
+    fits = name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
+    return (" " if fits.startswith("_") else "") + fits.replace("$", r"\$")
 
 
 def mark(i: int) -> str:
@@ -140,12 +141,11 @@ def noise(runs: Sequence[Facts], ink: str) -> Canvas | None:
             continue
         at = run.epochs(rows)
         low, high = ([r.get(f"noise_scale_{end}") or r["noise_scale"] for r in rows] for end in ("low", "high"))
-        canvas.axis.plot(at, [r["noise_scale"] for r in rows], color=colour(i), label=f"{short(run.name)}: noise scale")
-        canvas.axis.fill_between(at, low, high, color=colour(i), alpha=0.2, linewidth=0)
-        batches = [r["global_batch"] for r in run.steps]
-        canvas.axis.plot(
-            run.epochs(run.steps), batches, "--", color=colour(i), linewidth=1, label=f"{short(run.name)}: kn"
-        )
+        scale = thin(at, [r["noise_scale"] for r in rows])
+        canvas.axis.plot(*scale, color=colour(i), label=f"{short(run.name)}: noise scale")
+        canvas.axis.fill_between(*thin(at, low), thin(at, high)[1], color=colour(i), alpha=0.2, linewidth=0)
+        batches = thin(run.epochs(run.steps), [r["global_batch"] for r in run.steps])
+        canvas.axis.plot(*batches, "--", color=colour(i), linewidth=1, label=f"{short(run.name)}: kn")
     canvas.axis.set_yscale("log")
     canvas.legend()
     return canvas

@@ -99,6 +99,19 @@ class Facts:
         return [r for r in self.steps if r.get("noise_scale") is not None]
 
 
+NEEDED = {  # of a record, to be told of
+    "start": ("step", "ranks"),
+    "step": ("step", "epoch", "loss", "lr", "global_batch", "samples", "step_s", "data_wait_s", "exposed_comm_s"),
+    "eval": ("step", "epoch", "loss"),
+    "event": ("event",),
+}
+
+
+def whole(r: dict) -> bool:
+    """A record has what pages and views tell of it: those of old versions, or of a damaged file, may not."""
+    return "time" in r and all(key in r for key in NEEDED.get(r["kind"], ()))
+
+
 def seconds_of(time: str) -> float:
     return datetime.fromisoformat(time).timestamp()
 
@@ -114,7 +127,7 @@ def facts(run: str) -> Facts:
     evaluations: dict[int, dict] = {}
     before = 0.0
     nodes = {s.get("attempt"): len({r["host"] for r in s.get("ranks", [])}) for s in folder.starts()}
-    for r in read_metrics(folder.metrics):
+    for r in filter(whole, read_metrics(folder.metrics)):
         now = seconds_of(r["time"])
         if r["kind"] == "start":
             device = str(r.get("device", "?"))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hpc_lbsgd import amend
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Decision
-from hpc_lbsgd.records import RunFolder
-from hpc_lbsgd.report.facts import QUIET, seconds_of
+from hpc_lbsgd.records import RunFolder, record_of
+from hpc_lbsgd.report.facts import QUIET, seconds_of, whole
 from hpc_lbsgd.train.display import duration
 
 RECENT = 50  # steps that speed and waits are averaged over
@@ -29,25 +30,29 @@ PLAIN_EVERY_S = 10.0  # a line, where there is no terminal
 
 
 class Tail:
-    """The whole lines of a growing file, each once; from the start again where it was cut."""
+    """The records of a growing file, each once; from the start again where a resume put another one in its place."""
 
-    def __init__(self, path: Path):
-        self.path, self.place = path, 0
+    def __init__(self, path: Path, again: Callable[[], None] = lambda: None):
+        """again: called before the records that come again."""
+        self.path, self.again = path, again
+        self.place, self.file = 0, None
 
     def __call__(self) -> Iterator[dict]:
         try:
             with open(self.path, "rb") as file:
-                if file.seek(0, 2) < self.place:
+                found = os.fstat(file.fileno())
+                if self.place and (found.st_ino != self.file or found.st_size < self.place):
                     self.place = 0
+                    self.again()
+                self.file = found.st_ino
                 file.seek(self.place)
                 for line in file:
                     if not line.endswith(b"\n"):
                         return
                     self.place += len(line)
-                    try:
-                        yield json.loads(line)
-                    except ValueError:
-                        continue
+                    record = record_of(line)
+                    if record is not None:
+                        yield record
         except FileNotFoundError:
             return
 
@@ -58,7 +63,12 @@ class Live:
     def __init__(self, folder: RunFolder):
         if not folder.exists():
             raise RequestError(f"{folder.path}: no run (no recipe.yaml in it)")
-        self.folder, self.tail = folder, Tail(folder.metrics)
+        self.folder, self.tail = folder, Tail(folder.metrics, self.forget)
+        self._slurm: tuple[float, str | None] = (-SLURM_EVERY_S, None)
+        self.forget()
+
+    def forget(self) -> None:
+        """Know nothing: the run went back, and its records come again."""
         self.recent: deque[dict] = deque(maxlen=RECENT)
         self.losses: deque[float] = deque(maxlen=HISTORY)
         self.events: deque[dict] = deque(maxlen=EVENTS)
@@ -66,11 +76,10 @@ class Live:
         self.best: float | None = None
         self.decisions: list[list] = []
         self.done = 0  # steps
-        self._slurm: tuple[float, str | None] = (-SLURM_EVERY_S, None)
 
     def look(self) -> None:
         """Take in what was written since."""
-        for r in self.tail():
+        for r in filter(whole, self.tail()):
             self.newest[r["kind"]] = r
             if r["kind"] == "start":
                 self.done = r["step"]

@@ -288,6 +288,7 @@ def software_facts() -> dict:
         user = None
     return {
         "command": shlex.join(sys.orig_argv),
+        "folder": os.getcwd(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,

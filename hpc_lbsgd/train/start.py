@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,7 +11,8 @@ from torch import nn
 from hpc_lbsgd.errors import RequestError
 
 HOLDERS = ("state_dict", "model", "model_state_dict")  # where trainers keep a state dict among other things
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # in names: DistributedDataParallel's, torch.compile's
+COMPILED = "_orig_mod."  # in names: torch.compile's, of a model or of a part
+COUNTER = "num_batches_tracked"
 
 
 def load_into(model: nn.Module, where: str) -> list[str]:
@@ -20,8 +21,9 @@ def load_into(model: nn.Module, where: str) -> list[str]:
 
     Raises RequestError for a file that is none, or whose names and shapes are another model's.
     """
-    found, own = read(where), model.state_dict()
-    counters = {k for k in own.keys() ^ found.keys() if k.endswith("num_batches_tracked")}
+    own = model.state_dict()
+    found = unwrapped(read(where), own)
+    counters = {k for k in own.keys() ^ found.keys() if k.endswith(COUNTER)}
     missing, unknown = sorted(own.keys() - found.keys() - counters), sorted(found.keys() - own.keys() - counters)
     if missing or unknown:
         raise RequestError(
@@ -64,4 +66,20 @@ def read(where: str) -> dict[str, torch.Tensor]:
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()) or not content:
         raise RequestError(f"model.init_from = {where}: not a state dict (names and tensors)")
-    return {WRAPPERS.sub("", name): value for name, value in content.items()}
+    return content
+
+
+def unwrapped(found: dict[str, torch.Tensor], own: Iterable[str]) -> dict[str, torch.Tensor]:
+    """By the model's own names: what trains a model holds it as a part, and puts that part's name before all others
+    (`module.` of DistributedDataParallel, `model.` of many Lightning modules). As it was where none of that fits."""
+
+    def fits(names: Iterable[str]) -> bool:
+        return {k for k in names if not k.endswith(COUNTER)} == {k for k in own if not k.endswith(COUNTER)}
+
+    names = list(found) if fits(found) else [name.replace(COMPILED, "") for name in found]
+    while not fits(names):
+        heads = {name.partition(".")[0] if "." in name else "" for name in names}
+        if len(heads) != 1 or heads == {""}:
+            return found
+        names = [name.partition(".")[2] for name in names]
+    return dict(zip(names, found.values(), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,7 @@ def open_set(found: Trained, data: str | None):
         if data:
             raise RequestError(f"{data}: this run's data is its own ({recipe.data.dataset}), which has one eval part")
         return recipe, open_user_data(recipe)[1]
-    path = data or recipe.data.eval
+    path = data or recipe.data.eval and os.path.join(found.folder.home() or "", recipe.data.eval)
     if not path:
         raise RequestError(f"{found.folder.path}: its recipe has no data.eval; name the data to evaluate on")
     if manifests.is_plain_folder(path):

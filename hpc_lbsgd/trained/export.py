@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import torch
 
+from hpc_lbsgd.data.user import UserSet
 from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.train.replica import DTYPES
 from hpc_lbsgd.trained.opened import Trained
 
 ASKED = 4  # images that original and copy are compared on
@@ -92,7 +95,8 @@ def safetensors(found: Trained, path: Path) -> None:
 def program(found: Trained, path: Path) -> float:
     """torch.export's: model and weights in one file, for `torch.export.load(path).module()`, without its code."""
     images = like_images(found)
-    exported = torch.export.export(found.model, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    with traced(path):
+        exported = torch.export.export(found.model, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
     with warnings.catch_warnings():  # of weights that are views, as all of ours were in training
         warnings.filterwarnings("ignore", message="No complete tensor found")
         torch.export.save(exported, path, extra_files=about(found))
@@ -108,19 +112,20 @@ def onnx(found: Trained, path: Path) -> float:
         raise RequestError(f"--out FILE.onnx: pip install onnx onnxscript onnxruntime ({problem})") from None
     import onnx as onnx_files
 
-    made = torch.onnx.export(
-        found.model,
-        (like_images(found),),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["outputs"],
-        dynamic_shapes=({0: torch.export.Dim.AUTO},),
-        verbose=False,
-    )
+    with traced(path):
+        made = torch.onnx.export(
+            found.model,
+            (like_images(found),),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["outputs"],
+            dynamic_shapes=({0: torch.export.Dim.AUTO},),
+            verbose=False,
+        )
     onnx_files.helper.set_model_props(made.model_proto, about(found))
     onnx_files.save(made.model_proto, path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return difference(found, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
+    return difference(found, lambda images: list(map(torch.from_numpy, session.run(None, {"images": images.numpy()}))))
 
 
 FORMATS: dict[str, Callable[[Trained, Path], float | None]] = {
@@ -131,13 +136,29 @@ FORMATS: dict[str, Callable[[Trained, Path], float | None]] = {
 }
 
 
+@contextlib.contextmanager
+def traced(path: Path):
+    """Around torch's exporters, which follow no branch that depends on values. Raises RunError with what they say."""
+    try:
+        yield
+    except Exception as problem:  # they raise many kinds
+        said = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+        raise RunError(
+            f"--out FILE{path.suffix}: torch cannot follow this model for an image (C, S, S) of the recipe's: {said}; "
+            ".pt and .safetensors hold its weights"
+        ) from None
+
+
 # ---------------------------------------------------------------- read back
 
 
 def like_images(found: Trained, count: int = ASKED) -> torch.Tensor:
-    """Random images of the shape that the model sees, normalised: (count, C, S, S)."""
-    data = found.recipe.data
-    dtype = next(p.dtype for p in found.model.parameters())
+    """What the model sees: (count, C, S, S) random images, normalised; (count, ...) of a set of its own."""
+    data, dtype = found.recipe.data, DTYPES[found.recipe.precision]
+    if data.dataset:
+        own = UserSet(data.dataset, "eval")
+        inputs = torch.stack([own.sample(i % len(own), found.recipe.seed, 0)[0] for i in range(count)])
+        return inputs.to(dtype) if inputs.is_floating_point() or inputs.dtype == torch.uint8 else inputs
     shape = (count, data.channels, data.image_size, data.image_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
@@ -149,9 +170,25 @@ def same_weights(found: Trained, copy: dict[str, torch.Tensor]) -> None:
         raise RunError(f"read back, {wrong[0]} is not what was written")
 
 
-def difference(found: Trained, copy: Callable[[torch.Tensor], torch.Tensor]) -> float:
+def difference(found: Trained, copy: Callable) -> float:
     """Largest difference of outputs, relative to the largest; for another number of images than it was made of."""
     images = like_images(found, ASKED + 1)
     with torch.no_grad():
-        own, other = found.model(images), copy(images)
-    return float((own - other).abs().max() / own.abs().max().clamp_min(1e-30))
+        own, other = tensors(found.model(images)), tensors(copy(images))
+    if [t.shape for t in own] != [t.shape for t in other]:
+        raise RunError(f"read back, it has outputs {shapes(other)}, the model {shapes(own)}")
+    pairs = [(a.double(), b.double()) for a, b in zip(own, other, strict=True)]
+    apart = [(a - b).abs().max() / a.abs().max().clamp_min(1e-30) for a, b in pairs]
+    return float(torch.stack(apart).max())  # NaN if one is
+
+
+def tensors(outputs) -> list[torch.Tensor]:
+    """The tensors of a model's outputs, in order: formats keep them, not what holds them."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    parts = outputs.values() if isinstance(outputs, dict) else outputs or ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def shapes(found: list[torch.Tensor]) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.amend import checked, recipe_now
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.train import checkpoint, models
@@ -90,7 +92,9 @@ def find_checkpoint(folder: RunFolder, at: str) -> tuple[Path, checkpoint.State]
         found = checkpoint.find_newest(folder)
         if found is None:
             raise RequestError(f"{folder.path}: no checkpoint was written yet")
-        path, state, _ = found
+        path, state, damaged = found
+        if damaged and worlds.from_environment().rank == 0:  # people asked for the newest, and get an older one
+            print(*(f"left out: {problem}" for problem in damaged), f"taken: {path}", sep="\n", file=sys.stderr)
         if at == NEWEST or state.best_step in (None, state.step):
             return path, state
         at = str(state.best_step)

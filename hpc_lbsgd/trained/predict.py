@@ -71,7 +71,7 @@ def predict(found: Trained, paths: Sequence[str], top: int) -> Iterator[Predicti
 def window_of(path: str, data) -> np.ndarray | str:
     """What evaluation would see of an image, uint8 (h, w, C); or what is wrong with it."""
     try:
-        image = pixels(Path(path).read_bytes(), data.channels)
+        image = pixels(Path(path).read_bytes(), data.channels, data.orientation == "apply")
     except (OSError, ValueError) as problem:
         return getattr(problem, "strerror", None) or str(problem)
     height, width = image.shape[:2]

@@ -1,9 +1,11 @@
 """`init`: what it makes of folders, and that its recipe is one."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
+import yaml
 from conftest import command, write_images
 
 from hpc_lbsgd import first_recipe, recipe
@@ -127,3 +129,26 @@ def test_a_plan_warns_of_a_rate_that_never_falls_or_was_never_tried(settings, sa
     made = recipe.read("fashion-mnist", settings)
     found = [w for w in warnings(made, made.build_schedule(60_000)) if "never falls" in w or "base_batch" in w]
     assert len(found) == (said is not None) and all(said in w for w in found)
+
+
+@pytest.mark.parametrize("name", ["a: b #1", 'it\'s "x"', "photos \U0001f600", "two\nlines", "-", "\x7f\u2028 ü"])
+def test_any_name_of_a_folder_is_read_back(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / name, 16, 16, classes=2)
+    out = first_recipe.init(tmp_path / name, None, False, False, 1)
+    made = recipe.read(str(out))
+    assert Manifest(made.data.train).root == tmp_path / name and made == recipe.validate(yaml.safe_load(made.to_yaml()))
+    pasted = first_recipe.show(out).split("next:")[1].strip()
+    assert shlex.split(pasted)[:3] == ["hpc-lbsgd", "plan", str(out)]
+
+
+def test_init_says_before_it_decodes_where_it_cannot_write_and_that_a_list_is_an_old_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "photos", 16, 16, classes=2)
+    with pytest.raises(RequestError, match="no such folder"):
+        first_recipe.init(tmp_path / "photos", tmp_path / "none" / "r.yaml", False, False, 1)
+    assert not list(tmp_path.rglob("*.arrow"))
+    first_recipe.init(tmp_path / "photos", None, False, False, 1)
+    assert "as they were listed" not in capsys.readouterr().err
+    first_recipe.init(tmp_path / "photos", tmp_path / "r.yaml", False, False, 1)
+    assert "the 16 images as they were listed" in capsys.readouterr().err

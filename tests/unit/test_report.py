@@ -10,8 +10,10 @@ import yaml
 from conftest import SMALL_RECIPE, changed, command
 
 from hpc_lbsgd import recipe
+from hpc_lbsgd.cluster.resume import ranks_of
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.report import compare as comparing
 from hpc_lbsgd.report import facts as reading
 from hpc_lbsgd.report import page
 from hpc_lbsgd.report.watch import Live, Tail, lines, sparkline
@@ -87,6 +89,21 @@ def test_many_steps_are_averaged_and_keep_their_mean():
     assert reading.thin([1, 2, 3], [None, float("nan"), 5.0]) == ([3.0], [5.0])
 
 
+@pytest.mark.parametrize("name", ["_hidden", r"$\foo$", "$x^2$", "a$b", "<i>&amp;", "g%d{}"])
+def test_a_run_of_any_name_has_its_curve_named(tmp_path, name):
+    begin = line(0, "start", step=0, attempt=0, ranks=1)
+    runs = [reading.facts(str(make(tmp_path / n, [begin, step(1, 0), step(2, 1)]).path)) for n in (name, "other")]
+    figure = ElementTree.fromstring(next(f["svg"] for f in page.draw(runs) if f["name"] == "loss"))
+    assert name in ["".join(e.itertext()).strip() for e in figure.iter() if e.tag.endswith("text")]
+
+
+def test_a_page_of_many_steps_stays_small(tmp_path):
+    noise = {"noise_scale": 50.0, "noise_scale_low": None, "noise_scale_high": 60.0}
+    steps = [step(i % 3600, i, **{**noise, "noise_scale": 50.0 + i % 13}) for i in range(20_000)]
+    folder = make(tmp_path / "long", [line(0, "start", step=0, attempt=0, ranks=1), *steps])
+    assert page.report([str(folder.path)]).stat().st_size < 500_000
+
+
 def test_a_page_says_it_all_and_lets_nothing_through(run):
     out = page.report([str(run.path)])
     text = out.read_text()
@@ -156,14 +173,18 @@ def test_a_view_fits_its_columns_and_knows_what_is_left(run):
 
 def test_a_growing_file_is_read_once_and_again_where_a_resume_cut_it(tmp_path):
     path, tail = tmp_path / "metrics.jsonl", Tail(tmp_path / "metrics.jsonl")
-    assert list(tail()) == []
-    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
-    assert [r["a"] for r in tail()] == [1, 2]
+
+    def seen():
+        return [r["step"] for r in tail()]
+
+    assert seen() == []
+    path.write_text('{"kind": "x", "step": 1}\n{"kind": "x", "step": 2}\n{"kind"')
+    assert seen() == [1, 2]
     with path.open("a") as file:
-        file.write(": 3}\n")
-    assert [r["a"] for r in tail()] == [3] and list(tail()) == []
-    path.write_text('{"a": 1}\n')
-    assert [r["a"] for r in tail()] == [1]
+        file.write(': "x", "step": 3}\n')
+    assert seen() == [3] and seen() == []
+    path.write_text('{"kind": "x", "step": 1}\n')
+    assert seen() == [1]
 
 
 def test_a_sparkline_goes_from_the_lowest_to_the_highest():
@@ -177,3 +198,36 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest():
 def test_the_recipe_on_the_page_is_the_run_s(run):
     text = page.report([str(run.path)]).read_text()
     assert yaml.safe_load(run.recipe.read_text())["seed"] == 7 and "seed: 7" in text
+
+
+def test_a_view_of_a_run_that_went_back_starts_again(tmp_path):
+    """A resume replaces the file; it may be longer than before at the next look."""
+    begin = line(0, "start", step=0, attempt=0, ranks=2)
+    decision = line(3, "event", event="decision", step=4, epoch=2, workers=20, lr=0.2)
+    first = [begin, *(step(1 + i, i) for i in range(5)), decision, line(8, "eval", step=5, epoch=2, loss=1, accuracy=1)]
+    folder = make(tmp_path / "run", first, batch__last_batch="drop", schedule={"kind": "adaptive-batch"})
+    live = Live(folder)
+    live.look()
+    assert live.facts()["best_accuracy"] == 1
+    whole = [begin, *(step(1 + i, i) for i in range(4)), line(9, "start", step=4, attempt=1, ranks=2),
+             decision, *(step(9 + i, 4 + i) for i in range(9))]  # fmt: skip
+    (tmp_path / "new").write_text("\n".join(["3", "[]", *whole]) + "\n")
+    (tmp_path / "new").rename(folder.metrics)
+    live.look()
+    assert live.facts()["step"] == 13 and live.facts()["best_accuracy"] is None
+    assert live.decisions == [[2, 20, 0.2]] and len(live.recent) == 13
+
+
+@pytest.mark.parametrize("environment", ['{"a": 1}', "[1]", "[{}]", "["])
+def test_what_is_not_whole_is_left_out(run, environment):
+    """Records of other versions and damaged files: a page and a view tell the rest."""
+    run.environment.write_text(environment)
+    with run.metrics.open("a") as file:
+        for kind in ("start", "step", "eval", "event", "checkpoint", "end"):
+            file.write(json.dumps({"kind": kind, "step": 3}) + "\n" + json.dumps({"kind": kind}) + "\n")
+    assert page.report([str(run.path)]).exists() and reading.facts(str(run.path)).accuracy == 0.75
+    live = Live(run)
+    live.look()
+    assert live.facts()["step"] == 6 and lines(live.facts(), [], 80)
+    assert comparing.compare(str(run.path), str(run.path))["first_difference"] is None
+    assert ranks_of(run) == 1

@@ -1,5 +1,6 @@
 """Which run a start goes on with: the one that is named, or none, never another one without a word."""
 
+import json
 import os
 
 import pytest
@@ -72,3 +73,22 @@ def test_launch_hands_the_flag_on(tmp_path):
     assert command(*words, "--resume").stdout.split()[-1] == "--resume"
     refused = command(*words)  # here, before any rank starts
     assert refused.returncode == 2 and "a run is there already" in refused.stderr
+
+
+def test_a_run_goes_on_from_anywhere_where_its_last_start_was_made(tmp_path, monkeypatch, capsys):
+    """The recipe's data lies where its relative paths are from, wherever the run was moved."""
+    from hpc_lbsgd.cluster import resume as resumes
+
+    home, run, asked = tmp_path / "my project", run_at(tmp_path / "moved"), []
+    home.mkdir()
+    start = {"ranks": [{"host": "here"}] * 2, "folder": str(home)}
+    (run / "environment.json").write_text(json.dumps([{"ranks": [], "folder": str(tmp_path)}, start]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resumes.launches, "launch", lambda layout, job, dry: asked.append((layout.ranks, job.run)))
+    resumes.resume("moved", None, False, [], [], False, dry_run=True)
+    assert asked == [(2, str(run))] and os.getcwd() == str(home)
+    assert capsys.readouterr().out == f"cd '{home}' && "
+    home.rename(tmp_path / "gone")
+    monkeypatch.chdir(tmp_path)
+    resumes.resume("moved", 1, False, [], [], False, dry_run=True)
+    assert asked[1] == (1, "moved") and os.getcwd() == str(tmp_path)
