@@ -15,7 +15,6 @@ from hpc_lbsgd.api.shuffle import Part, Step
 from hpc_lbsgd.api.world import Determinism, World, current
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.theory import noise
-from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train.replica import Distributed, unfold_expanded
 from hpc_lbsgd.train.step import measurement_of
 from hpc_lbsgd.train.workers import groups_in_step
@@ -82,9 +81,9 @@ class Run:
             calls=norm_calls,
         )
         self._places = {name: (p, place) for name, p, place in self._laid()}
-        self._point: Point | None = None  # of the step under way
+        self._step: Step | None = None  # under way
         self._part: Part | None = None  # of the pass under way
-        self._losses_went = self._reduced = False
+        self._losses_went = self._sound = False
         self._passes = 0
         optimizer.register_step_pre_hook(self._before_update)
         optimizer.register_step_post_hook(self._after_update)
@@ -107,8 +106,8 @@ class Run:
                 f"run.part: worker {part.worker}'s inside worker {self._part.worker}'s: a pass is of one worker, so "
                 "that no number of ranks changes which samples are computed together"
             )
-        self._begin(part.step.point)
-        if self._reduced:
+        self._begin(part.step)
+        if part.step.reduced:
             raise RunError(f"run.part: step {part.step.step} was reduced already, and a part more would not be in it")
         replica, point = self.replica, part.step.point
         replica.begin_pass(point.step, [part.worker], [part.count])
@@ -121,7 +120,7 @@ class Run:
                     f"run.part: worker {part.worker}'s ended without run.backward(losses): its gradients are in no sum"
                 )
         except BaseException:
-            self._point = None  # what this rank has of the step is void
+            self._step = None  # what this rank has of the step is void
             raise
         finally:
             self._part = None
@@ -166,8 +165,8 @@ class Run:
         global batch, on every rank, to be clipped or looked at. Collective; a rank without parts calls it too."""
         if self._part is not None:
             raise RunError("run.reduce: inside of `with run.part(part)`")
-        self._begin(step.point)
-        if self._reduced:
+        self._begin(step)
+        if step.reduced:
             raise RunError(f"run.reduce: step {step.step} was reduced already; its sums would be summed again")
         if self._passes < len(step.mine):
             raise RunError(
@@ -190,7 +189,7 @@ class Run:
         k, bad_ranks = point.workers, round(sums[BAD_RANKS])
         of_workers, squares = sums[WORKERS : WORKERS + k], sums[WORKERS + k : WORKERS + 2 * k]
         ok = bool(sums[-1]) and not bad_ranks
-        self._reduced, self._sound, self.step = True, ok, point.step + 1
+        step.reduced, self._sound, self.step = True, ok, point.step + 1
         return Verdict(
             finite=ok,
             loss=math.fsum(of_workers) / round(sums[COUNT]) if all(map(math.isfinite, of_workers)) else math.nan,
@@ -203,23 +202,23 @@ class Run:
     @property
     def between_steps(self) -> bool:
         """Nothing is under way: the last step was taken, or given up for its verdict."""
-        return self._point is None or (self._reduced and not self._sound)
+        return self._step is None or (self._step.reduced and not self._sound)
 
-    def _begin(self, point: Point) -> None:
+    def _begin(self, step: Step) -> None:
         """A step's first part or, on a rank without one, its reduce."""
-        if self._point is not None and self._point.step == point.step:
-            if not self._reduced:
+        if step is self._step:
+            if not step.reduced:
                 self._refuse_replaced()
             return
-        if self._point is not None and not self._reduced:
-            raise RunError(f"step {point.step} begins, and step {self._point.step} was not reduced: run.reduce(step)")
+        if step.reduced:
+            raise RunError(f"step {step.step} was reduced already, and is over")
         self._place_gradients()
-        self.replica.context.bn_group = self._bn_group or point.samples_per_worker
-        self.replica.buckets.begin(point.workers)
-        k = point.workers
+        k = step.point.workers
+        self.replica.context.bn_group = self._bn_group or step.point.samples_per_worker
+        self.replica.buckets.begin(k)
         self._control = torch.zeros(WORKERS + 2 * k, dtype=torch.float64, device=self.world.device)
         self._losses, self._squares = self._control[WORKERS : WORKERS + k], self._control[WORKERS + k :]
-        self._point, self._passes, self._reduced = point, 0, False
+        self._step, self._passes, step.begun = step, 0, True
 
     # ---------------------------------------------------------------- the optimizer
 
@@ -238,7 +237,7 @@ class Run:
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         """In place of the optimizer's: gradients live in buckets, and stay there in either form."""
-        if self._point is not None and not self._reduced and self._passes:
+        if self._step is not None and not self._step.reduced and self._passes:
             raise RunError("optimizer.zero_grad: between the parts of a step, whose sums it would take away")
         self.replica.buckets.clear()
         self._place_gradients()
@@ -250,18 +249,18 @@ class Run:
                 "optimizer.step(closure): a closure computes forward and backward again, outside of the parts that are "
                 "summed over ranks; call optimizer.step() after run.reduce(step)"
             )
-        if self._point is None or not self._reduced:
+        if self._step is None or not self._step.reduced:
             raise RunError("optimizer.step: before run.reduce(step), this rank's gradients are not the sum over all")
         if not self._sound:
             raise RunError(
-                f"optimizer.step: the gradients of step {self._point.step} are not finite; "
+                f"optimizer.step: the gradients of step {self._step.step} are not finite; "
                 "`if run.reduce(step): optimizer.step()`"
             )
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        assert self._point is not None
-        self.replica.running.update(self.replica.buckets.statistics, self._point.share)
-        self._point, self._reduced = None, False
+        assert self._step is not None
+        self.replica.running.update(self.replica.buckets.statistics, self._step.point.share)
+        self._step = None
 
 
 def distribute(

@@ -49,6 +49,7 @@ class Step:
         self.workers = self._parts(batches, device)
         """This rank's parts, in order; none where it has no worker at this step."""
         self.taken = 0
+        self.begun = self.reduced = False  # by a run
 
     @property
     def step(self) -> int:
@@ -139,6 +140,8 @@ class GlobalShuffle(Sampler[list[int]]):
             point = self.schedule.at(number)
             step = Step(point, self.workers_at(point), batches, self.device)
             yield step
+            if step.begun and not step.reduced:
+                raise RunError(f"step {number} ended, and was not reduced: run.reduce(step) after its parts")
             if step.taken < len(step.mine):
                 raise RunError(
                     f"step {number}: {step.taken} of this rank's {len(step.mine)} parts were taken: go through "
