@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from hpc_lbsgd.api.keyed import Sample
 from hpc_lbsgd.api.world import begun
 from hpc_lbsgd.data.order import Permutation, worker_samples, workers_of_rank
 from hpc_lbsgd.errors import RequestError, RunError
@@ -81,7 +82,7 @@ class Step:
             yield Part(self, worker, stop - start, self.taken == len(self.mine), batch)
 
 
-class GlobalShuffle(Sampler[list[int]]):
+class GlobalShuffle(Sampler[list[Sample]]):
     """A batch sampler: the samples of this rank's workers, one list a worker, in order, from step `start` to the end.
 
         loader = DataLoader(dataset, batch_sampler=lb.GlobalShuffle(dataset, schedule, seed=0), num_workers=4)
@@ -117,7 +118,7 @@ class GlobalShuffle(Sampler[list[int]]):
         """This rank's workers that have samples at a step."""
         return workers_of_rank(-(-point.count // point.samples_per_worker), self.rank, self.size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Sample]]:
         permutation, epoch = None, None
         for step in range(self.start, self.schedule.steps):
             point = self.schedule.at(step)
@@ -125,7 +126,7 @@ class GlobalShuffle(Sampler[list[int]]):
                 epoch = point.epoch
                 permutation = Permutation(self.schedule.samples, self.seed, epoch)
             for worker in self.workers_at(point):
-                yield worker_samples(permutation, point, worker).tolist()
+                yield [Sample(i, point.epoch) for i in worker_samples(permutation, point, worker).tolist()]
 
     def __len__(self) -> int:
         """This rank's parts from `start` to the end."""

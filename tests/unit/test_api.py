@@ -1,8 +1,10 @@
 """The library, as a script of one's own uses it: in one process, with the torch engine."""
 
+import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RECIPE, changed
@@ -11,8 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hpc_lbsgd as lb
 from hpc_lbsgd.recipe import validate
-from hpc_lbsgd.train import models, step
+from hpc_lbsgd.train import models
 from hpc_lbsgd.train.replica import Replica, weights_sha256
+from hpc_lbsgd.train.step import Passes, Stepper
 
 N = 203
 CPU = torch.device("cpu")
@@ -102,9 +105,9 @@ def by_trainer(recipe, data) -> nn.Module:
     schedule = recipe.build_schedule(N)
     engine = lb.init("torch").engine
     replica = Replica(recipe, 4, engine, CPU)
-    requests = step.Passes(recipe, 0, 1).requests(schedule, recipe.seed, 0, 20)
+    requests = Passes(recipe, 0, 1).requests(schedule, recipe.seed, 0, 20)
     batches = ((*(t[torch.from_numpy(r.samples)] for t in data.tensors), 0) for r in requests)
-    stepper = step.Stepper(replica, recipe, batches)
+    stepper = Stepper(replica, recipe, batches)
     for number in range(20):
         assert stepper.run(schedule.at(number)).finite
     return replica.model
@@ -244,6 +247,28 @@ def test_ranks_share_out_what_one_rank_has_and_tails_are_short():
     assert list(resumed) == alone[15:] and len(resumed) == len(alone) - 15
 
 
+class Noisy(TensorDataset):
+    def __getitem__(self, index):
+        return torch.rand(1) + random.random() + np.random.rand(), super().__getitem__(index)[1]
+
+
+def test_random_transforms_draw_the_same_in_any_process():
+    schedule, noisy = small_schedule(epochs=2), Noisy(*small_data().tensors)
+    found = []
+    for processes in (0, 2):
+        shuffle = lb.GlobalShuffle(N, schedule)
+        before = torch.get_rng_state()
+        loader = DataLoader(lb.Keyed(noisy, seed=3), batch_sampler=shuffle, num_workers=processes)
+        found.append([part.inputs for step in shuffle.steps(loader) for part in step.workers])
+        assert processes == 0 or len(torch.cat(found[-1]).unique()) > 1.9 * N  # another draw in each epoch
+        torch.set_rng_state(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    plain = small_data()
+    state = random.getstate(), torch.get_rng_state()
+    lb.Keyed(Noisy(*plain.tensors))[5]
+    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
+
+
 def test_a_schedule_is_the_recipes(tmp_path):
     made = lb.Schedule(samples=50_000, workers=8, samples_per_worker=16, epochs=200, lr=0.1, milestones=(60, 120, 160),
                        factor=5, last_batch="drop")  # fmt: skip
@@ -265,7 +290,9 @@ def test_a_loader_that_leaves_samples_out_or_has_another_sampler_is_refused(run)
     shuffle = lb.GlobalShuffle(N, small_schedule())
     with pytest.raises(lb.RequestError, match="batch_sampler=shuffle"):
         next(shuffle.steps(DataLoader(small_data(), batch_size=8)))
-    fewer = DataLoader(small_data(), batch_sampler=shuffle, collate_fn=lambda rows: torch.stack([r[0] for r in rows[1:]]))
+    fewer = DataLoader(
+        small_data(), batch_sampler=shuffle, collate_fn=lambda rows: torch.stack([r[0] for r in rows[1:]])
+    )
     with pytest.raises(lb.RunError, match="7 samples for worker 0, which has 8"):
         next(next(shuffle.steps(fewer)).workers)
     with pytest.raises(lb.RequestError, match="204 samples, and a schedule of 203"):
