@@ -9,6 +9,6 @@ source.py      the seam: what a loader is asked for, and a Batch; orientation.py
 loader.py      the choice of one; dali.py and torchvision.py decode, finish.py does the rest on CPUs, bounded.py asks
                for as much as memory may hold, place.py brings batches to a GPU
 
-May be imported by: outline, train, bench, reproduce, plan, cluster, trained, first_recipe, cli.
+May be imported by: outline, train, bench, reproduce, plan, cluster, trained, first_recipe, api, cli.
 May import: recipe, arguments, owner, records, signals, imports, theory, errors.
 """

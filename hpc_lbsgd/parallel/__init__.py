@@ -6,6 +6,6 @@ buckets.py     gradients and weights as views of a few flat buffers, each summed
 agree.py       one verdict for all ranks
 world.py       what a rank can know before MPI starts; launchers.py: what each mpirun wants to be told
 
-May be imported by: train, bench, reproduce, plan, cluster, trained, cli.
+May be imported by: train, bench, reproduce, plan, cluster, trained, api, cli.
 May import: sections, recipe, errors.
 """

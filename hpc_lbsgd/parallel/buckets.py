@@ -149,7 +149,7 @@ class Buckets:
                 for b in self.buckets
             ]
         self.places = sorted((name, place) for b in self.buckets for name, place in b.places.items())
-        self._last_pass = self._measured = self._apart = False
+        self._armed = self._last_pass = self._measured = self._apart = False
         self._digest: Digest | None = None
         self._held: list[torch.Tensor] | None = None  # sums of passes while each is measured by itself
         for bucket in self.buckets:
@@ -186,6 +186,7 @@ class Buckets:
         sum of the passes before lies in a second buffer.
         """
         self._last_pass, self._measured, self._digest, self._apart = last_pass, measured, digest, apart
+        self._armed = True
         for bucket in self.buckets:
             bucket.missing, bucket.full = set(bucket.names), False
 
@@ -195,6 +196,8 @@ class Buckets:
         return self.engine.sums_gradients and not self._measured
 
     def _arrived(self, bucket: Bucket, name: str, parameter: nn.Parameter) -> None:
+        if not self._armed:
+            raise RunError(f"{name} got a gradient outside the passes of a step, which would not be summed over ranks")
         if parameter.grad is not bucket.places[name]:
             raise RunError(
                 f"the gradient of {name} is not in its bucket: the model or the loss has put another in its place "
@@ -223,6 +226,7 @@ class Buckets:
         """
         if self.summed_elsewhere and self._last_pass:
             self._refuse_unused()
+        self._armed = False
         square = self.square() if self._measured else None
         if self._measured and self.bits is None:
             self._hold()

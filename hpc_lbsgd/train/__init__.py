@@ -6,6 +6,6 @@ step.py        one step; replica.py what a step changes; workers.py virtual work
 preflight.py   is the promise kept by this model, data and machine; crosscheck.py: do ranks still agree
 checkpoint.py  state that is written whole or not at all
 
-May be imported by: report, bench, plan, cluster, trained, cli.
+May be imported by: report, bench, plan, cluster, trained, api, cli.
 May import: parallel, data, outline, amend, recipe, sections, runs, records, signals, imports, theory, errors.
 """

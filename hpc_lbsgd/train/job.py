@@ -159,8 +159,9 @@ def fail(engine, folder: RunFolder | None, where: str, message: str, trace: str 
         engine.abort(EXIT_FAILED)
 
 
-def prepare_process(recipe: Recipe) -> torch.device:
-    """What a rank settles before MPI starts: its memory, its threads, its device."""
+def prepare_process(recipe) -> torch.device:
+    """What a rank settles before MPI starts: its memory, its threads, its device. recipe: its determinism, machine and
+    precision are looked at."""
     keep_freed_memory()
     world = worlds.from_environment()
     device = choose_device(world)
@@ -215,7 +216,7 @@ def place_of(device: torch.device) -> tuple[str, str | None]:
     return socket.gethostname(), uuid and str(uuid)
 
 
-def configure_torch(recipe: Recipe, world: worlds.World, device: torch.device) -> None:
+def configure_torch(recipe, world: worlds.World, device: torch.device) -> None:
     exact = recipe.determinism != "off"
     if device.type == "cpu":
         # the number of threads changes the order of sums inside a kernel

@@ -21,68 +21,48 @@ DTYPES = dict.fromkeys(("float32", "tf32", "bf16"), torch.float32) | {"float64":
 WIRES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of gradients under way, where not as computed
 
 
-class Replica:
-    """The model as `recipe` says, its parameters laid into buckets, on this rank's device.
+class Distributed:
+    """Any model, its parameters laid into buckets and its layers shown virtual workers, on this rank's device.
 
-    calls: how often BatchNorm layers are called in a forward, where more than once (`preflight.before`).
-    channels_last: the memory format of the weights, and the one that images should have.
+    dtype: of weights and statistics. bits: of fixed point (any-ranks), else None. bucket_bytes, first_bucket_bytes:
+    sizes of buckets; 0: one a tensor. wire: as for `Buckets`. calls: how often BatchNorm layers are called in a
+    forward, where more than once (`preflight.before`). loss_decay: weight decay inside the loss. autocast: passes
+    compute in bfloat16.
     """
 
     def __init__(
         self,
-        recipe,
-        classes: int,
+        model: nn.Module,
         engine: Engine,
         device: torch.device,
+        *,
+        dtype: torch.dtype,
+        seed: int,
+        bn_group: int,
+        bits: int | None,
+        bucket_bytes: float,
+        first_bucket_bytes: float,
+        wire: tuple[torch.dtype, float] | None = None,
         calls: Mapping[str, int] | None = None,
-        model: nn.Module | None = None,  # made already
+        loss_decay: float = 0.0,
+        autocast: bool = False,
+        memory_format: torch.memory_format = torch.preserve_format,
     ):
-        self.engine, self.device, self.autocast = engine, device, recipe.precision == "bf16"
-        dtype, machine = DTYPES[recipe.precision], recipe.machine
-        self.dtype = dtype
-        self.loss_decay = recipe.optim.weight_decay if recipe.optim.decay_in == "loss" else 0.0
-        if model is None:
-            model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
-        self.frozen = models.frozen_in(model)
-        models.train(model, self.frozen)  # a model's own `train` may freeze layers
-        unfold_expanded(model)
-        memory_format = memory_format_of(recipe, model, device)
-        self.channels_last = memory_format == torch.channels_last
+        self.engine, self.device, self.dtype, self.autocast = engine, device, dtype, autocast
+        self.loss_decay, self.bucket_mb = loss_decay, bucket_bytes / 2**20
         self.model: nn.Module = model.to(device, memory_format=memory_format)
-        self.context = PassContext(recipe.seed, recipe.batch.group)
+        self.context = PassContext(seed, bn_group)
         self.running = RunningStatistics(make_virtual(self.model, self.context), calls or {}, dtype, device)
-        compress = recipe.wire in WIRES
-        scale = 2.0**recipe.wire_scale_bits if recipe.wire == "fp16" else 1.0  # bfloat16 has float32's range
-        limit = 0 if machine.reduction == "fusion" else machine.bucket_mb * 2**20
         layouts = plan_layouts(
             [(n, p) for n, p in self.model.named_parameters() if p.requires_grad],
             optim.no_decay_names(self.model),
             self.running.size,
-            limit,
-            min(limit, machine.first_bucket_mb * 2**20),
-            compress,
+            bucket_bytes,
+            min(bucket_bytes, first_bucket_bytes),
+            wire is not None,
         )
-        self.buckets = Buckets(
-            layouts,
-            engine,
-            device,
-            dtype,
-            bits=recipe.fixed_point_bits if recipe.determinism == "any-ranks" else None,
-            wire=(WIRES[recipe.wire], scale) if compress else None,
-        )
-        self.optimizer = optim.create(self.buckets, recipe.optim)
-        decay = recipe.train.ema_decay
-        averaged = [*(b.weights for b in self.buckets.buckets), self.running.flat]
-        self.average = optim.Average(averaged, decay) if decay else None
-        if machine.compile == "stages":
-            models.compile_stages(self.model, self.context)
-        self.bucket_mb = machine.bucket_mb
+        self.buckets = Buckets(layouts, engine, device, dtype, bits=bits, wire=wire)
         self.training_model = self.model  # what a pass calls
-
-    def train(self) -> None:
-        """Into training, where it is not."""
-        if not self.model.training:  # it visits every module
-            models.train(self.model, self.frozen)
 
     def begin_pass(self, step: int, workers: list[int], counts: list[int]) -> None:
         """Before a forward: its workers, and how many samples each has."""
@@ -93,8 +73,12 @@ class Replica:
         """The model's outputs; what its BatchNorm layers measured goes to the first bucket. groups_in_step: BatchNorm
         groups of the whole step, over all ranks."""
         outputs = self.outputs(images)
-        self.running.end_forward(self.buckets.statistics, len(self.context.groups), groups_in_step)
+        self.end_forward(groups_in_step)
         return outputs
+
+    def end_forward(self, groups_in_step: int) -> None:
+        """After a forward and before its backward: what BatchNorm layers measured goes to the first bucket."""
+        self.running.end_forward(self.buckets.statistics, len(self.context.groups), groups_in_step)
 
     def outputs(self, images: torch.Tensor) -> torch.Tensor:
         """The model's outputs."""
@@ -122,20 +106,13 @@ class Replica:
             return nullcontext()
         return self.training_model.no_sync()
 
-    def update(self, point: Point, previous_lr: float) -> None:
-        """Take the step: the buckets hold the sums over all workers."""
-        self.optimizer.step(point, previous_lr)
-        self.running.update(self.buckets.statistics, point.share)
-        if self.average:
-            self.average.update()
-
     def decayed(self) -> Iterator[nn.Parameter]:
         """Parameters that have weight decay."""
         for bucket in self.buckets.buckets:
             yield from (v.parameter for v in bucket.layout.views if v.offset < bucket.layout.decay_end)
 
     def synchronise(self) -> None:
-        """Rank 0's weights, statistics and optimizer state on every rank; then all must have one checksum.
+        """Rank 0's weights and statistics on every rank; then all must have one checksum.
 
         Collective, once, before the first step: the engine meets the model here.
         """
@@ -143,11 +120,6 @@ class Replica:
         self.buckets.broadcast_weights()
         self.engine.broadcast(self.running.flat, "running")
         self.engine.broadcast(self.running.batches, "batches")
-        for kind, kept in self.optimizer.flats.items():
-            for i, flat in enumerate(kept):
-                self.engine.broadcast(flat, f"optimizer.{kind}.{i}")
-        for i, flat in enumerate(self.average.flats if self.average else ()):
-            self.engine.broadcast(flat, f"average.{i}")
         for name, tensor in self._others():
             if self.engine.size == 1:
                 continue
@@ -206,6 +178,80 @@ class Replica:
         """Of all that the model holds: an int64 scalar."""
         return crosscheck.digest([*self.flats(), self.running.batches, *(tensor for _, tensor in self._others())])
 
+    def gradient_bytes(self) -> int:
+        return sum(b.layout.size * b.gradients.element_size() for b in self.buckets.buckets)
+
+
+class Replica(Distributed):
+    """The model as `recipe` says, with its optimizer.
+
+    channels_last: the memory format of the weights, and the one that images should have.
+    """
+
+    def __init__(
+        self,
+        recipe,
+        classes: int,
+        engine: Engine,
+        device: torch.device,
+        calls: Mapping[str, int] | None = None,
+        model: nn.Module | None = None,  # made already
+    ):
+        dtype, machine = DTYPES[recipe.precision], recipe.machine
+        if model is None:
+            model = models.build(recipe.model, recipe.data.channels, classes, recipe.seed, dtype)
+        self.frozen = models.frozen_in(model)
+        models.train(model, self.frozen)  # a model's own `train` may freeze layers
+        unfold_expanded(model)
+        memory_format = memory_format_of(recipe, model, device)
+        self.channels_last = memory_format == torch.channels_last
+        scale = 2.0**recipe.wire_scale_bits if recipe.wire == "fp16" else 1.0  # bfloat16 has float32's range
+        limit = 0 if machine.reduction == "fusion" else machine.bucket_mb * 2**20
+        super().__init__(
+            model,
+            engine,
+            device,
+            dtype=dtype,
+            seed=recipe.seed,
+            bn_group=recipe.batch.group,
+            bits=recipe.fixed_point_bits if recipe.determinism == "any-ranks" else None,
+            bucket_bytes=limit,
+            first_bucket_bytes=machine.first_bucket_mb * 2**20,
+            wire=(WIRES[recipe.wire], scale) if recipe.wire in WIRES else None,
+            calls=calls,
+            loss_decay=recipe.optim.weight_decay if recipe.optim.decay_in == "loss" else 0.0,
+            autocast=recipe.precision == "bf16",
+            memory_format=memory_format,
+        )
+        self.bucket_mb = machine.bucket_mb
+        self.optimizer = optim.create(self.buckets, recipe.optim)
+        decay = recipe.train.ema_decay
+        averaged = [*(b.weights for b in self.buckets.buckets), self.running.flat]
+        self.average = optim.Average(averaged, decay) if decay else None
+        if machine.compile == "stages":
+            models.compile_stages(self.model, self.context)
+
+    def train(self) -> None:
+        """Into training, where it is not."""
+        if not self.model.training:  # it visits every module
+            models.train(self.model, self.frozen)
+
+    def update(self, point: Point, previous_lr: float) -> None:
+        """Take the step: the buckets hold the sums over all workers."""
+        self.optimizer.step(point, previous_lr)
+        self.running.update(self.buckets.statistics, point.share)
+        if self.average:
+            self.average.update()
+
+    def synchronise(self) -> None:
+        """As `Distributed.synchronise`, and rank 0's optimizer state and averages on every rank."""
+        for kind, kept in self.optimizer.flats.items():
+            for i, flat in enumerate(kept):
+                self.engine.broadcast(flat, f"optimizer.{kind}.{i}")
+        for i, flat in enumerate(self.average.flats if self.average else ()):
+            self.engine.broadcast(flat, f"average.{i}")
+        super().synchronise()
+
     def averaged(self) -> dict[str, torch.Tensor]:
         """The averages of weights and BatchNorm statistics, as views, by all names of the state dict that they have
         (`train.ema_decay` only)."""
@@ -214,9 +260,6 @@ class Replica:
         state = self.model.state_dict()
         by_place = {state[name].data_ptr(): view for name, view in places.items()}  # tied parameters have several
         return {name: by_place[t.data_ptr()] for name, t in state.items() if t.numel() and t.data_ptr() in by_place}
-
-    def gradient_bytes(self) -> int:
-        return sum(b.layout.size * b.gradients.element_size() for b in self.buckets.buckets)
 
 
 def trained_in(model: nn.Module) -> set[str]:

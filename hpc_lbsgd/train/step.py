@@ -112,7 +112,7 @@ class Stepper:
         self.replica, self.batches, self.engine, self.mark = replica, batches, replica.engine, mark
         self.passes = Passes(recipe, self.engine.rank, self.engine.size, partners)
         self.slots = crosscheck.Slots(self.engine.size)
-        self.bn_group, self.samples_per_worker = recipe.batch.group, recipe.batch.samples_per_worker
+        self.bn_group = recipe.batch.group
         self.loss = loss_function(recipe.train)
         self._ahead: Batch | None = None  # of the pass that comes next, where it is there already
         self.time, self.own_s = OwnTime(replica.device), 0.0
@@ -212,7 +212,7 @@ class Stepper:
             bad_rank=round(sums[BAD_RANK_SUM]),
             stop=sums[STOP] > 0,
             checkpoint=sums[CHECKPOINT] > 0,
-            measurement=self._measurement(point, sums[WORKERS + k : end], sums[-2]) if measured and ok else None,
+            measurement=measurement_of(point, sums[WORKERS + k : end], sums[-2]) if measured and ok else None,
             replaced=round(sums[REPLACED]),
             flushed=sums[FLUSHED] / sums[NONZERO] if sums[NONZERO] else None,
             mismatch=mismatch,
@@ -221,7 +221,9 @@ class Stepper:
             own_s=sums[times : times + self.engine.size],
         )
 
-    def _measurement(self, point: Point, squares: list[float], big_square: float) -> noise.Measurement:
-        """Workers' gradients are shares of the mean over kn samples: a worker's own mean is k times its share."""
-        small_square = point.workers * math.fsum(squares)
-        return noise.measure(small_square, big_square, self.samples_per_worker, point.global_batch)
+
+def measurement_of(point: Point, squares: Sequence[float], big_square: float) -> noise.Measurement:
+    """squares: by worker, of its gradient. Workers' gradients are shares of the mean over kn samples: a worker's own
+    mean is k times its share."""
+    small_square = point.workers * math.fsum(squares)
+    return noise.measure(small_square, big_square, point.samples_per_worker, point.global_batch)

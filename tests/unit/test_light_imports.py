@@ -9,6 +9,7 @@ import pytest
 SLOW = ("torch", "torchvision", "horovod", "nvidia", "matplotlib", "mpi4py", "tensorboard")
 # modules and packages that are about tensors: they import torch at their top. Nothing else does, not even indirectly.
 WITH_TORCH = (
+    "hpc_lbsgd.api",
     "hpc_lbsgd.train",
     "hpc_lbsgd.trained.evaluate",
     "hpc_lbsgd.trained.export",

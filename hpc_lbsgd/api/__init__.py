@@ -1,0 +1,41 @@
+"""The library: `import hpc_lbsgd as lb`, for training scripts of one's own (docs/api.md).
+
+world.py       where this process is among all ranks
+schedule.py    a schedule from keywords or a recipe
+shuffle.py     whose samples come when: a batch sampler, and steps of parts
+keyed.py       random transforms that do not depend on who draws
+run.py         a model and an optimizer under the trainer's buckets and virtual workers
+noise.py       the gradient's noise scale
+state.py       save and load
+
+May be imported by: nothing.
+May import: train, parallel, data, recipe, sections, records, theory, errors.
+"""
+
+from hpc_lbsgd.api.keyed import Keyed
+from hpc_lbsgd.api.noise import NoiseScale
+from hpc_lbsgd.api.run import Run, Verdict, distribute
+from hpc_lbsgd.api.schedule import Schedule
+from hpc_lbsgd.api.shuffle import GlobalShuffle, Part, Step
+from hpc_lbsgd.api.state import load, save
+from hpc_lbsgd.api.world import World, close, init
+from hpc_lbsgd.errors import RequestError, RunError
+
+__all__ = [
+    "GlobalShuffle",
+    "Keyed",
+    "NoiseScale",
+    "Part",
+    "RequestError",
+    "Run",
+    "RunError",
+    "Schedule",
+    "Step",
+    "Verdict",
+    "World",
+    "close",
+    "distribute",
+    "init",
+    "load",
+    "save",
+]

@@ -1,0 +1,170 @@
+"""Whose samples come when: one global shuffle an epoch, for any PyTorch DataLoader, and its steps of parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from hpc_lbsgd.api.keyed import Sample
+from hpc_lbsgd.api.world import begun
+from hpc_lbsgd.data.order import Permutation, worker_samples, workers_of_rank
+from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.theory.schedule import Point, Schedule
+
+
+@dataclass(frozen=True)
+class Part:
+    """One worker's samples of one step, on this rank's device."""
+
+    step: Step
+    worker: int
+    count: int  # samples: n, or fewer in the last worker of a tail
+    last: bool  # of this rank, in this step
+    batch: Any  # as the loader gave it
+
+    @property
+    def inputs(self) -> Any:
+        """The first of the loader's (inputs, labels)."""
+        return self._pair()[0]
+
+    @property
+    def labels(self) -> Any:
+        """The second of them."""
+        return self._pair()[1]
+
+    def _pair(self) -> Sequence[Any]:
+        if isinstance(self.batch, (tuple, list)) and len(self.batch) == 2:
+            return self.batch
+        raise RequestError("part.inputs, part.labels: the loader's batches are no pairs; use part.batch")
+
+
+class Step:
+    """One step of all ranks: its place in the schedule, and this rank's parts of it."""
+
+    def __init__(self, point: Point, mine: Sequence[int], batches: Iterator[Any], device: torch.device):
+        self.point, self.mine = point, mine
+        self.workers = self._parts(batches, device)
+        """This rank's parts, in order; none where it has no worker at this step."""
+        self.taken = 0
+        self.begun = self.reduced = False  # by a run
+
+    @property
+    def step(self) -> int:
+        """Its number, from 0."""
+        return self.point.step
+
+    @property
+    def epoch(self) -> int:
+        return self.point.epoch
+
+    @property
+    def lr(self) -> float:
+        return self.point.lr
+
+    def _parts(self, batches: Iterator[Any], device: torch.device) -> Iterator[Part]:
+        for worker in self.mine:
+            try:
+                batch = on(device, next(batches))
+            except StopIteration:
+                raise RunError(f"step {self.step}: the loader ended before worker {worker}'s samples") from None
+            start, stop = self.point.worker_range(worker)
+            rows = rows_of(batch)
+            if rows is not None and rows != stop - start:
+                raise RunError(
+                    f"step {self.step}: the loader gave {rows} samples for worker {worker}, which has {stop - start}: "
+                    "its data set or its collate_fn leaves some out, or adds to them"
+                )
+            self.taken += 1
+            yield Part(self, worker, stop - start, self.taken == len(self.mine), batch)
+
+
+class GlobalShuffle(Sampler[list[Sample]]):
+    """A batch sampler: the samples of this rank's workers, one list a worker, in order, from step `start` to the end.
+
+        loader = DataLoader(dataset, batch_sampler=lb.GlobalShuffle(dataset, schedule, seed=0), num_workers=4)
+
+    Every epoch is one permutation of all samples (Goyal et al. 2017, Remark 4), a function of (seed, epoch): neither
+    the number of ranks nor a resume changes who is in a global batch. data: the data set, or how many samples it has;
+    the schedule's own N. rank, size: by default those of `lb.init`; one rank alone where it was not called.
+    """
+
+    def __init__(
+        self,
+        data: Sized | int,
+        schedule: Schedule,
+        seed: int = 0,
+        start: int = 0,
+        rank: int | None = None,
+        size: int | None = None,
+    ):
+        samples = data if isinstance(data, int) else len(data)
+        if samples != schedule.samples:
+            raise RequestError(f"lb.GlobalShuffle: {samples} samples, and a schedule of {schedule.samples}")
+        if not 0 <= start <= schedule.steps:
+            raise RequestError(f"lb.GlobalShuffle(start={start}): the schedule has {schedule.steps} steps")
+        world = begun()
+        self.rank = rank if rank is not None else world.rank if world else 0
+        self.size = size if size is not None else world.size if world else 1
+        if not 0 <= self.rank < self.size:
+            raise RequestError(f"lb.GlobalShuffle(rank={self.rank}, size={self.size}): ranks count from 0 to size - 1")
+        self.device = world.device if world else torch.device("cpu")
+        self.schedule, self.seed, self.start = schedule, seed, start
+
+    def workers_at(self, point: Point) -> range:
+        """This rank's workers that have samples at a step."""
+        return workers_of_rank(-(-point.count // point.samples_per_worker), self.rank, self.size)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        permutation, epoch = None, None
+        for step in range(self.start, self.schedule.steps):
+            point = self.schedule.at(step)
+            if permutation is None or point.epoch != epoch:
+                epoch = point.epoch
+                permutation = Permutation(self.schedule.samples, self.seed, epoch)
+            for worker in self.workers_at(point):
+                yield [Sample(i, point.epoch) for i in worker_samples(permutation, point, worker).tolist()]
+
+    def __len__(self) -> int:
+        """This rank's parts from `start` to the end."""
+        return sum(len(self.workers_at(self.schedule.at(s))) for s in range(self.start, self.schedule.steps))
+
+    def steps(self, loader: DataLoader[Any]) -> Iterator[Step]:
+        """Every step from `start` to the end, whether this rank has workers in it or not: ranks sum at each."""
+        if loader.batch_sampler is not self:
+            raise RequestError("shuffle.steps(loader): make the loader with batch_sampler=shuffle, this one")
+        batches = iter(loader)
+        for number in range(self.start, self.schedule.steps):
+            point = self.schedule.at(number)
+            step = Step(point, self.workers_at(point), batches, self.device)
+            yield step
+            if step.begun and not step.reduced:
+                raise RunError(f"step {number} ended, and was not reduced: run.reduce(step) after its parts")
+            if step.taken < len(step.mine):
+                raise RunError(
+                    f"step {number}: {step.taken} of this rank's {len(step.mine)} parts were taken: go through "
+                    "step.workers to its end"
+                )
+
+
+def on(device: torch.device, batch: Any) -> Any:
+    """A batch with its tensors on `device`."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: on(device, value) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        parts = [on(device, value) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
+
+
+def rows_of(batch: Any) -> int | None:
+    """Samples of a batch, by its first tensor; None where it has none."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch) if batch.dim() else None
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((rows for rows in map(rows_of, values) if rows is not None), None)
