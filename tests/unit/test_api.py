@@ -377,5 +377,5 @@ def test_the_manuals_scripts_run(number):
              "make_model": lambda: model, "make_data": lambda: data, "optimizer": sgd(model), "shuffle": shuffle,
              "loader": DataLoader(data, batch_sampler=shuffle)}  # fmt: skip
     before = weights_sha256(model)
-    exec(ours[number].replace('init("horovod")', "init()").replace("=90", "=3").replace("num_workers=4", ""), names)
+    exec(ours[number].replace('init("horovod")', "init()").replace("=90", "=7").replace("num_workers=4", ""), names)
     assert weights_sha256(model) != before
