@@ -229,7 +229,9 @@ def configure_torch(recipe, world: worlds.World, device: torch.device) -> None:
         os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
         # filling what `empty` returns with NaN finds kernels that read it; it makes nothing deterministic
         torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cudnn.benchmark = not exact
+    cudnn = torch.backends.cudnn
+    cudnn.benchmark = not exact
     # of convolutions torch's own default is tf32, whatever the recipe says
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+    # each by itself: one that somebody has set (cudnn.allow_tf32) no longer follows cudnn
+    for backend in (cudnn, cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul):
         backend.fp32_precision = "tf32" if recipe.precision == "tf32" else "ieee"

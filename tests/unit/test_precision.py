@@ -12,7 +12,8 @@ from hpc_lbsgd.train.replica import DTYPES
 @pytest.fixture(autouse=True)
 def torchs_own():
     """Settings of the process, put back."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    cudnn = torch.backends.cudnn
+    backends = (cudnn, cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
     before, threads = [b.fp32_precision for b in backends], torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
@@ -27,6 +28,7 @@ def torchs_own():
 )
 def test_gpus_take_what_the_recipe_says(precision, expected):
     """torch convolves float32 as tf32 unless told otherwise."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # as a library's allow_tf32 has it
     configure_torch(small_recipe(precision=precision), World(0, 1, 0, 1), torch.device("cpu"))
     assert torch.backends.cudnn.conv.fp32_precision == expected
     assert torch.backends.cuda.matmul.fp32_precision == expected
