@@ -124,7 +124,13 @@ def onnx(found: Trained, path: Path) -> float:
         )
     onnx_files.helper.set_model_props(made.model_proto, about(found))
     onnx_files.save(made.model_proto, path)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as problem:  # what it has no kernel for: convolutions in float64
+        raise RunError(
+            f"--out FILE.onnx: onnxruntime cannot run it ({str(problem).splitlines()[0]}); .pt2, .pt and .safetensors "
+            "hold it as it is"
+        ) from None
     return difference(found, lambda images: list(map(torch.from_numpy, session.run(None, {"images": images.numpy()}))))
 
 

@@ -117,3 +117,12 @@ def test_an_older_checkpoint_is_taken_with_a_word(tmp_path, monkeypatch, capsys)
     assert opened.find_checkpoint(RunFolder(tmp_path), "newest") == (tmp_path, state)
     said = capsys.readouterr()
     assert "step-8: torn" in said.err and str(tmp_path) in said.err and said.out == ""
+
+
+def test_what_onnxruntime_has_no_kernel_for_is_refused_in_a_line(tmp_path):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 4)).double()
+    found = trained(tmp_path, model, precision="float64")
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(RunError, match="onnxruntime cannot run it"):
+        export(found, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
