@@ -33,6 +33,16 @@ def test_no_file_is_longer_than_400_lines():
     assert len(lengths) > 200 and {name: lines for name, lines in lengths.items() if lines > 400} == {}
 
 
+def test_the_root_has_no_stray_files():
+    files = ["ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(["git", *files], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    known = "setup.cfg pyproject.toml Makefile MANIFEST.in constraints.txt mkdocs.yml .gitignore "
+    known += "README.md LICENSE CHANGELOG.md CITATION.cff CONTRIBUTING.md "
+    known += ".ci/ docs/ hpc_lbsgd/ modules/ slurm/ tests/ tools/"
+    roots = {f.split("/")[0] + ("/" if "/" in f else "") for f in listed}
+    assert roots - set(known.split()) == set()
+
+
 # ---------------------------------------------------------------- CONTRIBUTING.md
 
 
