@@ -15,12 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from hpc_lbsgd.data import dali_check
-from hpc_lbsgd.data.orientation import TAG
+from hpc_lbsgd.data.orientation import MIRROR_X, MIRROR_Y, SIDEWAYS, TAG
 
 PILLOW, DALI = "pillow", "dali"
 WIDE = ("I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of 16-bit grey
-TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM"}  # Pillow's names, by orientation
-TURNS |= {5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 
 class Facts(NamedTuple):
@@ -112,9 +110,16 @@ def as_stored(image):
 
 def turned(image, orientation: int):
     """An image by Pillow, turned as its orientation says."""
-    from PIL import Image
+    from PIL.Image import Transpose
 
-    return image if orientation == 1 else image.transpose(Image.Transpose[TURNS[orientation]])
+    steps = (
+        (SIDEWAYS, Transpose.TRANSPOSE),
+        (MIRROR_X, Transpose.FLIP_LEFT_RIGHT),
+        (MIRROR_Y, Transpose.FLIP_TOP_BOTTOM),
+    )
+    for values, how in steps:
+        image = image.transpose(how) if orientation in values else image
+    return image
 
 
 def orientation_of(image) -> int:
