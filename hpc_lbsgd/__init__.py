@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 API = (
     "GlobalShuffle",
     "Keyed",
+    "Loader",
     "NoiseScale",
     "Part",
     "RequestError",

@@ -1,5 +1,6 @@
 from hpc_lbsgd.api import GlobalShuffle as GlobalShuffle
 from hpc_lbsgd.api import Keyed as Keyed
+from hpc_lbsgd.api import Loader as Loader
 from hpc_lbsgd.api import NoiseScale as NoiseScale
 from hpc_lbsgd.api import Part as Part
 from hpc_lbsgd.api import RequestError as RequestError

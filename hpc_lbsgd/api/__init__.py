@@ -3,16 +3,18 @@
 world.py       where this process is among all ranks
 schedule.py    a schedule from keywords or a recipe
 shuffle.py     whose samples come when: a batch sampler, and steps of parts
+loader.py      the trainer's loader, over a manifest
 keyed.py       random transforms that do not depend on who draws
 run.py         a model and an optimizer under the trainer's buckets and virtual workers
 noise.py       the gradient's noise scale
 state.py       save and load
 
 May be imported by: nothing.
-May import: train, parallel, data, recipe, sections, records, theory, errors.
+May import: train, parallel, data, recipe, sections, reading, records, theory, errors.
 """
 
 from hpc_lbsgd.api.keyed import Keyed
+from hpc_lbsgd.api.loader import Loader
 from hpc_lbsgd.api.noise import NoiseScale
 from hpc_lbsgd.api.run import Run, Verdict, distribute
 from hpc_lbsgd.api.schedule import Schedule
@@ -24,6 +26,7 @@ from hpc_lbsgd.errors import RequestError, RunError
 __all__ = [
     "GlobalShuffle",
     "Keyed",
+    "Loader",
     "NoiseScale",
     "Part",
     "RequestError",

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from hpc_lbsgd.api.keyed import Sample
 from hpc_lbsgd.api.world import begun
-from hpc_lbsgd.data.order import Permutation, worker_samples, workers_of_rank
+from hpc_lbsgd.data.order import samples_in_order, workers_of_rank
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.theory.schedule import Point, Schedule
 
@@ -119,14 +120,13 @@ class GlobalShuffle(Sampler[list[Sample]]):
         return workers_of_rank(-(-point.count // point.samples_per_worker), self.rank, self.size)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        permutation, epoch = None, None
-        for step in range(self.start, self.schedule.steps):
-            point = self.schedule.at(step)
-            if permutation is None or point.epoch != epoch:
-                epoch = point.epoch
-                permutation = Permutation(self.schedule.samples, self.seed, epoch)
-            for worker in self.workers_at(point):
-                yield [Sample(i, point.epoch) for i in worker_samples(permutation, point, worker).tolist()]
+        for epoch, samples in self.passes():
+            yield [Sample(i, epoch) for i in samples.tolist()]
+
+    def passes(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(epoch, samples) of each of this rank's parts, from `start` to the end."""
+        steps = range(self.start, self.schedule.steps)
+        return samples_in_order(self.schedule, self.seed, steps, lambda point: [[j] for j in self.workers_at(point)])
 
     def __len__(self) -> int:
         """This rank's parts from `start` to the end."""
@@ -136,7 +136,10 @@ class GlobalShuffle(Sampler[list[Sample]]):
         """Every step from `start` to the end, whether this rank has workers in it or not: ranks sum at each."""
         if loader.batch_sampler is not self:
             raise RequestError("shuffle.steps(loader): make the loader with batch_sampler=shuffle, this one")
-        batches = iter(loader)
+        return self.parted(iter(loader))
+
+    def parted(self, batches: Iterator[Any]) -> Iterator[Step]:
+        """The steps of batches that were made in this order, one a part."""
         for number in range(self.start, self.schedule.steps):
             point = self.schedule.at(number)
             step = Step(point, self.workers_at(point), batches, self.device)

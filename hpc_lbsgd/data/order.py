@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from hpc_lbsgd.theory.schedule import Point
+from hpc_lbsgd.theory.schedule import Point, Schedule
 
 # Up to this N the whole shuffle is sorted at once (half a MB): exactly uniform where a small domain would
 # make a Feistel network's statistics visible. Above it, single positions are computed.
@@ -123,3 +124,17 @@ def passes_of_rank(workers: int, rank: int, size: int, workers_per_pass: int) ->
     """The workers of one rank at one step, cut into forward-backward passes."""
     mine = workers_of_rank(workers, rank, size)
     return [mine[i : i + workers_per_pass] for i in range(0, len(mine), workers_per_pass)]
+
+
+def samples_in_order(
+    schedule: Schedule, seed: int, steps: range, passes: Callable[[Point], Iterable[Sequence[int]]]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, samples) of each pass of `steps`, one after another. passes: a step's, each with its workers."""
+    permutation, epoch = None, None
+    for step in steps:
+        point = schedule.at(step)
+        if permutation is None or point.epoch != epoch:
+            epoch = point.epoch
+            permutation = Permutation(schedule.samples, seed, epoch)
+        for workers in passes(point):
+            yield epoch, np.concatenate([worker_samples(permutation, point, j) for j in workers])

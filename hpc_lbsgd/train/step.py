@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from hpc_lbsgd.data.order import Permutation, passes_of_rank, worker_samples
+from hpc_lbsgd.data.order import passes_of_rank, samples_in_order
 from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.theory import noise
@@ -67,14 +67,10 @@ class Passes:
 
     def requests(self, schedule: Schedule, seed: int, first_step: int, last_step: int) -> Iterator[Request]:
         """What the loader is to make for this rank from `first_step` up to `last_step`: a request a pass."""
-        permutation, epoch = None, None
-        for step in range(first_step, last_step):
-            point = schedule.at(step)
-            if point.epoch != epoch:
-                epoch = point.epoch
-                permutation = Permutation(schedule.samples, seed, epoch)
-            for work in self.at(point):
-                yield Request(epoch, np.concatenate([worker_samples(permutation, point, j) for j in work.workers]))
+        found = samples_in_order(
+            schedule, seed, range(first_step, last_step), lambda point: [work.workers for work in self.at(point)]
+        )
+        return starmap(Request, found)
 
 
 @dataclass
