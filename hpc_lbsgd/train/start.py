@@ -19,7 +19,8 @@ def load_into(model: nn.Module, where: str) -> list[str]:
     """Fill a model with the weights of a file. Returns the names that start anew: those
     of a classifier for another number of classes (all dimensions agree but the first).
 
-    Raises RequestError for a file that is none, or whose names and shapes are another model's.
+    Raises RequestError for a file that is none, whose names and shapes are another model's, or with values that are not
+    finite.
     """
     own = model.state_dict()
     found = unwrapped(read(where), own)
@@ -39,6 +40,9 @@ def load_into(model: nn.Module, where: str) -> list[str]:
             f"model.init_from = {where}: {k} has shape {tuple(found[k].shape)}, {tuple(own[k].shape)} in this "
             "model; only one layer, the classifier, may differ, in its number of classes"
         )
+    for k in sorted(own.keys() & found.keys()):  # a run that diverged leaves such files, and training from one would too
+        if not torch.isfinite(found[k]).all():
+            raise RequestError(f"model.init_from = {where}: {k} has values that are not finite")
     with torch.no_grad():
         for name, value in own.items():
             if name in found and name not in other:

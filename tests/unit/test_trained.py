@@ -111,6 +111,13 @@ def test_a_part_called_module_is_the_model_s_own(tmp_path):
         start.load_into(new, str(tmp_path / "w.pt"))
 
 
+def test_weights_that_are_not_finite_are_no_start(tmp_path):
+    model = nn.Linear(2, 2)
+    torch.save(model.state_dict() | {"bias": torch.tensor([1.0, float("nan")])}, tmp_path / "w.pt")
+    with pytest.raises(RequestError, match="bias has values that are not finite"):
+        start.load_into(model, str(tmp_path / "w.pt"))
+
+
 def test_an_older_checkpoint_is_taken_with_a_word(tmp_path, monkeypatch, capsys):
     state = SimpleNamespace(step=6, best_step=None)
     monkeypatch.setattr(opened.checkpoint, "find_newest", lambda folder: (tmp_path, state, ["step-8: torn"]))
