@@ -2,6 +2,7 @@
 
 facts.py       a run folder's records in the shape that the others want
 curves.py      a report's figures; page.py, page.html: the page itself
+study.py       a scaling study, as `bench scaling` left it
 watch.py       a run as it goes
 compare.py     two runs, to the last digit
 commands.py    their command lines

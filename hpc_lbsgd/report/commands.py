@@ -17,10 +17,10 @@ def add(command) -> None:
     p.add_argument("--every-s", type=positive_float, default=2.0, help="seconds between looks (default: %(default)g)")
     with_json(p)
 
-    p = command("report", report, help="one HTML page of one or several runs: curves, and why it is slow")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    p = command("report", report, help="one HTML page of runs: curves, and why it is slow; and of scaling studies")
+    p.add_argument("folders", nargs="+", metavar="FOLDER", help="run folder, or a folder of bench scaling")
     p.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html; of several report.html)"
+        "--out", type=Path, metavar="FILE", help="the page (default: FOLDER/report.html; of several report.html)"
     )
     p.add_argument("--figures", type=Path, metavar="DIR", help="each figure as a file, too")
     p.add_argument("--format", choices=["png", "svg", "pdf"], default="png", help="of --figures (default: png)")
@@ -41,7 +41,7 @@ def watch(args) -> int:
 def report(args) -> int:
     from hpc_lbsgd.report import page
 
-    print(page.report(args.runs, args.out, args.figures, args.format))
+    print(page.report(args.folders, args.out, args.figures, args.format))
     return EXIT_DONE
 
 

@@ -1,18 +1,21 @@
-"""`report RUN [RUN ...]`: one HTML page that needs nothing else, and its figures as files."""
+"""`report FOLDER [FOLDER ...]`: one HTML page that needs nothing else, and its figures as files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import write_atomically
 from hpc_lbsgd.report import compare, curves
 from hpc_lbsgd.report.facts import SECONDS, Facts, by_batch, by_ranks, facts
+from hpc_lbsgd.report.study import Study, efficiency, study
 
+T = TypeVar("T", Facts, Study)
 FORMATS = ("png", "svg", "pdf")
 ADVICE = {  # what most likely mends it, by what takes the time
     "data": "more decoding threads (machine.loader_threads), cores a rank, or a packed set (data pack)",
@@ -25,58 +28,70 @@ ADVICE = {  # what most likely mends it, by what takes the time
 
 
 def report(names: Sequence[str], out: Path | None = None, figures: Path | None = None, form: str = "png") -> Path:
-    """Write the page of one or several runs, overlaid; returns its file (default: RUN/report.html; of several
-    report.html here). figures: a folder for each figure as a file, too, of `form`.
+    """Write the page of runs, overlaid, and of scaling studies, one after another; returns its file (default:
+    FOLDER/report.html; of several report.html here). figures: a folder for each figure as a file, too, of `form`.
 
-    Raises RequestError for what is no run, and what cannot be written.
+    Raises RequestError for what is neither, and what cannot be written.
     """
-    runs = distinct([facts(name) for name in names])
-    out = out or (runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html"))
-    drawn = draw(runs)
+    found = [study(name) or facts(name) for name in names]
+    runs = distinct([f for f in found if isinstance(f, Facts)])
+    studies = distinct([f for f in found if isinstance(f, Study)])
+    out = out or (found[0].folder / "report.html" if len(found) == 1 else Path("report.html"))
     try:
-        write_atomically(out, render(runs, drawn))
+        write_atomically(out, render(runs, studies))
         if figures:
             figures.mkdir(parents=True, exist_ok=True)
-            for name, (_, _, figure) in curves.FIGURES.items():
-                canvas = figure(runs, "black")
-                if canvas:
-                    canvas.save(figures / f"{name}.{form}")
+            for drawing in drawings(runs, studies, "black"):
+                drawing.canvas.save(figures / f"{drawing.name}.{form}")
     except OSError as problem:
         raise RequestError(f"{problem.filename or out}: cannot be written: {problem.strerror}") from None
     return out
 
 
-def distinct(runs: list[Facts]) -> list[Facts]:
-    """Runs of one name are called by as much of their place as tells them apart."""
-    places, depth = [run.folder.resolve().parts for run in runs], 1
+def distinct(found: list[T]) -> list[T]:
+    """Folders of one name are called by as much of their place as tells them apart."""
+    places, depth = [f.folder.resolve().parts for f in found], 1
     while len({p[-depth:] for p in places}) < len(set(places)):
         depth += 1
-    for run, parts in zip(runs, places, strict=True):
-        run.name = "/".join(parts[-depth:])
-    return runs
-
-
-def draw(runs: Sequence[Facts]) -> list[dict[str, str]]:
-    """Each figure that these runs have something for: {name, title, says, svg}."""
-    found = []
-    for name, (title, says, figure) in curves.FIGURES.items():
-        canvas = figure(runs, curves.INK)
-        if canvas:
-            found.append({"name": name, "title": title, "says": says, "svg": canvas.svg(name)})
+    for f, parts in zip(found, places, strict=True):
+        f.name = "/".join(parts[-depth:])
     return found
 
 
-def render(runs: Sequence[Facts], drawn: list[dict[str, str]]) -> str:
+class Drawing(NamedTuple):
+    name: str
+    title: str
+    says: str
+    canvas: curves.Canvas
+
+
+def drawings(runs: Sequence[Facts], studies: Sequence[Study], ink: str) -> Iterator[Drawing]:
+    """Each figure that these runs and studies have something for."""
+    for name, (title, says, figure) in curves.FIGURES.items():
+        canvas = figure(runs, ink)
+        if canvas:
+            yield Drawing(name, title, says, canvas)
+    for i, found in enumerate(studies, 1):
+        title = "Efficiency" + (f": {found.name}" if len(studies) > 1 else "")
+        says = "Images a second a rank, over the baseline's; bars: lowest and highest round."
+        yield Drawing(f"study-{i}", title, says, efficiency(found, ink))
+
+
+def render(runs: Sequence[Facts], studies: Sequence[Study]) -> str:
     from jinja2 import Environment
     from markupsafe import Markup
 
     template = (resources.files("hpc_lbsgd.report") / "page.html").read_text("utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
-        title=", ".join(run.name for run in runs),
+        title=", ".join(f.name for f in (*runs, *studies)),
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
         runs=[row(run, i) for i, run in enumerate(runs)],
-        figures=[{**f, "svg": Markup(f["svg"])} for f in drawn],
+        figures=[
+            {"name": d.name, "title": d.title, "says": d.says, "svg": Markup(d.canvas.svg(d.name))}
+            for d in drawings(runs, studies, curves.INK)
+        ],
+        studies=studies,
         parts=SECONDS,
         differences=differences(runs),
         efficiency=by_ranks(runs),

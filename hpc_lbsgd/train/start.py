@@ -40,7 +40,9 @@ def load_into(model: nn.Module, where: str) -> list[str]:
             f"model.init_from = {where}: {k} has shape {tuple(found[k].shape)}, {tuple(own[k].shape)} in this "
             "model; only one layer, the classifier, may differ, in its number of classes"
         )
-    for k in sorted(own.keys() & found.keys()):  # a run that diverged leaves such files, and training from one would too
+    for k in sorted(
+        own.keys() & found.keys()
+    ):  # a run that diverged leaves such files, and training from one would too
         if not torch.isfinite(found[k]).all():
             raise RequestError(f"model.init_from = {where}: {k} has values that are not finite")
     with torch.no_grad():

@@ -57,6 +57,8 @@ def test_a_sweep_on_1_and_2_nodes_ends_in_one_report(lab, folder):
     assert result["rows"][1]["slowest_host"].startswith("node")
     assert "scaling: mode=weak ranks=2 nodes=2 images_per_s=" in log_of(lab, numbers[3])
     assert (run / "scaling.png").exists()
+    page = lab.command("report", run, cwd=folder).stdout.strip()
+    assert page == str(run / "report.html") and "no result on 3 ranks" in Path(page).read_text()
 
 
 def test_allreduce_on_2_nodes_by_srun(lab, folder):

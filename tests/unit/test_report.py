@@ -15,7 +15,7 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.report import compare as comparing
 from hpc_lbsgd.report import facts as reading
-from hpc_lbsgd.report import page
+from hpc_lbsgd.report import curves, page
 from hpc_lbsgd.report.watch import Live, Tail, lines, sparkline
 
 N, KN = 203, 128
@@ -93,7 +93,8 @@ def test_many_steps_are_averaged_and_keep_their_mean():
 def test_a_run_of_any_name_has_its_curve_named(tmp_path, name):
     begin = line(0, "start", step=0, attempt=0, ranks=1)
     runs = [reading.facts(str(make(tmp_path / n, [begin, step(1, 0), step(2, 1)]).path)) for n in (name, "other")]
-    figure = ElementTree.fromstring(next(f["svg"] for f in page.draw(runs) if f["name"] == "loss"))
+    drawn = next(d for d in page.drawings(runs, (), curves.INK) if d.name == "loss")
+    figure = ElementTree.fromstring(drawn.canvas.svg("loss"))
     assert name in ["".join(e.itertext()).strip() for e in figure.iter() if e.tag.endswith("text")]
 
 
@@ -155,6 +156,30 @@ def test_what_is_no_run_is_refused(tmp_path):
         assert done.returncode == 2 and str(tmp_path) in done.stderr and done.stderr.count("\n") == 1
     with pytest.raises(RequestError, match="cannot be written"):
         page.report([str(make(tmp_path / "r", [], None).path)], tmp_path / "none" / "x.html")
+
+
+def test_a_scaling_study_is_reported_alone_and_beside_runs(run, tmp_path):
+    few = {"global_batch": 64, "images_per_s": 900.0, "data_wait_share": 0.01, "exposed_comm_share": 0.031, "rounds": 5}
+    few |= {"slowest_rank": 1, "slowest_host": "<node>", "slowest_over_median": 0.02}
+    rows = [
+        {"mode": mode, "ranks": n, "nodes": n, "efficiency": e, "efficiency_low": e - 0.1, "efficiency_high": e} | few
+        for mode in ("weak", "strong")
+        for n, e in ((1, 1.0), (2, 0.875))
+    ]
+    result = {"recipe": "r.yaml", "machine": "cpu", "engine": "horovod", "data": None, "baseline": "1 rank"}
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "results.json").write_text(json.dumps(result | {"missing_ranks": [4], "rows": rows}))
+    alone = page.report([str(tmp_path / "sweep")], figures=tmp_path / "files")
+    text = alone.read_text()
+    assert alone == tmp_path / "sweep" / "report.html" and (tmp_path / "files" / "study-1.png").stat().st_size > 5000
+    for said in ("no result on 4 ranks", "87.5%", "77.5% – 87.5%", "&lt;node&gt;", "Scaling study sweep"):
+        assert said in text
+    assert 'id="runs"' not in text and 'id="time"' not in text
+    both = page.report([str(run.path), str(tmp_path / "sweep")], tmp_path / "both.html").read_text()
+    assert 'id="runs"' in both and "Scaling study sweep" in both
+    (tmp_path / "sweep" / "results.json").write_text('{"rows": [{}]}')
+    with pytest.raises(RequestError, match="no results of bench scaling.*--report"):
+        page.report([str(tmp_path / "sweep")])
 
 
 def test_a_view_fits_its_columns_and_knows_what_is_left(run):
