@@ -2,10 +2,13 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+
+from hpc_lbsgd import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -24,6 +27,32 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def commands_of(page: Path) -> list[str]:
+    """Lines of the page's blocks that call us, as a shell would have them: joined, without remarks."""
+    found = re.findall(r"^ *(?:mpirun [^\n#]+? )?(hpc-lbsgd (?:[^\n]*\\\n)*[^\n]*)", page.read_text(), re.M)
+    lines = [re.sub(r"\\\n", " ", line) for line in found]
+    lines = [re.sub(r" {2,}\S.*" if page.name == "README.md" else r"\s#.*", "", line) for line in lines]
+    lines = [
+        re.sub(r"\[[^\]]*\]|>.*", "", line.replace("step-[12]-*", "a").replace("step-[48]-*", "b")) for line in lines
+    ]
+    return [part if i == 0 else f"hpc-lbsgd {part}" for line in lines for i, part in enumerate(line.split(" · "))]
+
+
+def test_every_command_in_the_manual_is_one_that_there_is(capsys):
+    wrong, count = [], 0
+    for page in PAGES:
+        for line in commands_of(page):
+            words = shlex.split(line.replace("$r", "1"))[1:]
+            try:
+                args = cli.parser().parse_args(words)
+                if words[0] == "launch":
+                    cli.parser().parse_args([word for word in args.job if word != "--"])
+            except SystemExit:
+                wrong.append(f"{page.relative_to(ROOT)}: {line}: {capsys.readouterr().err.splitlines()[-1]}")
+            count += 1
+    assert count > 120 and wrong == []
 
 
 def test_the_recipe_in_the_readme_is_valid():

@@ -14,8 +14,8 @@ from hpc_lbsgd.cluster.resume import ranks_of
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.report import compare as comparing
-from hpc_lbsgd.report import facts as reading
 from hpc_lbsgd.report import curves, page
+from hpc_lbsgd.report import facts as reading
 from hpc_lbsgd.report.watch import Live, Tail, lines, sparkline
 
 N, KN = 203, 128
