@@ -1,0 +1,127 @@
+"""The pictures of docs/how-it-works.md, drawn from the functions that they are about:
+
+python tools/draw_ideas.py            # writes docs/pictures/*.png
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+
+from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.data.order import Permutation, worker_samples, workers_of_rank
+from hpc_lbsgd.report.curves import COLOURS
+from hpc_lbsgd.report.figures import panels, save
+from hpc_lbsgd.theory.schedule import Schedule, Stage, Warmup
+
+OUT = Path(__file__).parents[1] / "docs" / "pictures"
+N, WORKERS, EACH = 22, 4, 3  # samples, k, n: the second step of the epoch is a tail of 10
+
+
+def small_schedule() -> Schedule:
+    return Schedule(N, EACH, [Stage(0, WORKERS, 0.1, 0.9)], 1, "partial", Warmup(0, 0.1))
+
+
+def box(axis, x: float, y: float, width: float, text: str, colour: str) -> None:
+    axis.barh(y, width, left=x, height=0.8, color=colour, alpha=0.85, edgecolor="white", linewidth=2)
+    axis.text(x + width / 2, y, text, ha="center", va="center", fontsize=9, color="black")
+
+
+def bare(axis, title: str) -> None:
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_xticks([])
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    axis.invert_yaxis()
+
+
+def clock(path: Path) -> None:
+    """Learning rate and batch by step, as `at` says them."""
+    schedule = recipes.read("smith-resnet50").build_schedule(1_281_167)
+    steps = np.linspace(0, schedule.steps - 1, 1500).astype(int)
+    points = [schedule.at(int(s)) for s in steps]
+    figure, axes = panels(2, (9.5, 2.6))
+    for axis, values, label in (
+        (axes[0], [p.lr for p in points], "learning rate"),
+        (axes[1], [p.global_batch for p in points], "kn, images"),
+    ):
+        axis.plot(steps, values, color=COLOURS[0])
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].yaxis.set_major_formatter("{x:,.0f}")
+    save(figure, path)
+
+
+def order(path: Path) -> None:
+    """One epoch's permutation, cut into steps and workers."""
+    schedule, permutation = small_schedule(), Permutation(N, 0, 0)
+    figure, (axis,) = panels(1, (9.5, 1.7))
+    for row in range(2):
+        point = schedule.at(row)
+        for worker in range(WORKERS):
+            for i, sample in enumerate(worker_samples(permutation, point, worker)):
+                box(axis, worker * EACH + i, row, 1, str(sample), COLOURS[worker])
+    axis.set_yticks([0, 1], ["step 0", "step 1, a tail"])
+    bare(axis, f"{N} samples in the epoch's order; a colour a worker, {EACH} samples each")
+    save(figure, path)
+
+
+def workers(path: Path) -> None:
+    """Whose work is done where, on 1, 2 and 3 ranks."""
+    figure, axes = panels(3, (9.5, 1.9))
+    for axis, ranks in zip(axes, (1, 2, 3), strict=True):
+        for rank in range(ranks):
+            for place, worker in enumerate(workers_of_rank(WORKERS, rank, ranks)):
+                box(axis, place, rank, 1, f"worker {worker}", COLOURS[worker])
+        axis.set_yticks(range(ranks), [f"rank {r}" for r in range(ranks)])
+        axis.set_xlim(0, WORKERS)
+        axis.set_ylim(-0.6, 2.6)
+        bare(axis, f"{ranks} rank{'s' if ranks > 1 else ''}: one pass after another →")
+    save(figure, path)
+
+
+def sums(path: Path) -> None:
+    """The sum of the same numbers in many orders: how many different results."""
+    rng = np.random.default_rng(0)
+    values = (rng.normal(size=64) * 10.0 ** rng.uniform(-4, 0, 64)).astype(np.float32)
+    whole = np.rint(values.astype(np.float64) * 2.0**40).astype(np.int64)
+    draw, floats, integers = random.Random(0), [], []
+    for _ in range(2000):
+        way = draw.sample(range(64), 64)
+        total, exact = np.float32(0), 0
+        for i in way:
+            total, exact = total + values[i], exact + int(whole[i])
+        floats.append(float(total))
+        integers.append(exact / 2.0**40)
+    figure, axes = panels(2, (9.5, 2.4))
+    middle = integers[0]
+    widest = 1.1e7 * max(abs(f - middle) for f in floats)
+    for axis, found, title, colour in (
+        (axes[0], floats, "float32", COLOURS[1]),
+        (axes[1], integers, "int64 units of 2^-40", COLOURS[2]),
+    ):
+        apart = sorted({(f - middle) * 1e7 for f in found})
+        counts = [sum(abs((f - middle) * 1e7 - a) < 1e-9 for f in found) for a in apart]
+        axis.vlines(apart, 0, counts, color=colour, linewidth=3)
+        axis.set_title(f"{title}: {len(apart)} result{'s' if len(apart) > 1 else ''}", fontsize=10, loc="left")
+        axis.set_xlabel("difference, 10⁻⁷")
+        axis.set_ylabel("orders, of 2,000")
+        axis.set_xlim(-widest, widest)
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def main() -> None:
+    OUT.mkdir(exist_ok=True)
+    for draw in (clock, order, workers, sums):
+        draw(OUT / f"{draw.__name__}.png")
+        print(OUT / f"{draw.__name__}.png")
+
+
+if __name__ == "__main__":
+    main()
