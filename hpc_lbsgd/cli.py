@@ -85,7 +85,13 @@ def parser() -> argparse.ArgumentParser:
 
     p = command("doctor", doctor, help="what this machine and environment can do, and the fix for what they cannot")
     p.add_argument("--mpi", action="store_true", help="start two real ranks a node; report the bandwidth of their sum")
-    p.add_argument("--hosts", metavar="A,B", help="--mpi: these hosts (default: the nodes of the Slurm job, or here)")
+    p.add_argument(
+        "--nodes", action="store_true", help="measure each node for some seconds; name those far below others"
+    )
+    p.add_argument("--read", type=Path, metavar="PATH", help="--nodes: what a run will read, a file or a folder")
+    p.add_argument(
+        "--hosts", metavar="A,B", help="--mpi, --nodes: these (default: the nodes of the Slurm job, or here)"
+    )
     with_json(p)
 
     add_beginning(command)
@@ -217,12 +223,14 @@ def add_reproduce(command) -> None:
 def doctor(args) -> int:
     from hpc_lbsgd.cluster import doctor as doctors
 
-    findings = doctors.examine(args.mpi, args.hosts)
+    if args.read and not (args.nodes and args.read.exists()):
+        raise RequestError(f"--read {args.read}: {'no such file or folder' if args.nodes else 'only with --nodes'}")
+    findings = doctors.examine(args.mpi, args.nodes, args.hosts, args.read)
     if args.json:
         print(json.dumps({"findings": [f._asdict() for f in findings]}))
     else:
         print(doctors.show(findings))
-    return EXIT_FAILED if any(f.level == doctors.FAIL for f in findings) else EXIT_DONE
+    return EXIT_FAILED if any(f.level == "fail" for f in findings) else EXIT_DONE
 
 
 def init(args) -> int:

@@ -15,16 +15,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
-OK, WARN, FAIL = "ok", "warn", "fail"
-
-
-class Finding(NamedTuple):
-    level: str  # ok | warn | fail
-    what: str
-    found: str
-    fix: str = ""
+from hpc_lbsgd.cluster import on_ranks
+from hpc_lbsgd.cluster.finding import FAIL, OK, WARN, Finding
 
 
 def output_of(*command: str, timeout_s: float = 20) -> str | None:
@@ -304,36 +297,6 @@ def check_file_systems() -> Iterator[Finding]:
         )
 
 
-def check_mpi_for_real(hosts: str | None) -> Iterator[Finding]:
-    """Ranks that really start and sum."""
-    from hpc_lbsgd.cluster.mpi_check import measure
-
-    facts = measure(hosts)
-    if "problem" in facts:
-        yield Finding(FAIL, "mpi sum", facts["problem"], "docs/troubleshooting.md, by the message")
-        return
-    where = f"{facts['ranks']} ranks on {len(facts['nodes'])} nodes ({', '.join(facts['nodes'])}), {facts['device']}"
-    speed = f"{facts['bytes'] / 2**20:.0f} MB in {1e3 * facts['seconds']:.1f} ms, "
-    speed += f"bus bandwidth {facts['busbw_bytes_per_s'] / 1e9:.2f} GB/s"
-    yield Finding(
-        OK if facts["right"] else FAIL,
-        "mpi sum",
-        f"{where}: {speed}" if facts["right"] else f"{where}: the sum is wrong",
-        "MPI or the network is broken: try another MPI module, and tell the cluster's support",
-    )
-    promised = int(os.environ.get("SLURM_CPUS_PER_TASK", 4 if facts["device"] == "cuda" else 1))
-    yield Finding(
-        OK if facts["cores"] >= promised else WARN,
-        "cores a rank",
-        f"{facts['cores']} at least, of {promised} to be expected",
-        "the launcher hides cores: srun --cpus-per-task on its own line, cores_per_node in the site file",
-    )
-    if len(facts["nodes"]) > 1:
-        skew = facts["clock_skew_s"]
-        fix = "clocks of the nodes differ: ask for NTP; logs of several nodes are hard to compare"
-        yield Finding(OK if skew < 1 else WARN, "clock skew", f"at most {1e3 * skew:.1f} ms", fix)
-
-
 def check_limits() -> Iterator[Finding]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield Finding(OK if files >= 4096 else WARN, "open files", str(files), "ulimit -n 4096")
@@ -371,12 +334,16 @@ CHECKS: list[Callable[[], Iterator[Finding]]] = [
 ]
 
 
-def examine(mpi: bool = False, hosts: str | None = None) -> list[Finding]:
-    """Run every check; one that breaks is itself a finding. mpi: start real ranks too, two a node of `hosts`."""
+def examine(
+    mpi: bool = False, nodes: bool = False, hosts: str | None = None, read: Path | None = None
+) -> list[Finding]:
+    """Run every check; one that breaks is itself a finding. mpi: start real ranks too, two a node of `hosts`. nodes:
+    compare these nodes, and what they read of `read`."""
     findings = []
-    real = [partial(check_mpi_for_real, hosts)] if mpi else []
+    real = [partial(on_ranks.check_mpi, hosts)] if mpi else []
+    real += [partial(on_ranks.check_nodes, hosts, read)] if nodes else []
     for check in [*CHECKS, *real]:
-        name = getattr(check, "__name__", "check_mpi sum").removeprefix("check_")
+        name = getattr(check, "__name__", "real ranks").removeprefix("check_")
         try:
             findings += [f._replace(fix="") if f.level == OK else f for f in check()]
         except Exception as problem:  # a broken environment may raise anything; the others still count

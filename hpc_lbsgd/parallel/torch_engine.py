@@ -85,6 +85,12 @@ class TorchEngine:
         self.share(None)
         self.gather(None)
 
+    def exchange(self, mine: torch.Tensor, theirs: torch.Tensor, partner: int) -> None:
+        """Send `mine` to a rank and fill `theirs` with what it sends. The two call it; nobody else need."""
+        ops = [self._dist.P2POp(self._dist.isend, mine, partner), self._dist.P2POp(self._dist.irecv, theirs, partner)]
+        for handle in self._dist.batch_isend_irecv(ops):
+            self.wait(handle)
+
     def abort(self, code: int) -> None:
         end_all_ranks(code, self._mpi)
 

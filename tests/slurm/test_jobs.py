@@ -174,7 +174,7 @@ def test_real_training_on_4_nodes(lab, exact_recipe, folder, one_rank, launcher,
 
 def test_doctor_sums_on_the_nodes_of_a_job(lab, folder):
     script, out = folder / "doctor.sh", folder / "doctor.json"
-    script.write_text(f"#!/bin/sh\n{sys.executable} -m hpc_lbsgd.cli doctor --mpi --json\n")
+    script.write_text(f"#!/bin/sh\n{sys.executable} -m hpc_lbsgd.cli doctor --mpi --nodes --read . --json\n")
     words = ["--nodes=2", "--ntasks-per-node=2", f"--output={out}", f"--error={folder}/doctor.log", script]
     (number,) = submitted(lab.call("sbatch", *words, cwd=folder).stdout)
     lab.wait(number, 240)
@@ -182,6 +182,8 @@ def test_doctor_sums_on_the_nodes_of_a_job(lab, folder):
     assert found["mpi sum"]["level"] == "ok", found
     assert "4 ranks on 2 nodes (node01, node02)" in found["mpi sum"]["found"]
     assert "bus bandwidth" in found["mpi sum"]["found"] and found["clock skew"]["level"] == "ok"
+    assert found["nodes"]["found"].startswith("2 ranks on 2 nodes, cpu: matrix product "), found
+    assert "sending to others" in found["nodes"]["found"] and "read of the data" in found["nodes"]["found"]
     assert found["slurm"]["level"] == "ok" and "pmix" in found["srun --mpi"]["found"]
 
 

@@ -1,0 +1,77 @@
+"""Start the ranks of a check with this environment's mpirun, and read what rank 0 found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, exported, find_mpirun, slots_of
+
+TIMEOUT_S = 120
+MARK = "check: "  # before rank 0's facts, among what launchers print
+
+
+def say(facts: dict) -> None:
+    """Rank 0's facts, for `measure`."""
+    print(MARK + json.dumps(facts), flush=True)
+
+
+def hosts_of_job() -> list[str]:
+    """Nodes of the Slurm job that this runs in; none outside a job."""
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        return []
+    result = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30)
+    return result.stdout.split()
+
+
+def measure(module: str, hosts: str | None, ranks_per_node: int, words: Sequence[str] = ()) -> dict:
+    """Start a check's ranks; returns rank 0's facts, or {"problem": what went wrong}.
+
+    module: run by each rank, with `words`; its rank 0 calls `say`. hosts: "a,b"; default: the nodes of the Slurm job,
+    or this machine.
+    """
+    names = [slots_of(h)[0] for h in hosts.split(",")] if hosts else hosts_of_job()
+    slots = ",".join(f"{name}:{ranks_per_node}" for name in names) or None
+    layout = Layout(ranks_per_node * max(1, len(names)), slots, oversubscribe=not slots)
+    try:
+        if slots:
+            check_hosts(slots, layout.ranks)
+        mpirun = find_mpirun()
+        launcher = choose(mpirun)
+    except RequestError as problem:
+        return {"problem": str(problem)}
+    program = [sys.executable, "-m", module, *words]
+    return run([*launcher.line(mpirun, layout, exported(layout)), *program], layout.ranks)
+
+
+def run(line: list[str], ranks: int) -> dict:
+    """Rank 0's facts, or a problem. The launcher need not end in time once the facts are there."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True)
+        killer = threading.Timer(TIMEOUT_S, process.kill)
+        killer.start()
+        found, said = None, ""
+        for text in process.stdout:
+            said = text.strip() or said
+            if text.startswith(MARK):
+                found = json.loads(text.removeprefix(MARK))
+                break
+        if found:
+            process.terminate()  # it has nothing left to do, and Open MPI 5 may miss that
+        code = process.wait()
+        late = not killer.is_alive()
+        killer.cancel()
+        if found:
+            return found
+        if late:
+            return {"problem": f"{ranks} ranks did not finish within {TIMEOUT_S} s: they cannot reach each other"}
+        errors.seek(0)
+        last = (errors.read().strip() or said or "nothing").splitlines()[-1]
+        return {"problem": f"mpirun ended with {code}, saying last: {last}"}
