@@ -49,9 +49,9 @@ def noise_scale(measurements: Sequence[Measurement]) -> NoiseScale | None:
         return None
     values = np.asarray(measurements, np.float64)
     count = len(values)
-    trace, square = values.mean(axis=0)
+    trace, square = values.mean(axis=0).tolist()
     trace = max(trace, 0.0)  # it is a variance: less is rounding
-    (vt, c), (_, vs) = np.cov(values, rowvar=False) / count
+    (vt, c), (_, vs) = (np.cov(values, rowvar=False) / count).tolist()
     t2 = student95(count - 1) ** 2
     # the set of x with (trace - x*square)^2 <= t^2 * (vt - 2xc + x^2*vs), that is a*x^2 - 2b*x + d <= 0
     a, b, d = square**2 - t2 * vs, trace * square - t2 * c, trace**2 - t2 * vt

@@ -1,8 +1,12 @@
 """The manual says what the code does, and its links lead somewhere."""
 
 import importlib.util
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +78,15 @@ def test_every_page_is_in_the_sites_list():
 
     listed = set(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     assert listed == {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
+
+
+def test_the_notebooks_cells_run_from_first_to_last():
+    found = json.loads((ROOT / "docs" / "examples" / "noise_scale.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in found["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] for cell in found["cells"] if cell["cell_type"] == "code"), (
+        "keep it without outputs"
+    )
+    code = "\n".join([*cells, "assert losses[-1] < losses[0] / 2 and len(scales) > 3, (losses, scales)"])
+    env = {**os.environ, "MPLBACKEND": "Agg"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "noise scale" in done.stdout, done.stderr
