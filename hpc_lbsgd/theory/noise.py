@@ -54,7 +54,7 @@ def noise_scale(measurements: Sequence[Measurement]) -> NoiseScale | None:
     (vt, c), (_, vs) = (np.cov(values, rowvar=False) / count).tolist()
     t2 = student95(count - 1) ** 2
     # the set of x with (trace - x*square)^2 <= t^2 * (vt - 2xc + x^2*vs), that is a*x^2 - 2b*x + d <= 0
-    a, b, d = square**2 - t2 * vs, trace * square - t2 * c, trace**2 - t2 * vt
+    a, b, d = square * square - t2 * vs, trace * square - t2 * c, trace * trace - t2 * vt
     root = math.sqrt(max(b * b - a * d, 0.0))
     if square > 0 and a > 0:
         return NoiseScale(trace / square, max((b - root) / a, 0.0), (b + root) / a)
