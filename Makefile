@@ -6,6 +6,9 @@ MPI    ?= $(if $(wildcard $(VENV)/.ready-system),system,wheel)
 ENGINE ?= $(if $(wildcard $(VENV)/.ready-torch),torch,horovod)
 # a rank a GPU; without GPUs one a core
 NP     ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$gpus -gt 0 ] && echo $$gpus || nproc)
+ifneq ($(words $(VENV)),1)
+$(error VENV=$(VENV): one word, without a space; make and pip take no other)
+endif
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
@@ -22,6 +25,9 @@ JOBS   ?= 2
 BESIDE  = -n $(JOBS) --dist loadfile
 TOGETHER = unit oracle gpu_less
 ALONE    = mpi faults e2e
+ifneq ($(filter test,$(MAKECMDGOALS)),)
+$(foreach part,$(PART),$(if $(wildcard tests/$(part)),,$(error PART=$(part): no such folder in tests/)))
+endif
 START  := $(shell date +%s)
 TOOK    = echo "make $@: $$(($$(date +%s) - $(START))) s"
 
@@ -65,7 +71,7 @@ check: lint  ## lint and unit tests: under 3 minutes on two cores
 
 test: lint  ## all tests, or those of one folder of tests/ [PART=unit|oracle|gpu_less|mpi|faults|slurm|e2e]
 ifdef PART
-	$(PYTEST) $(if $(filter $(TOGETHER),$(PART)),$(BESIDE)) tests/$(PART)
+	$(PYTEST) $(if $(filter-out $(TOGETHER),$(PART)),,$(BESIDE)) $(PART:%=tests/%)
 else
 	@failed=0; $(PYTEST) $(BESIDE) $(TOGETHER:%=tests/%) || failed=1; \
 	    slurm=$$(mktemp); $(PYTEST) tests/slurm >$$slurm 2>&1 & \
@@ -93,4 +99,5 @@ module:  ## modulefiles for this environment in PREFIX [PREREQ="gcc/12 openmpi/4
 	@$(PYTHON) tools/make_module.py --environment "$(VENV)" --prereq "$(PREREQ)" --conflict "$(CONFLICT)" "$(PREFIX)"
 
 clean:  ## remove .venv and site; runs and data stay
+	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo "VENV=$(VENV): no environment of Python; it stays" >&2; exit 2; }
 	rm -rf $(VENV) site

@@ -1,7 +1,9 @@
 """The tree is as its pages say: the walk, files to touch, targets of make, heads of packages; and no file is long."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,9 +35,12 @@ def test_no_file_is_longer_than_400_lines():
     assert len(lengths) > 200 and {name: lines for name, lines in lengths.items() if lines > 400} == {}
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone: which files are the project's is not known")
 def test_the_root_has_no_stray_files():
-    files = ["ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(["git", *files], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    """What is committed; a recipe of one's own, as `init` writes it there, is nobody's business."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     known = "setup.cfg pyproject.toml Makefile MANIFEST.in constraints.txt mkdocs.yml .gitignore "
     known += "README.md LICENSE CHANGELOG.md CITATION.cff CONTRIBUTING.md "
     known += ".ci/ docs/ hpc_lbsgd/ modules/ slurm/ tests/ tools/"
@@ -99,8 +104,14 @@ def test_one_version_everywhere():
 # ---------------------------------------------------------------- make
 
 
+def make(*words: str, tree: Path = ROOT) -> subprocess.CompletedProcess:
+    """As a person types it there: under `make test PART=unit` tests inherit that PART."""
+    own = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PART", "VENV")}
+    return subprocess.run(["make", *words], cwd=tree, env=own, capture_output=True, text=True)
+
+
 def test_each_target_has_a_line_in_the_help():
-    said = subprocess.run(["make", "-C", ROOT, "help"], capture_output=True, text=True, check=True).stdout
+    said = make("help").stdout
     targets = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()
     assert re.findall(r"^make ([\w-]+) +\S", said, re.M) == targets
 
@@ -109,8 +120,31 @@ def test_make_test_runs_every_folder_of_tests():
     """`make test` names folders, and a new one must be among them."""
     folders = {p.name for p in (ROOT / "tests").iterdir() if list(p.glob("test_*.py"))}
     assert {Path(p).name for p in PYPROJECT["tool"]["pytest"]["ini_options"]["testpaths"]} == folders
-    lines = subprocess.run(["make", "-C", ROOT, "-n", "test"], capture_output=True, text=True, check=True).stdout
-    assert set(re.findall(r"tests/(\w+)", lines)) == folders
+    assert set(re.findall(r"tests/(\w+)", make("-n", "test").stdout)) == folders
+    for folder in folders:
+        assert set(re.findall(r"tests/(\w+)", make("-n", "test", f"PART={folder}").stdout)) == {folder}
+    refused = make("test", "PART=unti")
+    assert refused.returncode == 2 and "PART=unti" in refused.stderr
+
+
+def test_clean_takes_nothing_but_an_environment(tmp_path):
+    """`rm -rf $(VENV)` of "/home/me/my envs/lb" would take /home/me/my."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("my", "my envs", "env", "site"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "env" / "pyvenv.cfg").touch()
+    for venv, said in (
+        ("my envs", "space"),
+        (f"{tmp_path}/my envs", "space"),
+        ("my", "no environment"),
+        (".", "no env"),
+    ):
+        refused = make("clean", f"VENV={venv}", tree=tmp_path)
+        assert refused.returncode == 2 and said in refused.stderr, venv
+    assert {p.name for p in tmp_path.iterdir()} == {"Makefile", "my", "my envs", "env", "site"}
+    for venv in ("env", ".venv"):  # .venv: it is not there, and there is nothing to do
+        assert make("clean", f"VENV={venv}", tree=tmp_path).returncode == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"Makefile", "my", "my envs"}
 
 
 # ---------------------------------------------------------------- packages
