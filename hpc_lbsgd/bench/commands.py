@@ -15,7 +15,6 @@ from hpc_lbsgd.bench.step import command as step
 def add(commands) -> None:
     """Add `bench` to the top level's commands."""
     p = add_command(commands, "bench", help="measure loader, step and allreduce here; predict what more nodes would do")
-    benches = p.add_subparsers(dest="bench_command", required=True)
+    benches = p.add_subparsers(dest="bench_command", metavar="BENCHMARK", required=True)
     for benchmark in (loader, rates, step, scaling, allreduce, checkpoint, simulate):
         benchmark.add(benches)
-    benches.metavar = "|".join(benches.choices)

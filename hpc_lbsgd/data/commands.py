@@ -13,7 +13,7 @@ from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, RequestError
 def add(commands) -> None:
     """Add `data` to the top level's commands."""
     p = add_command(commands, "data", help="get, list and check a data set; print who gets which sample")
-    data = p.add_subparsers(dest="data_command", required=True)
+    data = p.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
     p = add_command(data, "fetch", help="get a data set by name, as image files with a manifest")
     p.add_argument("name", choices=["cifar10", "fashion-mnist"], help="which")
     p.add_argument("--out", type=Path, help="folder to write to (default: data/NAME)")
@@ -88,7 +88,6 @@ def add(commands) -> None:
     p.add_argument("--epoch", type=not_negative, default=0, help="from 0 (default: %(default)s)")
     p.add_argument("--worker", type=not_negative, default=0, help="from 0 (default: %(default)s)")
     with_json(p).set_defaults(function=order)
-    data.metavar = "|".join(data.choices)
 
 
 def with_part(p) -> None:

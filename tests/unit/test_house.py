@@ -1,11 +1,13 @@
 """The tree is as its pages say: the walk, files to touch, targets of make, heads of packages; and no file is long."""
 
+import argparse
 import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -14,6 +16,8 @@ import pytest
 import yaml
 
 import hpc_lbsgd
+from hpc_lbsgd import cli
+from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.cluster.sites import Site
 from hpc_lbsgd.parallel.launchers import FLAVOURS
 from hpc_lbsgd.sections import Machine, ScheduleSection
@@ -194,6 +198,33 @@ def test_the_papers_mathematics_imports_numpy_and_the_standard_library_alone(gra
     assert imported - sys.stdlib_module_names == {"numpy"}
 
 
+def test_no_import_hides_from_the_contracts():
+    """import-linter sees neither names in strings nor folders without an `__init__.py`."""
+    may = {"__init__.py", "imports.py"}  # the library at its first use; the user's own functions
+    hidden = re.compile(r"\b(import_module|__import__)\b")
+    root = ROOT / "hpc_lbsgd"
+    assert {str(p.relative_to(root)) for p in root.rglob("*.py") if hidden.search(p.read_text())} == may
+    assert [p for p in root.rglob("*.py") if not (p.parent / "__init__.py").exists()] == []
+
+
+def test_names_of_modules_in_strings_are_modules():
+    """What is started by `python -m`: a benchmark whose measure.py has moved would say so on a cluster first."""
+    name = re.compile(r"hpc_lbsgd(\.[a-z_]+)+")
+    found = set()
+    for path in (ROOT / "hpc_lbsgd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and name.fullmatch(node.value):
+                found.add(node.value)
+    assert "hpc_lbsgd.bench.step.measure" in found and [n for n in found if not find_spec(n)] == []
+
+
+def test_each_benchmark_is_a_command():
+    packages = {p.parent.name for p in (ROOT / "hpc_lbsgd" / "bench").glob("*/command.py")}
+    (benches,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (names,) = (a for a in benches.choices["bench"]._actions if isinstance(a, argparse._SubParsersAction))
+    assert set(names.choices) == packages
+
+
 def test_the_contract_inside_benchmarks_has_all_of_them():
     """Lists that import-linter does not complete by itself, nor the page of the package."""
     packages = {p.parent.name for p in (ROOT / "hpc_lbsgd" / "bench").glob("*/__init__.py")} - {"core"}
@@ -248,5 +279,19 @@ def test_each_engine_and_each_flavour_has_what_is_asked_of_it():
     for word in get_args(Machine.model_fields["engine"].annotation):
         adapter = ROOT / "hpc_lbsgd" / "parallel" / f"{word}_engine.py"
         assert f'name = "{word}"' in adapter.read_text() and f'machine.engine == "{word}"' in engine
+    template = (ROOT / "hpc_lbsgd" / "cluster" / "sites" / "template.yaml").read_text()
+    pages = re.findall(r"\(launchers/(.+?)\.md\)", (ROOT / "docs" / "cluster.md").read_text())
     for flavour, launcher in FLAVOURS.items():
         assert Site(mpi=flavour).wire_up == launcher.srun_mpi and launcher.library and launcher.said
+        assert re.search(rf"^mpi: .*\b{flavour}\b", template, re.M), "what a site may say"
+        assert [page for page in pages if flavour in page], f"no page for {flavour} is linked in docs/cluster.md"
+
+
+def test_each_schedule_has_what_is_asked_of_it():
+    """Stages, a learning rate at every step, a word in the manual."""
+    manual = (ROOT / "docs" / "methods.md").read_text()
+    for word in get_args(ScheduleSection.model_fields["kind"].annotation):
+        recipe = recipes.read("fashion-mnist", [f"schedule.kind={word}", "train.epochs=8", "train.noise_scale_steps=5"])
+        schedule = recipe.build_schedule(5000)
+        assert all(schedule.at(step).lr >= 0 for step in range(schedule.steps)), word
+        assert word == "constant" or f"`{word}`" in manual or f"kind: {word}`" in manual, f"docs/methods.md: {word}"
