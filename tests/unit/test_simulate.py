@@ -12,6 +12,7 @@ from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.simulate import presets, show, workload
 from hpc_lbsgd.bench.simulate import run as simulate
 from hpc_lbsgd.bench.simulate.presets import PRESETS, PUBLISHED
+from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.theory import collectives
 from hpc_lbsgd.theory import simulate as model
 from hpc_lbsgd.theory.scaling import required_gbit_per_s
@@ -256,6 +257,16 @@ def test_calibrated_from_a_run(tmp_path, small_recipe):
     pair = simulate.choose("goyal-p100-50gbe", run=run_folder(tmp_path, small_recipe, 2, 0.05))
     assert pair.system.cluster.ranks_per_node == 2 and pair.system.workload.samples == 64
     assert model.step(pair.system, 1).exposed_comm_s == pytest.approx(0.05, rel=1e-3)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "[{}]"])
+def test_a_run_whose_nodes_are_not_known(tmp_path, small_recipe, content):
+    folder = run_folder(tmp_path, small_recipe, 2, 0.05)
+    (folder / "environment.json").unlink()
+    if content is not None:
+        (folder / "environment.json").write_text(content)
+    with pytest.raises(RequestError, match="environment.json is gone or damaged"):
+        simulate.choose("goyal-p100-50gbe", run=folder)
 
 
 def test_command_line(tmp_path):

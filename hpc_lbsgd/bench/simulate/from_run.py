@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -39,8 +38,11 @@ def measure(folder: RunFolder) -> Measured:
         raise RequestError(
             f"--from {folder.path}: {len(steps)} full steps after warm-up; at least {FEWEST_STEPS} are needed"
         )
-    environment = json.loads(folder.environment.read_text())[-1]
-    hosts = Counter(r["host"] for r in environment["ranks"])
+    starts = folder.starts()
+    ranks = starts[-1].get("ranks") if starts else None
+    if not ranks:
+        raise RequestError(f"--from {folder.path}: {folder.environment.name} is gone or damaged; it says which nodes")
+    hosts = Counter(r["host"] for r in ranks)
     return Measured(
         start["ranks"],
         max(hosts.values()),
