@@ -75,13 +75,20 @@ def job_there(job: str, cluster: str | None) -> bool | None:
     """Whether Slurm has this job, running or waiting; None where Slurm does not answer, or is another cluster's."""
     if cluster and cluster != (os.environ.get("SLURM_CLUSTER_NAME") or this_cluster()):
         return None
-    result = slurm("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
-    if result is None or (result.returncode and "Invalid job id" not in result.stderr):
+    result = queue(job, "%T", "--states=all")
+    if result is None:
         return None
     states = result.stdout.split()
     if not (states or result.returncode):  # it is kept from us (PrivateData)
         return None
     return any(state not in OVER for state in states)
+
+
+def queue(job: str, form: str, *words: str, **limit: float) -> subprocess.CompletedProcess | None:
+    """squeue's lines for a job in this format, none where there is no such job; None where it is not known."""
+    result = slurm("squeue", "--noheader", f"--jobs={job}", *words, f"--format={form}", **limit)
+    refused = result is not None and result.returncode and "Invalid job id" not in result.stderr
+    return None if refused else result
 
 
 def this_cluster() -> str | None:
@@ -90,9 +97,10 @@ def this_cluster() -> str | None:
     return next((words[1].strip() for words in lines if words[0].strip() == "ClusterName"), None)
 
 
-def slurm(*words: str) -> subprocess.CompletedProcess | None:
+def slurm(*words: str, timeout_s: float = SLURM_TIMEOUT_S) -> subprocess.CompletedProcess | None:
+    """What Slurm says; None where it is not there, or does not answer."""
     try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=SLURM_TIMEOUT_S)
+        return subprocess.run(words, capture_output=True, text=True, timeout=timeout_s)
     except (OSError, subprocess.TimeoutExpired):
         return None
 

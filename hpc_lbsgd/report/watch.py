@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from pathlib import Path
 from hpc_lbsgd import amend
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.owner import queue
 from hpc_lbsgd.recipe import Decision
 from hpc_lbsgd.records import RunFolder, record_of
 from hpc_lbsgd.report.facts import QUIET, seconds_of, whole
@@ -25,7 +25,7 @@ HISTORY = 2000  # steps that the sparkline shows
 EVENTS = 4  # of the newest
 BARS = "▁▂▃▄▅▆▇█"
 SILENT_S = 60.0  # without a record: said
-SLURM_EVERY_S = 30.0
+SLURM_EVERY_S, SLURM_TIMEOUT_S = 30.0, 10.0
 PLAIN_EVERY_S = 10.0  # a line, where there is no terminal
 
 
@@ -151,11 +151,8 @@ class Live:
         if not job or not shutil.which("squeue"):
             return None
         if time.monotonic() - self._slurm[0] >= SLURM_EVERY_S:
-            line = ["squeue", "--noheader", "--jobs", str(job), "--format", "%T, %L left"]
-            try:
-                said = subprocess.run(line, capture_output=True, text=True, timeout=10).stdout.strip()
-            except (OSError, subprocess.SubprocessError):
-                said = ""
+            found = queue(str(job), "%T, %L left", timeout_s=SLURM_TIMEOUT_S)
+            said = "Slurm does not answer" if found is None else "; ".join(found.stdout.splitlines())
             self._slurm = time.monotonic(), f"job {job}: {said or 'not in the queue'}"
         return self._slurm[1]
 

@@ -1,6 +1,7 @@
 """`report` and `watch` on records as runs write them: right numbers, no matter how a run went."""
 
 import json
+import os
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -256,3 +257,31 @@ def test_what_is_not_whole_is_left_out(run, environment):
     assert live.facts()["step"] == 6 and lines(live.facts(), [], 80)
     assert comparing.compare(str(run.path), str(run.path))["first_difference"] is None
     assert ranks_of(run) == 1
+
+
+@pytest.mark.parametrize(
+    "script, said",
+    [
+        ("echo RUNNING, 1:00 left", "job 7: RUNNING, 1:00 left"),
+        ("", "job 7: not in the queue"),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "job 7: not in the queue"),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "job 7: Slurm does not answer"),
+        ("echo RUNNING; echo PENDING", "job 7: RUNNING; PENDING"),  # an array, as older runs wrote it down
+    ],
+)
+def test_watch_tells_a_job_that_is_gone_from_a_controller_that_is_away(tmp_path, monkeypatch, script, said):
+    (tmp_path / "recipe.yaml").touch()
+    (tmp_path / "environment.json").write_text(json.dumps([{"slurm_job_id": "7"}]))
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert Live(RunFolder(tmp_path)).slurm() == said
+
+
+def test_a_task_of_an_array_is_written_down_as_itself(monkeypatch):
+    """The array's last task has the array's number, by which squeue means all of them."""
+    from hpc_lbsgd.train.prepare import software_facts
+
+    for name, value in (("JOB_ID", "7"), ("ARRAY_JOB_ID", "7"), ("ARRAY_TASK_ID", "3")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert software_facts()["slurm_job_id"] == "7_3"
