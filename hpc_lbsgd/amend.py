@@ -90,7 +90,7 @@ def added(
     now = recipe
     for _, before in amendments:
         now = amended(now, before)
-    old, new = (flatten(r.model_dump(mode="json")) for r in (now, amended(now, changes)))
+    old, new = (recipes.flatten(r.model_dump(mode="json")) for r in (now, amended(now, changes)))
     changes = {key: value for key, value in changes.items() if old[key] != new[key]}
     if not changes:
         return list(amendments)
@@ -104,14 +104,6 @@ def added(
     here: dict[str, Any] = next((c for s, c in kept if s == step), {})
     others = [[s, c] for s, c in kept if s != step and c]
     return sorted([*others, [step, here | changes]], key=lambda amendment: amendment[0])
-
-
-def flatten(part: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"section.key": value} of a nested one."""
-    flat: dict[str, Any] = {}
-    for key, value in part.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def said(step: int, changes: dict[str, Any]) -> str:

@@ -156,7 +156,7 @@ def jobs(
             rows.append({"nodes": nodes, "ranks": ranks, "problem": str(problem)})
             continue
         facts = outline(settled, schedule, ranks)
-        hours = compute_hours(settled, schedule, ranks, rate)
+        hours = compute_hours(schedule, ranks, rate)
         kept = ("global_batch", "peak_lr", "warmup_steps", "steps", "idle_ranks")
         rows.append(
             {"nodes": nodes, "ranks": ranks, **{k: facts[k] for k in kept}, "hours": hours, "node_hours": hours * nodes}
@@ -164,7 +164,7 @@ def jobs(
     return rows
 
 
-def compute_hours(recipe: Recipe, schedule: Schedule, ranks: int, rate: float) -> float:
+def compute_hours(schedule: Schedule, ranks: int, rate: float) -> float:
     """Time of all steps, each as long as its busiest rank computes."""
     seconds = 0.0
     for stage, start, stop in schedule.spans():

@@ -82,6 +82,14 @@ def override(content: dict[str, Any], setting: str) -> None:
     content[last] = yaml12.parse(value, f"--set {setting}")
 
 
+def flatten(part: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value} of a nested one: keys as `--set` names them."""
+    flat: dict[str, Any] = {}
+    for key, value in part.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def validated(model: type[M], content: dict[str, Any], where: str) -> M:
     """The description that `content` gives. Raises RequestError with a line a wrong key."""
     try:

@@ -19,14 +19,14 @@ from pydantic import Field, model_validator
 
 from hpc_lbsgd import reading, yaml12
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.reading import override, shipped
+from hpc_lbsgd.reading import flatten, override, shipped
 from hpc_lbsgd.sections import Batch, Checkpoint, Data, Machine, Model, Optim, ScheduleSection, Section, Train
 from hpc_lbsgd.theory import schedule as schedules
 from hpc_lbsgd.theory.scaling import scaled_lr
 
 __all__ = [  # what callers know from here
     "BIT_KEYS", "STAGE_DIR", "Batch", "Checkpoint", "Data", "Decision", "Machine", "Model", "Optim", "Recipe",
-    "ScheduleSection", "Train", "expanded", "load_resolved", "override", "read", "shipped", "validate",
+    "ScheduleSection", "Train", "expanded", "flatten", "load_resolved", "override", "read", "shipped", "validate",
 ]  # fmt: skip
 
 # Machine keys that change bits: part of the result where bits are promised

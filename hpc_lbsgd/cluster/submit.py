@@ -236,7 +236,7 @@ def batches_of(schedule: Schedule) -> list[tuple[int, int]]:
     return pieces
 
 
-def sweep_jobs(name: str, words: list[str], site: Site, run: str, request: Request, asked: dict) -> list[Job]:
+def sweep_jobs(name: str, words: list[str], run: str, request: Request, asked: dict) -> list[Job]:
     """The scaling benchmark as a job a number of nodes, and a report on what they leave, whichever of them fail.
 
     words: of `bench scaling`, without --out. asked: see `scaling.question`; its k is the same for all sizes.
@@ -290,7 +290,7 @@ def submit(name: str, settings: list[str], site_name: str, request: Request, as_
     elif request.sweep:
         asked = scaling.question(stem, recipe, [nodes * site.ranks for nodes in request.sweep], None)
         Folder(run).check(asked)
-        jobs = sweep_jobs(stem, words, site, run, request, asked)
+        jobs = sweep_jobs(stem, words, run, request, asked)
     else:
         jobs = training_jobs(stem, recipe, words, site, run, request)
     texts = [render(job, site, sys.executable, request.time_limit) for job in jobs]

@@ -15,7 +15,7 @@ from hpc_lbsgd.parallel.abort import end_all_ranks
 from hpc_lbsgd.parallel.openmpi import spare_one_sided
 
 
-def environment(machine, determinism: str, on_gpu: bool) -> dict[str, str]:
+def environment(machine, determinism: str) -> dict[str, str]:
     """Variables that Horovod and MPI read when they start, from a recipe's machine part.
 
     What the recipe or determinism demands is here; MPI_DEFAULTS may be overruled by the user's environment.
@@ -64,7 +64,7 @@ class HorovodEngine:
     sums_gradients, named_sums = False, True
 
     def __init__(self, machine, determinism: str, device: torch.device):
-        os.environ.update(environment(machine, determinism, device.type == "cuda"))
+        os.environ.update(environment(machine, determinism))
         for key, value in defaults(device.type == "cuda").items():
             os.environ.setdefault(key, value)
         self._polls = device.type == "cuda"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hpc_lbsgd import yaml12
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.recipe import flatten
 from hpc_lbsgd.records import RunFolder, read_metrics
 from hpc_lbsgd.report.facts import whole
 
@@ -29,24 +30,13 @@ def compare(a: str, b: str) -> dict:
     steps = [{r["step"]: r for r in found if r["kind"] == "step"} for found in records]
     return {
         "runs": [a, b],
-        "recipe": different(*(flat(yaml12.mapping_of(f.recipe, str(f.recipe))) for f in folders)),
+        "recipe": different(*(flatten(yaml12.mapping_of(f.recipe, str(f.recipe))) for f in folders)),
         "start": different(*(facts_of(f, found) for f, found in zip(folders, records, strict=True))),
         "steps": [len(found) for found in steps],
         "first_difference": first_difference(*steps),
         "evaluations": evaluations(*records),
         "weights": weights(*folders),
     }
-
-
-def flat(section: dict, prefix: str = "") -> dict:
-    """A recipe's keys as `--set` names them."""
-    found: dict = {}
-    for key, value in section.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def different(a: dict, b: dict) -> dict[str, list]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.recipe import flatten
 from hpc_lbsgd.records import write_atomically
-from hpc_lbsgd.report import compare, curves
+from hpc_lbsgd.report import curves
 from hpc_lbsgd.report.facts import SECONDS, Facts, by_batch, by_ranks, facts
 from hpc_lbsgd.report.study import Study, efficiency, study
 
@@ -131,7 +132,7 @@ def row(run: Facts, i: int) -> dict:
         "events": [said(r) for r in run.events],
         "seconds": {p: (f"{run.seconds[p]:,.1f}", f"{run.seconds[p] / total:.1%}") for p in SECONDS},
         "advice": f"{slowest}: {share:.0%} of the time. {ADVICE[slowest]}" if share > 0.1 else None,
-        "recipe": "\n".join(f"{k}: {json.dumps(v)}" for k, v in compare.flat(run.recipe).items()),
+        "recipe": "\n".join(f"{k}: {json.dumps(v)}" for k, v in flatten(run.recipe).items()),
         "weights": run.weights_sha256,
     }
 
@@ -145,7 +146,7 @@ def said(event: dict) -> dict:
 
 def differences(runs: Sequence[Facts]) -> list[tuple[str, list[str]]]:
     """Recipe keys in which these runs are not all alike, with each run's value."""
-    flat = [compare.flat(run.recipe) for run in runs]
+    flat = [flatten(run.recipe) for run in runs]
     keys = sorted({key for found in flat for key in found})
     values = ((key, [json.dumps(found.get(key)) for found in flat]) for key in keys)
     return [(key, found) for key, found in values if len(set(found)) > 1]

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from hpc_lbsgd.errors import EXIT_DONE, RequestError
+from hpc_lbsgd.errors import EXIT_DONE, RequestError, RunError
 from hpc_lbsgd.parallel.world import cores
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.reproduce import plots, table
@@ -53,7 +53,7 @@ def reproduce(
     report = table.summarise(experiment, scale, cells, seeds)
     command = shlex.join(command_of(name, scale.name, seeds, settings))
     content = table.as_json(report)
-    text = table.markdown(experiment, scale, report, command, conditions(cells))
+    text = table.markdown(experiment, report, command, conditions(cells))
     table.write(out, experiment, text, json.dumps(content, indent=1) + "\n")
     plots.draw(out / f"{name}.png", experiment, scale, report)
     if as_json:
@@ -95,7 +95,12 @@ def conditions(cells: list[Cell]) -> list[str]:
     cell = cells[0]
     epochs = sorted({c.recipe.train.epochs for c in cells})
     length = f"{epochs[0]} epochs" if len(epochs) == 1 else f"{epochs[0]} to {epochs[-1]} epochs by row"
-    facts = json.loads(cell.folder.environment.read_text())[-1]
+    starts = cell.folder.starts()
+    if not starts:
+        raise RunError(
+            f"{cell.folder.environment}: gone or damaged; remove this run, and the same command makes it anew"
+        )
+    facts = starts[-1]
     data, model = cell.recipe.data, cell.recipe.model
     return [
         f"data: {data.train}, {data.samples} images; test: {data.eval}",

@@ -252,7 +252,7 @@ def with_spread(mean: float, std: float | None) -> str:
     return f"{mean:.2f} ± {std:.2f}" if std is not None else f"{mean:.2f}"
 
 
-def markdown(experiment: Experiment, scale: Scale, report: Report, command: str, conditions: list[str]) -> str:
+def markdown(experiment: Experiment, report: Report, command: str, conditions: list[str]) -> str:
     out = [f"# {experiment.title}", "", f"{experiment.source}. {experiment.claim}", ""]
     if experiment.kind == "tradeoff":
         out += ["| kn | best learning rate | steps | examples | runs that got there |", "|---:|---:|---:|---:|---:|"]

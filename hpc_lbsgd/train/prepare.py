@@ -23,8 +23,9 @@ from hpc_lbsgd.data.loader import check_sizes
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.user import UserSet
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.owner import job_of
 from hpc_lbsgd.parallel import world as worlds
-from hpc_lbsgd.recipe import Decision, Recipe
+from hpc_lbsgd.recipe import Decision, Recipe, flatten
 from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
 from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train import checkpoint
@@ -149,7 +150,7 @@ def settle_again(asked: Recipe, before: Recipe) -> Recipe:
     asked = asked.model_copy(update={"model": asked.model.model_copy(update={"init_from": before.model.init_from})})
     if before.machine.threads:
         asked = asked.with_threads(before.machine.threads)
-    old, new = amends.flatten(before.result_part()), amends.flatten(asked.result_part())
+    old, new = flatten(before.result_part()), flatten(asked.result_part())
     changed = [
         f"{key} = {new.get(key)} (the run has {old.get(key)})"
         for key in sorted(old.keys() | new.keys())
@@ -294,7 +295,7 @@ def software_facts() -> dict:
         "versions": versions,
         "git_commit": commit,
         "user": user,
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "slurm_job_id": job_of(os.environ),
         "modules": os.environ.get("LOADEDMODULES", "").split(":") if os.environ.get("LOADEDMODULES") else [],
         "settings": settings_of(os.environ),
     }

@@ -131,7 +131,7 @@ def test_open_mpi_follows_the_written_choices(tmp_path, monkeypatch):
     own, ring = bits(choices.settings("tuned")), bits(choices.settings("ring"))
     assert own[0] != ring[0] and own[1] != ring[1]
     assert bits(written["environment"]) == [own[0], ring[1]]
-    assert bits(written["environment"] | environment(recipes.Machine(), "same-ranks", False)) == ring
+    assert bits(written["environment"] | environment(recipes.Machine(), "same-ranks")) == ring
 
 
 def test_a_contender_that_fails_is_named():

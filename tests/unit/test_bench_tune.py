@@ -124,7 +124,7 @@ def test_the_file_is_what_recipes_include(tmp_path):
     tuned = recipes.read("fashion-mnist", ["machine.prefetch=5", f"machine={path}", "machine.cycle_time_ms=2"])
     assert (tuned.machine.prefetch, tuned.machine.cycle_time_ms) == (5, 2.0)  # in the order of the command line
     assert tuned.machine.yield_when_idle is False and tuned.fingerprint() == base.fingerprint()
-    assert environment(tuned.machine, "off", False)["OMPI_MCA_mpi_yield_when_idle"] == "0"
+    assert environment(tuned.machine, "off")["OMPI_MCA_mpi_yield_when_idle"] == "0"
     own = tmp_path / "own.yaml"
     own.write_text(f"machine: {path}\n")
     assert recipes.read(str(own)).machine.cycle_time_ms == 0.5

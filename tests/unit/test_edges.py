@@ -11,7 +11,7 @@ from hpc_lbsgd.train.display import Display
 def test_engine_settings_follow_the_recipe():
     def settings(*changes):
         recipe = recipes.read("goyal-resnet50", list(changes))
-        return environment(recipe.machine, recipe.determinism, True)
+        return environment(recipe.machine, recipe.determinism)
 
     assert settings() == {"HOROVOD_FUSION_THRESHOLD": "0"}
     fused = settings("machine.reduction=fusion", "machine.fusion_threshold_mb=64", "machine.cycle_time_ms=2.5")

@@ -152,7 +152,7 @@ def test_the_page_shows_a_row_that_diverged(tmp_path):
             write_run(cell, [20, 10 + cell.seed * 0.1 + (3 if k > 16 else 0)] * 5, 100)
     report = table.summarise(experiment, SMALL, cells, 2)
     assert report.facts["break_point"] == 32 * 32
-    page = table.markdown(experiment, SMALL, report, "hpc-lbsgd reproduce goyal-figure1", ["here"])
+    page = table.markdown(experiment, report, "hpc-lbsgd reproduce goyal-figure1", ["here"])
     (lost,) = [x for x in page.splitlines() if x.startswith("| 128 x reference | 4096 |")]
     assert "| 2 of 2 diverged |" in lost and "23.60 ± 0.12" in page
     json.dumps(table.as_json(report), allow_nan=False)

@@ -18,6 +18,7 @@ import numpy as np
 
 from hpc_lbsgd.bench.core.spread import spread
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.recipe import flatten
 from hpc_lbsgd.records import write_atomically
 
 METRIC = "images/s over all ranks, barrier to barrier; median over rounds"
@@ -74,13 +75,6 @@ class Folder:
 
     def launches(self) -> list[dict]:
         return [json.loads(path.read_text()) for path in sorted(self.launches_folder.glob("*.json"))]
-
-
-def flatten(part: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in part.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 # ---------------------------------------------------------------- all launches together; pure
