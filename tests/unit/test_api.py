@@ -361,6 +361,8 @@ def test_the_package_stays_light_until_the_library_is_used():
     import hpc_lbsgd.api
 
     assert set(lb.API) == set(hpc_lbsgd.api.__all__)
+    stub = Path(lb.__file__).with_suffix(".pyi").read_text()
+    assert set(re.findall(r"import (\w+) as \1$", stub, re.M)) == set(lb.API)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lb.nothing
 
