@@ -58,7 +58,7 @@ class Column(np.lib.mixins.NDArrayOperatorsMixin):
             raise IndexError(f"row {index.max()} of {len(self)}")
         row = self.rows.at(np.where(index < 0, index + len(self), index))
         piece = np.searchsorted(self.ends, row, side="right")
-        found = np.empty(row.shape, self.dtype)
+        found = np.empty(row.shape + self.pieces[0].shape[1:], self.dtype)
         for number in np.unique(piece):
             mine = piece == number
             start = self.ends[number] - len(self.pieces[number])
@@ -76,11 +76,18 @@ class Column(np.lib.mixins.NDArrayOperatorsMixin):
 
 
 def column(table: pa.Table, name: str, rows: Rows) -> np.ndarray | Column:
-    """A column of numbers without nulls."""
-    pieces = [chunk.to_numpy() for chunk in table.column(name).chunks]
+    """A column without nulls: of numbers, or of lists of as many (rows of an array)."""
+    pieces = [numbers_in(chunk) for chunk in table.column(name).chunks]
     if len(pieces) == 1 and not len(rows.gone):
         return pieces[0]
-    return Column(pieces or [np.empty(0, table.schema.field(name).type.to_pandas_dtype())], rows)
+    return Column(pieces or [numbers_in(pa.array([], table.schema.field(name).type))], rows)
+
+
+def numbers_in(piece: pa.Array) -> np.ndarray:
+    """The numbers of a piece of a column, (rows,) or (rows, numbers of a list): a view."""
+    if pa.types.is_fixed_size_list(piece.type):
+        return piece.flatten().to_numpy().reshape(len(piece), piece.type.list_size)
+    return piece.to_numpy()
 
 
 def rows_named(table: pa.Table, name: str, wanted: set[str]) -> tuple[np.ndarray, list[str]]:

@@ -1,4 +1,5 @@
-"""The list of a data set's images: path, label, width, height, size in bytes, checksum, orientation.
+"""The list of a data set's images: path, label, width, height, size in bytes, checksum, orientation, and what fields
+they have beside their class (fields.py).
 
 A manifest is one Arrow file, mapped into memory, never read whole: at 1.28 million images each rank of a node
 shares the same pages. Rows are sorted by class and name, so a manifest is a function of the files alone.
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hpc_lbsgd.data import columns
+from hpc_lbsgd.data import columns, fields
 from hpc_lbsgd.data.decode import decoders
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import write_atomically
@@ -38,7 +39,7 @@ CHUNK = 512  # files a work item of indexing
 SCHEMA = pa.schema(
     [
         ("path", pa.large_string()),
-        ("label", pa.int32()),
+        ("label", pa.int32()),  # 0 in a set without classes
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("bytes", pa.int64()),
@@ -64,6 +65,8 @@ def content_digest(table: pa.Table, header: Mapping) -> str:
         chunks = table.column(name).chunks
         digest.update(f"{name} {table.column(name).type} {table.num_rows}".encode())
         for piece in (chunk.slice(at, 2**20) for chunk in chunks for at in range(0, len(chunk), 2**20)):
+            if pa.types.is_fixed_size_list(piece.type):
+                piece = piece.flatten()
             values = pc.binary_length(piece) if pa.types.is_large_string(piece.type) else piece
             values = values.fill_null(-1) if values.null_count else values  # an orientation that nobody asked for
             digest.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)))
@@ -89,8 +92,11 @@ class Manifest:
             self.header = json.loads(self.table.schema.metadata[b"hpc_lbsgd"])
             self.root = (self.path.parent / self.header["root"]).resolve()
             self.classes: list[str] = self.header["classes"]
+            own = fields.of_schema(self.table.schema)
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as problem:
             raise RequestError(f"{path}: not a manifest ({problem}); make one with: hpc-lbsgd data index DIR") from None
+        class_field = {fields.CLASS: fields.Field(fields.CLASS)} if self.classes else {}
+        self.fields = {fields.IMAGE: fields.Field(fields.IMAGE), **class_field, **own}
         self._as_written = self.table
         self.excluded: list[str] = []
         self.rows = columns.Rows(self.table.num_rows, np.empty(0, np.int64))
@@ -150,6 +156,10 @@ class Manifest:
     @cached_property
     def offsets(self) -> np.ndarray:
         return self._column("offset")
+
+    def values(self, name: str) -> np.ndarray:
+        """A field's numbers: (N,), or (N, length) where they are lists."""
+        return self.labels if name == fields.CLASS else self._column(fields.PREFIX + name)
 
     def key(self, index: int) -> str:
         """A sample's path below root."""
@@ -222,6 +232,8 @@ class Manifest:
 
     def check_labels(self, all_of_them: bool = False) -> None:
         """Refuse a manifest with labels that no class has."""
+        if not self.classes:
+            return
         for some in self.looked_at(all_of_them):
             found = self.labels[some]
             wrong = found[(found < 0) | (found >= len(self.classes))]
@@ -312,15 +324,19 @@ def write(
     places: list[tuple[int, int]] | None = None,
     shards: list[dict] | None = None,
     left_out: Mapping[str, int] | None = None,
+    more: pa.Table | None = None,
 ) -> None:
     """Write a manifest file, whole or not at all. places: (shard, offset) of each sample inside `shards`. left_out: how
-    many files were passed over, by what they are."""
+    many files were passed over, by what they are. more: columns of fields."""
     if not paths:
         raise RequestError(f"{root}: no images are left to be indexed")
     width, height, size, check, orientation = (list(c) for c in zip(*rows, strict=True))
     digest = hashlib.sha256(json.dumps(classes).encode())
     for row in zip(paths, labels, size, check, strict=True):
         digest.update(repr(row).encode(errors="surrogateescape"))
+    own = more.column_names if more is not None else []
+    if own:
+        digest.update(content_digest(more, {}).encode())
     # resolved: a root given through a link stays right when seen from the manifest's real folder
     relative = os.path.relpath(root.resolve(), out.parent.resolve())
     header = {"root": relative, "classes": classes, "fingerprint": digest.hexdigest(), "decoders": decoders()}
@@ -332,7 +348,10 @@ def write(
     if places is not None:
         header["shards"] = shards
         values, schema = [*values, *(list(c) for c in zip(*places, strict=True))], PACKED_SCHEMA
-    table = pa.table(values, schema=schema).combine_chunks()
+    table = pa.table(values, schema=schema)
+    for name in own:
+        table = table.append_column(name, more.column(name))
+    table = table.combine_chunks()
     header["digest"] = content_digest(table, header)
     table = table.replace_schema_metadata({"hpc_lbsgd": json.dumps(header)})
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
@@ -354,11 +373,13 @@ def subset(source: Manifest, out: Path, count: int, seed: int = 0) -> Manifest:
 
 def pick(source: Manifest, out: Path, rows: np.ndarray) -> Manifest:
     """Write a manifest of these rows of `source`, in their order; files stay in place."""
-    found = source.table.take(source.rows.at(rows)).to_pydict()
+    taken = source.table.take(source.rows.at(rows))
+    more = fields.columns_of(taken)
+    found = taken.select([name for name in PACKED_SCHEMA.names if name in taken.column_names]).to_pydict()
     found.setdefault("orientation", [None] * len(rows))
     names = ("width", "height", "bytes", "checksum", "orientation")
     facts = list(zip(*(found[name] for name in names), strict=True))
     places = list(zip(found["shard"], found["offset"], strict=True)) if source.shards else None
     paths = [unescaped(path) for path in found["path"]] if source.header.get("escaped") else found["path"]
-    write(out, source.root, source.classes, paths, found["label"], facts, places, source.shards)
+    write(out, source.root, source.classes, paths, found["label"], facts, places, source.shards, None, more)
     return Manifest(out)

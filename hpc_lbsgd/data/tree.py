@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+
 from hpc_lbsgd.data import labels, parts
 from hpc_lbsgd.data.decode import decode_all
 from hpc_lbsgd.data.manifest import (
@@ -44,6 +46,7 @@ class Tree(NamedTuple):
     paths: list[str]  # below the folder, by class and name
     labels: list[int]
     left_out: Counter[str]  # what is no image, by what it is
+    more: pa.Table | None = None  # columns of fields
 
 
 def scan(root: Path, table: Path | None = None, ids: Path | None = None) -> Tree:
@@ -161,21 +164,35 @@ def index(
     """
     root = Path(root)
     out = Path(out) if out else root / FILE_NAME
-    tree = scan(root, table, ids)
-    excluded = read_excluded(root)
-    chosen = [i for i, path in enumerate(tree.paths) if path not in excluded]
-    paths = [tree.paths[i] for i in chosen]
-    numbers = [tree.labels[i] for i in chosen]
+    return index_files(root, scan(root, table, ids), out, root, processes, classes, exclude, share)
+
+
+def index_files(
+    root: Path,
+    found: Tree,
+    out: Path,
+    beside: Path,
+    processes: int | None = None,
+    classes: list[str] | None = None,
+    exclude: bool = False,
+    share: Share = ALL,
+) -> Manifest | int:
+    """The same of images that are known already. beside: the folder of exclude.txt."""
+    excluded = read_excluded(beside)
+    chosen = [i for i, path in enumerate(found.paths) if path not in excluded]
+    paths = [found.paths[i] for i in chosen]
+    numbers = [found.labels[i] for i in chosen]
     if classes is not None:
-        numbers = labels.renumber(tree.classes, numbers, classes, str(root))
+        numbers = labels.renumber(found.classes, numbers, classes, str(root))
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     work = [parts.Work(examine, identities, (str(root), some), len(some)) for some in chunks]
     rows = [row for some in parts.rows(out, work, f"indexing {root}", processes, share) for row in some]
     if share.count > 1:
         return len(rows)
-    good = usable(paths, rows, [str(root / path) for path in paths], root if exclude else None)
+    good = usable(paths, rows, [str(root / path) for path in paths], beside if exclude else None)
     columns = ([values[i] for i in good] for values in (paths, numbers, rows))
-    write(out, root, classes or tree.classes, *columns, left_out=tree.left_out)
+    more = found.more and found.more.take([chosen[i] for i in good])
+    write(out, root, classes or found.classes, *columns, left_out=found.left_out, more=more)
     parts.remove(out)
     return Manifest(out)
 

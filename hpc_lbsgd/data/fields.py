@@ -1,0 +1,125 @@
+"""What a sample has beside its image and its class: fields of numbers, by name.
+
+A field is a column of the manifest, field.NAME, and its Arrow type says what it is: int64 or float64, one number a
+sample, or a list of as many for each. Image and class are fields too, with columns of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from hpc_lbsgd.errors import RequestError
+
+IMAGE, CLASS = "image", "class"
+RESERVED = (IMAGE, CLASS)
+PREFIX = "field."  # of columns: a table may well have a field called width
+KINDS = {pa.int64(): "int", pa.float64(): "float"}
+LARGEST = float(np.finfo(np.float32).max)  # what a model is given is float32
+
+
+class Field(NamedTuple):
+    kind: str  # image, class, int or float
+    length: int | None = None  # numbers of a list; None: one number
+
+    @property
+    def width(self) -> int:
+        return 1 if self.length is None else self.length
+
+    def __str__(self) -> str:
+        return self.kind if self.length is None else f"{self.length} {self.kind}s"
+
+
+def of_type(column: pa.DataType) -> Field:
+    """Raises ValueError for a type that no field has."""
+    length = column.list_size if pa.types.is_fixed_size_list(column) else None
+    kind = KINDS.get(column if length is None else column.value_type)
+    if kind is None or length == 0:
+        raise ValueError(f"no field has the type {column}")
+    return Field(kind, length)
+
+
+def of_schema(schema: pa.Schema) -> dict[str, Field]:
+    """The fields of a manifest's columns, but for image and class. Raises ValueError as `of_type` does."""
+    return {c.name.removeprefix(PREFIX): of_type(c.type) for c in schema if c.name.startswith(PREFIX)}
+
+
+def columns_of(table: pa.Table) -> pa.Table:
+    """A manifest's columns of fields alone."""
+    return table.select([name for name in table.column_names if name.startswith(PREFIX)])
+
+
+def outputs(targets: Sequence[str], fields: Mapping[str, Field], classes: int) -> int:
+    """How many numbers a model is to give a sample for these targets: one a class, one a number."""
+    return sum(classes if fields[name].kind == CLASS else fields[name].width for name in targets)
+
+
+def refuse_unknown(targets: Sequence[str], fields: Mapping[str, Field], where: str) -> None:
+    """Raise RequestError for targets that a set does not have."""
+    there = [name for name in fields if name != IMAGE]
+    for name in targets:
+        if name not in there:
+            raise RequestError(
+                f"data.targets = [{', '.join(targets)}]: {where} has no field {name!r}; it has: {', '.join(there) or 'none'}"
+            )
+
+
+# ---------------------------------------------------------------- from a table's values
+
+
+class NoField(ValueError):
+    """Values that are no field. row: of the first one that is wrong. other: it is no number at all."""
+
+    def __init__(self, row: int, what: str, other: bool = False):
+        super().__init__(what)
+        self.row, self.other = row, other
+
+
+def column_of(values: Sequence, as_floats: bool = False) -> pa.Array:
+    """A field's column from values as Python has them: numbers, or lists of them. Whole numbers alone are int, else all
+    are float, or where `as_floats` says so. Raises NoField where a value is missing or not finite, or is no number."""
+    lists = isinstance(next((v for v in values if v is not None), None), list)
+    length, whole, flat = None, not as_floats, []
+    for row, value in enumerate(values):
+        items = value if lists and isinstance(value, list) else [value]
+        if lists and isinstance(value, list):
+            length = len(value) if length is None else length
+            if len(value) != length or not length:
+                raise NoField(row, f"has {len(value)} numbers where rows before it have {length}")
+        for item in items:
+            check(row, item)
+            whole = whole and isinstance(item, int)
+        if lists and not isinstance(value, list):
+            raise NoField(row, f"is {value!r}, and other rows have lists")
+        flat += items
+    if not whole:
+        rounded = next((i for i, v in enumerate(flat) if isinstance(v, int) and int(float(v)) != v), None)
+        if rounded is not None:
+            raise NoField(rounded // (length or 1), f"is {flat[rounded]}, which no float is, among numbers with a point")
+    numbers = pa.array(np.array(flat, np.int64 if whole else np.float64))
+    return numbers if length is None else pa.FixedSizeListArray.from_arrays(numbers, length)
+
+
+def check(row: int, value: object) -> None:
+    if value is None:
+        raise NoField(row, "has no value")
+    if isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise NoField(row, f"is {value}, beyond 64 bits")
+    elif not isinstance(value, float):
+        raise NoField(row, f"is {str(value)[:40]!r}, no number", other=True)
+    elif not math.isfinite(value):
+        raise NoField(row, f"is {value}, not finite")
+    elif abs(value) > LARGEST:
+        raise NoField(row, f"is {value}, beyond float32")
+
+
+def as_json(table: pa.Table, row: int) -> bytes:
+    """A row of fields as a WebDataset has them."""
+    values = {name.removeprefix(PREFIX): table.column(name)[row].as_py() for name in table.column_names}
+    return json.dumps(values).encode()
