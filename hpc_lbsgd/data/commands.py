@@ -149,7 +149,7 @@ def show_manifests(args, manifests) -> int:
             names = ", ".join(f["classes"][:5]) + (" ..." if len(f["classes"]) > 5 else "")
             some = f" in {len(f['classes'])} classes ({names})" if names else ""
             print(f"{f['manifest']}: {f['samples']} images{some}, {f['bytes'] / 1e6:.1f} MB")
-            if own := [f"{name} ({kind})" for name, kind in f["fields"].items() if name != kind]:
+            if own := [f"{name} ({kind})" for name, kind in f["fields"].items() if kind not in ("image", "class")]:
                 print(f"  fields: {', '.join(own)}")
             if f["left_out"]:
                 rest = sorted(f["left_out"].items(), key=lambda kind: -kind[1])

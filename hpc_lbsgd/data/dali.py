@@ -24,6 +24,7 @@ from hpc_lbsgd.data.decode import pixels
 from hpc_lbsgd.data.finish import Finish
 from hpc_lbsgd.data.source import Batch, Fetched, Source
 from hpc_lbsgd.data.storage import READERS, Request
+from hpc_lbsgd.data.targets import each
 from hpc_lbsgd.errors import RequestError, RunError
 
 HW_DECODER_LOAD = 0.65  # fixed: the share of JPEGs that the GPU's decoder takes must not change between runs
@@ -163,9 +164,9 @@ class DaliLoader:
         self._feed = ahead(self.source.fetch, requests, self.prefetch, READERS)
         made = map(self._as_torch, self._outputs()) if self.whole else self._finished()
         for fetched, images in made:
-            labels = torch.from_numpy(self.source.labels(fetched.given))
             # a wait where memory is used again: of a GPU that DALI does not know
-            yield Batch(images.to(self.device), labels.to(self.device, non_blocking=True), fetched.replaced)
+            targets = each(lambda t: t.to(self.device, non_blocking=True), self.source.targets(fetched.given))
+            yield Batch(images.to(self.device), targets, fetched.replaced)
 
     def _finished(self) -> Iterator[tuple[Fetched, torch.Tensor]]:
         """On a CPU: decoded windows, resized and normalised ahead of time in one more thread."""

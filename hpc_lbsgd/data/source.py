@@ -14,14 +14,14 @@ from hpc_lbsgd.data.finish import cut
 from hpc_lbsgd.data.manifest import Manifest, checksum
 from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.storage import Request, SampleError, open_storage
+from hpc_lbsgd.data.targets import Targets, one_or_all
 from hpc_lbsgd.errors import RequestError, RunError
 
 
 class Batch(NamedTuple):
     images: torch.Tensor  # (B, C, H, W) float32, normalised
-    labels: torch.Tensor  # (B,) int64
+    labels: Targets  # (B,) int64 for classes; what data.targets names
     replaced: int = 0  # samples that could not be had, with others in their place
-
 
 class Fetched(NamedTuple):
     """A request with its bytes."""
@@ -77,7 +77,7 @@ class Source:
     def check(self, samples: np.ndarray) -> None:
         """Refuse what the start did not look at in a large set: labels that no class has, sizes that do not fit."""
         m, size = self.manifest, self.data.image_size
-        wrong = (m.labels[samples] < 0) | (m.labels[samples] >= len(m.classes))
+        wrong = (m.labels[samples] < 0) | (m.labels[samples] >= max(len(m.classes), 1))
         if not self.resizes:
             wrong |= (m.widths[samples] != size) | (m.heights[samples] != size)
         if wrong.any():
@@ -160,5 +160,10 @@ class Source:
         stored = m.sizes[samples].astype(np.int64)
         return stored if self.raw else stored + m.widths[samples].astype(np.int64) * m.heights[samples] * 3
 
-    def labels(self, request: Request) -> np.ndarray:
-        return self.manifest.labels[request.samples].astype(np.int64)
+    def targets(self, request: Request) -> Targets:
+        """What the loss gets: int64 for classes and whole numbers, float32 for others."""
+        return one_or_all({name: self._target(name, request.samples) for name in self.data.targets})
+
+    def _target(self, name: str, samples: np.ndarray) -> torch.Tensor:
+        values = self.manifest.values(name)[samples]
+        return torch.from_numpy(values.astype(np.float32 if values.dtype == np.float64 else np.int64))

@@ -21,6 +21,7 @@ from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.place import on_device, pinned
 from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.storage import Request
+from hpc_lbsgd.data.targets import Targets, each
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.imports import load
 
@@ -47,13 +48,13 @@ class UserSet:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def sample(self, index: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input, label) of a sample in an epoch."""
+    def sample(self, index: int, seed: int, epoch: int) -> tuple[torch.Tensor, Targets]:
+        """(input, label) of a sample in an epoch; a label may be several by name."""
         if hasattr(self.dataset, "sample"):
             found = self.dataset.sample(index, np.random.default_rng(stream_key("user", seed, epoch, index)))
         else:
             found = self.dataset[index]
-        return torch.as_tensor(found[0]), torch.as_tensor(found[1])
+        return torch.as_tensor(found[0]), each(torch.as_tensor, found[1])
 
 
 class UserLoader:
@@ -71,7 +72,11 @@ class UserLoader:
 
     def _make(self, request: Request) -> Batch:
         pairs = [self.data.sample(int(i), self.seed, request.epoch) for i in request.samples]
-        inputs, labels = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        if not (labels.is_floating_point() or labels.dtype == torch.bool):
-            labels = labels.long()  # numpy's numbers come in all widths
-        return pinned(Batch(inputs, labels), self.device)
+        inputs, labels = zip(*pairs, strict=True)
+        targets = each(lambda *some: widened(torch.stack(some)), *labels)
+        return pinned(Batch(torch.stack(inputs), targets), self.device)
+
+
+def widened(labels: torch.Tensor) -> torch.Tensor:
+    """Whole numbers in 64 bits, for numpy's come in all widths."""
+    return labels if labels.is_floating_point() or labels.dtype == torch.bool else labels.long()

@@ -95,8 +95,8 @@ class Bench:
         """A batch of each size that the first step has."""
         kept: dict[int, Batch] = {}
         for images, labels, _ in self.real(1):
-            if len(labels) not in kept:
-                kept[len(labels)] = Batch(images.clone(), labels.clone())
+            if len(images) not in kept:
+                kept[len(images)] = Batch(images.clone(), each(torch.clone, labels))
         return kept
 
     def _noise(self, classes: int) -> dict[int, Batch]:
