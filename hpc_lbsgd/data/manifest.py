@@ -15,7 +15,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -92,11 +92,11 @@ class Manifest:
             self.header = json.loads(self.table.schema.metadata[b"hpc_lbsgd"])
             self.root = (self.path.parent / self.header["root"]).resolve()
             self.classes: list[str] = self.header["classes"]
-            own = fields.of_schema(self.table.schema)
+            self.own_fields = fields.of_schema(self.table.schema)
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as problem:
             raise RequestError(f"{path}: not a manifest ({problem}); make one with: hpc-lbsgd data index DIR") from None
         class_field = {fields.CLASS: fields.Field(fields.CLASS)} if self.classes else {}
-        self.fields = {fields.IMAGE: fields.Field(fields.IMAGE), **class_field, **own}
+        self.fields = {fields.IMAGE: fields.Field(fields.IMAGE), **class_field, **self.own_fields}
         self._as_written = self.table
         self.excluded: list[str] = []
         self.rows = columns.Rows(self.table.num_rows, np.empty(0, np.int64))
@@ -160,6 +160,10 @@ class Manifest:
     def values(self, name: str) -> np.ndarray:
         """A field's numbers: (N,), or (N, length) where they are lists."""
         return self.labels if name == fields.CLASS else self._column(fields.PREFIX + name)
+
+    def more(self, rows: Sequence[int] | np.ndarray) -> pa.Table:
+        """Columns of fields alone, of these rows."""
+        return fields.columns_of(self.table).take(self.rows.at(np.asarray(rows)))
 
     def key(self, index: int) -> str:
         """A sample's path below root."""
@@ -334,8 +338,7 @@ def write(
     digest = hashlib.sha256(json.dumps(classes).encode())
     for row in zip(paths, labels, size, check, strict=True):
         digest.update(repr(row).encode(errors="surrogateescape"))
-    own = more.column_names if more is not None else []
-    if own:
+    if more is not None and more.column_names:
         digest.update(content_digest(more, {}).encode())
     # resolved: a root given through a link stays right when seen from the manifest's real folder
     relative = os.path.relpath(root.resolve(), out.parent.resolve())
@@ -348,10 +351,7 @@ def write(
     if places is not None:
         header["shards"] = shards
         values, schema = [*values, *(list(c) for c in zip(*places, strict=True))], PACKED_SCHEMA
-    table = pa.table(values, schema=schema)
-    for name in own:
-        table = table.append_column(name, more.column(name))
-    table = table.combine_chunks()
+    table = with_columns(pa.table(values, schema=schema), more).combine_chunks()
     header["digest"] = content_digest(table, header)
     table = table.replace_schema_metadata({"hpc_lbsgd": json.dumps(header)})
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
@@ -366,6 +366,12 @@ def write(
         ) from None
 
 
+def with_columns(table: pa.Table, more: pa.Table | None) -> pa.Table:
+    for name in more.column_names if more is not None else ():
+        table = table.append_column(name, more.column(name))
+    return table
+
+
 def subset(source: Manifest, out: Path, count: int, seed: int = 0) -> Manifest:
     """Write a manifest of `count` samples of `source`, chosen at random and kept in its order; files stay in place."""
     return pick(source, out, np.sort(np.random.default_rng(seed).permutation(len(source))[:count]))
@@ -373,13 +379,12 @@ def subset(source: Manifest, out: Path, count: int, seed: int = 0) -> Manifest:
 
 def pick(source: Manifest, out: Path, rows: np.ndarray) -> Manifest:
     """Write a manifest of these rows of `source`, in their order; files stay in place."""
-    taken = source.table.take(source.rows.at(rows))
-    more = fields.columns_of(taken)
-    found = taken.select([name for name in PACKED_SCHEMA.names if name in taken.column_names]).to_pydict()
+    known = source.table.select([name for name in PACKED_SCHEMA.names if name in source.table.column_names])
+    found = known.take(source.rows.at(rows)).to_pydict()
     found.setdefault("orientation", [None] * len(rows))
     names = ("width", "height", "bytes", "checksum", "orientation")
     facts = list(zip(*(found[name] for name in names), strict=True))
     places = list(zip(found["shard"], found["offset"], strict=True)) if source.shards else None
     paths = [unescaped(path) for path in found["path"]] if source.header.get("escaped") else found["path"]
-    write(out, source.root, source.classes, paths, found["label"], facts, places, source.shards, None, more)
+    write(out, source.root, source.classes, paths, found["label"], facts, places, source.shards, None, source.more(rows))
     return Manifest(out)

@@ -1,6 +1,6 @@
 """`data pack`: a data set as a few tar shards with an index, for file systems that small files would kill.
 
-    OUT/shard-000000.tar ...   000000042.jpg and 000000042.cls, sample after sample: a WebDataset
+    OUT/shard-000000.tar ...   000000042.jpg, .cls and its fields in .json, sample after sample: a WebDataset
     OUT/classes.txt            names of the classes, a line each
     OUT/manifest.arrow         where each sample lies: shard, offset, bytes; written last
     OUT/.parts/                while packing: who packs, and what is in the shards that are whole
@@ -27,6 +27,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from hpc_lbsgd import owner
+from hpc_lbsgd.data import fields
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.decode import as_stored, decode, turned
 from hpc_lbsgd.data.manifest import PACKED_SCHEMA, PARTS, Manifest, checksum
@@ -127,6 +128,7 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
     # a name of its own: where a pack was killed, its workers may still be at the shard that they had begun
     temporary = folder / f".{name}.{socket.gethostname()}.{os.getpid()}.writing"
     rows: dict[str, list] = {field: [] for field in PACKED_SCHEMA.names}
+    more = m.more(range(first, last))
     try:
         with open(temporary, "wb") as file:
             hashed = Hashed(file)
@@ -147,7 +149,10 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
                     label = int(m.labels[sample])
                     add(tar, f"{sample:09d}{suffix.lower()}", data)
                     offset = hashed.position - padded(len(data))
-                    add(tar, f"{sample:09d}.cls", str(label).encode())
+                    if m.classes:
+                        add(tar, f"{sample:09d}.cls", str(label).encode())
+                    if m.own_fields:
+                        add(tar, f"{sample:09d}.json", fields.as_json(more, sample - first))
                     described = (width, height, len(data), checksum(data), orientation)
                     row = (stem + suffix, label, *described, number, offset)
                     for field, value in zip(PACKED_SCHEMA.names, row, strict=True):
@@ -157,7 +162,8 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
         facts = {"name": name, "bytes": temporary.stat().st_size, "checksum": hashed.digest.hexdigest()}
         os.replace(temporary, folder / name)
         sync_folder(folder)
-        write_part(folder / PARTS / f"{number:06d}.arrow", pa.table(rows, schema=PACKED_SCHEMA), facts)
+        table = manifests.with_columns(pa.table(rows, schema=PACKED_SCHEMA), more)
+        write_part(folder / PARTS / f"{number:06d}.arrow", table, facts)
     except OSError as problem:
         temporary.unlink(missing_ok=True)
         raise RunError(
@@ -338,6 +344,8 @@ def assemble(m: Manifest, out: Path, shards: int, encoding: Encoding, request: d
         columns = [table.column(name).to_pylist() for name in ("path", "label", "bytes", "checksum")]
         for row in zip(*columns, strict=True):
             digest.update(repr(row).encode())
+        if m.own_fields:
+            digest.update(manifests.content_digest(fields.columns_of(table), {}).encode())
     # bytes that were kept are the same data wherever they lie; the rows are then the source's own
     fingerprint = m.fingerprint if encoding.kind == "keep" else digest.hexdigest()
     header = {"root": ".", "classes": m.classes, "fingerprint": fingerprint, "shards": facts, "packed": request}
@@ -345,9 +353,9 @@ def assemble(m: Manifest, out: Path, shards: int, encoding: Encoding, request: d
     if encoding.kind == "raw":
         header["raw_channels"] = encoding.channels
     write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in m.classes))
-    whole = pa.concat_tables(read_part(out, number)[0] for number in range(shards)).cast(PACKED_SCHEMA)
+    whole = pa.concat_tables(read_part(out, number)[0].replace_schema_metadata() for number in range(shards))
     header["digest"] = manifests.content_digest(whole, header)
-    schema = PACKED_SCHEMA.with_metadata({"hpc_lbsgd": json.dumps(header)})
+    schema = whole.schema.with_metadata({"hpc_lbsgd": json.dumps(header)})
     temporary = out / f".{manifests.FILE_NAME}.writing"
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         waiting: list[pa.Table] = []
