@@ -101,8 +101,8 @@ class Data(Section):
             raise ValueError("data.classes = 1: there is nothing to tell apart; allowed: at least 2")
         if self.dataset and self.targets != ["class"]:
             raise ValueError(
-                f"data.targets = [{', '.join(self.targets)}] with data.dataset = {self.dataset}: a set of your own says "
-                "by itself what the loss gets"
+                f"data.targets = [{', '.join(self.targets)}] with data.dataset = {self.dataset}: a set of your own "
+                "says by itself what the loss gets"
             )
         for key in ("crop_area", "crop_aspect"):
             low, high = getattr(self, key)

@@ -177,7 +177,9 @@ def index(args) -> int:
     of_tables = {"--fields": args.fields, "--path-column": args.path_column, "--root": args.root}
     if table.is_table(args.dir):
         if args.labels or args.ids:
-            raise RequestError(f"--labels and --ids are for images without a table; {args.dir} is one, with a column class")
+            raise RequestError(
+                f"--labels and --ids are for images without a table; {args.dir} is one, with a column class"
+            )
         found = table.index(args.dir, args.out, args.processes, args.root, args.fields, args.path_column, like,
                             args.exclude, share)  # fmt: skip
         return show_manifests(args, [found]) if share.count == 1 else show_part(args, share, found)

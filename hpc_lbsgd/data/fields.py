@@ -62,11 +62,10 @@ def outputs(targets: Sequence[str], fields: Mapping[str, Field], classes: int) -
 def refuse_unknown(targets: Sequence[str], fields: Mapping[str, Field], where: str) -> None:
     """Raise RequestError for targets that a set does not have."""
     there = [name for name in fields if name != IMAGE]
-    for name in targets:
-        if name not in there:
-            raise RequestError(
-                f"data.targets = [{', '.join(targets)}]: {where} has no field {name!r}; it has: {', '.join(there) or 'none'}"
-            )
+    missing = next((name for name in targets if name not in there), None)
+    if missing:
+        asked, known = ", ".join(targets), ", ".join(there) or "none"
+        raise RequestError(f"data.targets = [{asked}]: {where} has no field {missing!r}; it has: {known}")
 
 
 # ---------------------------------------------------------------- from a table's values
@@ -100,7 +99,9 @@ def column_of(values: Sequence, as_floats: bool = False) -> pa.Array:
     if not whole:
         rounded = next((i for i, v in enumerate(flat) if isinstance(v, int) and int(float(v)) != v), None)
         if rounded is not None:
-            raise NoField(rounded // (length or 1), f"is {flat[rounded]}, which no float is, among numbers with a point")
+            raise NoField(
+                rounded // (length or 1), f"is {flat[rounded]}, which no float is, among numbers with a point"
+            )
     numbers = pa.array(np.array(flat, np.int64 if whole else np.float64))
     return numbers if length is None else pa.FixedSizeListArray.from_arrays(numbers, length)
 

@@ -386,5 +386,7 @@ def pick(source: Manifest, out: Path, rows: np.ndarray) -> Manifest:
     facts = list(zip(*(found[name] for name in names), strict=True))
     places = list(zip(found["shard"], found["offset"], strict=True)) if source.shards else None
     paths = [unescaped(path) for path in found["path"]] if source.header.get("escaped") else found["path"]
-    write(out, source.root, source.classes, paths, found["label"], facts, places, source.shards, None, source.more(rows))
+    write(
+        out, source.root, source.classes, paths, found["label"], facts, places, source.shards, None, source.more(rows)
+    )
     return Manifest(out)

@@ -162,8 +162,9 @@ def size_of(shown: Shown) -> tuple[float, float]:
 
 def headline(shown: Shown) -> str:
     m, d = shown.manifest, shown.data
+    own = f", fields {', '.join(m.own_fields)}" if m.own_fields else ""
     return (
-        f"{len(m):,} images in {len(m.classes):,} classes, fields: {', '.join(m.own_fields) or 'none'}; {d.augment} to {d.image_size} pixels, orientation "
+        f"{len(m):,} images in {len(m.classes):,} classes{own}; {d.augment} to {d.image_size} pixels, orientation "
         f"{d.orientation}, seed {shown.seed}"
     )
 
@@ -195,7 +196,9 @@ def page(shown: Shown) -> str:
         f'<img alt="" src="data:image/png;base64,{base64.b64encode(encoded(f)).decode()}">' for f in (above, below)
     ]
     counts = sum(np.bincount(m.labels[some], minlength=len(m.classes)) for some in slices(len(m))).tolist()
-    rows = "".join(f"<tr><td>{i}<td>{escape(c)}<td>{n}" for i, (c, n) in enumerate(zip(m.classes, counts, strict=False)))
+    rows = "".join(
+        f"<tr><td>{i}<td>{escape(c)}<td>{n}" for i, (c, n) in enumerate(zip(m.classes, counts, strict=False))
+    )
     files = "".join(f"<tr><td>{escape(told(m, i))}<td>{escape(m.file(i))}" for i in shown.samples.tolist())
     doubts = "".join(f"<p><b>WARNING:</b> {escape(doubt)}" for doubt in labels.doubts(m.classes, m.labels))
     return (

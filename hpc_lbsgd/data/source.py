@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     labels: Targets  # (B,) int64 for classes; what data.targets names
     replaced: int = 0  # samples that could not be had, with others in their place
 
+
 class Fetched(NamedTuple):
     """A request with its bytes."""
 

@@ -71,7 +71,9 @@ def read_csv(path: Path, delimiter: str = ",") -> dict[str, list]:
         columns: list[list] = [[] for _ in names]
         for number, row in enumerate(filter(None, rows), 1):
             if len(row) != len(names):
-                raise ValueError(f"row {number} (line {rows.line_num}) has {len(row)} cells, and the first {len(names)}")
+                raise ValueError(
+                    f"row {number} (line {rows.line_num}) has {len(row)} cells, and the first {len(names)}"
+                )
             for column, cell in zip(columns, row, strict=True):
                 column.append(cell)
     return by_name(zip(names, columns, strict=True))
@@ -88,7 +90,7 @@ def read_json_lines(path: Path) -> dict[str, list]:
                 raise ValueError(f"row {count + 1}: {problem}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"row {count + 1}: is no object of names and values")
-            for name in row.keys() - columns.keys():
+            for name in (name for name in row if name not in columns):
                 columns[name] = [None] * count
             for name, column in columns.items():
                 column.append(row.get(name))
@@ -148,12 +150,14 @@ def scan(table: Table, root: Path, wanted: list[str] | None, path_column: str | 
     first: dict[str, int] = {}
     for row, path in enumerate(paths):
         if first.setdefault(path, row) != row:
-            raise RequestError(f"{table.path}: rows {first[path] + 1} and {row + 1} have one image ({path}): a row a sample")
+            raise RequestError(
+                f"{table.path}: rows {first[path] + 1} and {row + 1} have one image ({path}): a row a sample"
+            )
     label = next((n for n in CLASSES if n in (wanted or table.columns) and n in table.columns and n != place), None)
     texts = classes_in(table, label) if label else None
     left_out: Counter[str] = Counter()
     known = {name for name, field in like.fields.items() if field.kind == "float"} if like else set()
-    rest = [name for name in table.columns if name != place and (texts is None or name != label)]
+    rest = sorted(name for name in table.columns if name != place and (texts is None or name != label))
     missing = sorted(set(wanted or ()) - set(rest) - {label})
     if missing:
         raise RequestError(f"--fields: {table.path} has no column {missing[0]!r}; it has: {', '.join(table.columns)}")
@@ -170,8 +174,8 @@ def column_named(table: Table, asked: str | None) -> str:
     if place is None:
         looked_for = repr(asked) if asked else f"of paths ({', '.join(PATHS)})"
         raise RequestError(
-            f"{table.path}: no column {looked_for}; it has: {', '.join(map(printable, table.columns))}. Say which one has "
-            "the images' paths with --path-column"
+            f"{table.path}: no column {looked_for}; it has: {', '.join(map(printable, table.columns))}. Say which "
+            "one has the images' paths with --path-column"
         )
     return place
 

@@ -49,7 +49,7 @@ def evaluate(replica: Replica, loader: Loader, samples: int, batch: int, loss: L
 
 
 def scores(outputs, labels) -> bool:
-    """Outputs are a number a class, and labels say which class it is. One number a sample is none of several classes."""
+    """Outputs are a number a class, and labels say which it is; where there is one output, nothing is classified."""
     tensors = isinstance(outputs, torch.Tensor) and isinstance(labels, torch.Tensor)
     return (
         tensors and outputs.dim() == 2 and outputs.shape[1] > 1 and labels.dim() == 1 and not labels.is_floating_point()

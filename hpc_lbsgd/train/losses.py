@@ -75,10 +75,14 @@ def check(loss: str, targets: Sequence[str], manifest: Manifest) -> None:
             f"{asked}: it is of one class a sample; for numbers: {', '.join(OF_NUMBERS)}, or a loss of your own"
         )
     if loss in OF_NUMBERS and classes:
-        raise RequestError(f"{asked}: a class is no number to come near to; allowed: cross-entropy, or a loss of your own")
+        raise RequestError(
+            f"{asked}: a class is no number to come near to; allowed: cross-entropy, or a loss of your own"
+        )
     for name in targets if loss == "binary-cross-entropy" else ():
         for some in manifest.looked_at():
             values = manifest.values(name)[some]
             if values.min() < 0 or values.max() > 1:
                 row = int(((values < 0) | (values > 1)).reshape(len(values), -1).any(axis=1).argmax())
-                raise RequestError(f"{asked}: {manifest.file(some.start + row)} has {name} = {values[row]}, not from 0 to 1")
+                raise RequestError(
+                    f"{asked}: {manifest.file(some.start + row)} has {name} = {values[row]}, not from 0 to 1"
+                )

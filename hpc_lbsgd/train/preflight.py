@@ -24,7 +24,7 @@ import torch
 
 from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.source import Batch
-from hpc_lbsgd.data.targets import each, joined, rows, tensors
+from hpc_lbsgd.data.targets import joined, rows, tensors
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.theory.schedule import Point

@@ -59,8 +59,8 @@ def predict(found: Trained, paths: Sequence[str], top: int) -> Iterator[Predicti
     data = recipe.data
     if data.targets != [CLASS]:
         raise RequestError(
-            f"{found.folder.path}: trained for {', '.join(data.targets)}, not for one class an image; `evaluate` asks its "
-            "data, `export` gives the model"
+            f"{found.folder.path}: trained for {', '.join(data.targets)}, not for one class an image; `evaluate` asks "
+            "its data, `export` gives the model"
         )
     finish = Finish(data, data.eval_resize > 0, found.channels_last, cores())
     with tqdm(total=len(paths), desc="predicting", unit="image", disable=None) as bar:

@@ -1,0 +1,93 @@
+"""Targets that are not one class: the same weights from table, pack and stage, on 1 and 3 ranks, across a resume."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import SAMPLES, changed, command, records, train_many
+
+from hpc_lbsgd.data import manifest, pack, table
+
+RANKS = (1, 3)
+EXACT = {"determinism": "any-ranks", "train__max_steps": None, "train__epochs": 2, "batch__workers": 5}
+
+
+@pytest.fixture(scope="module")
+def recipes(small_recipe, small_data, tmp_path_factory):
+    """{variant: recipe}: 203 samples in 6 steps an epoch, with a tail of three."""
+    root = tmp_path_factory.mktemp("fields")
+    paths = {}
+    for part in ("train", "eval"):
+        m = manifest.Manifest(small_data / part / "manifest.arrow")
+        rng = np.random.default_rng(len(m))
+        rows = []
+        for i in range(len(m)):
+            age = float(m.labels[i] + rng.normal(0, 0.1))
+            row = {
+                "path": m.key(i),
+                "class": m.classes[m.labels[i]],
+                "age": age,
+                "tags": (rng.random(3) < 0.5).tolist(),
+            }
+            rows.append(json.dumps(row))
+        (root / f"{part}.jsonl").write_text("\n".join(rows))
+        paths[part] = table.index(root / f"{part}.jsonl", processes=1, root=small_data / part).path
+    packed = {
+        part: pack.pack(path, root / "packed" / part, pack.Encoding(), 0.05, 1).path for part, path in paths.items()
+    }
+    assert len(manifest.Manifest(paths["train"])) == SAMPLES
+
+    def of(places, **changes):
+        return changed(
+            small_recipe, data__train=str(places["train"]), data__eval=str(places["eval"]), **EXACT | changes
+        )
+
+    numbers = {"data__targets": ["age"], "train__loss": "mse"}
+    return {
+        "table": of(paths, **numbers),
+        "packed": of(packed, **numbers, data__loader="dali", machine__stage_dir=str(root / "stage")),
+        "tags": of(packed, data__targets=["tags"], train__loss="binary-cross-entropy"),
+        "both": of(packed, data__targets=["class", "age"], train__loss="fields_models:age_and_kind", data__classes=5),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(recipes, tmp_path_factory):
+    """{(variant, ranks): run folder}; `half`: begun on so many ranks, ended on the other number."""
+    root, found = tmp_path_factory.mktemp("runs"), {}
+    half = changed(recipes["both"], train__max_steps=7, checkpoint__steps=1)
+    for ranks in RANKS:
+        made = train_many(ranks, recipes | {"half": half}, root)
+        found |= {(name, ranks): run for name, run in made.items()}
+    return found
+
+
+def hash_of(run):
+    return records(run, "end")[-1]["weights_sha256"]
+
+
+@pytest.mark.parametrize("names", [("table", "packed"), ("tags",), ("both",)])
+def test_the_same_weights_wherever_and_however_many(runs, names):
+    assert len({hash_of(runs[name, ranks]) for name in names for ranks in RANKS}) == 1
+
+
+def test_what_is_learnt_is_said(runs):
+    for name in ("table", "tags", "both"):
+        evaluations = records(runs[name, 3], "eval")
+        assert all(r["accuracy"] is None and r["samples"] == 61 for r in evaluations)
+        assert evaluations[-1]["loss"] < records(runs[name, 3], "epoch")[0]["loss"], name
+
+
+def test_a_resume_on_another_number_of_ranks(runs, recipes, tmp_path):
+    whole = changed(recipes["both"], checkpoint__steps=1)
+    (tmp_path / "r.json").write_text(json.dumps(whole))
+    half = runs["half", 3]
+    done = command("train", tmp_path / "r.json", "--run", half, "--resume")
+    assert done.returncode == 0 and hash_of(half) == hash_of(runs["both", 1]), done.stderr
+
+
+def test_a_run_is_asked_again(runs):
+    asked = command("evaluate", runs["table", 1], "--json")
+    assert json.loads(asked.stdout)["loss"] == records(runs["table", 1], "eval")[-1]["loss"], asked.stderr
+    refused = command("predict", runs["table", 1], "tests/conftest.py")
+    assert refused.returncode == 2 and "trained for age, not for one class an image" in refused.stderr
