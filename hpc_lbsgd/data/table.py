@@ -146,7 +146,8 @@ def scan(table: Table, root: Path, wanted: list[str] | None, path_column: str | 
     """The images of a table, by class and name, with their fields. wanted: names of fields (default: all columns of
     numbers). like: a set whose float fields are float here too."""
     place = column_named(table, path_column)
-    paths = [below(root, table, place, row, value) for row, value in enumerate(table.columns[place])]
+    top = os.path.join(os.path.abspath(root), "")
+    paths = [below(top, table, place, row, value) for row, value in enumerate(table.columns[place])]
     first: dict[str, int] = {}
     for row, path in enumerate(paths):
         if first.setdefault(path, row) != row:
@@ -184,16 +185,15 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def below(root: Path, table: Table, name: str, row: int, value: object) -> str:
-    """A path below root."""
+def below(top: str, table: Table, name: str, row: int, value: object) -> str:
+    """A path below a folder, whose own ends with a slash."""
     text = os.fsdecode(value) if isinstance(value, bytes) else value
     if not isinstance(text, str) or not text.strip() or "\0" in text or LONE.search(text):
         raise table.wrong(name, row, f"is {value!r}, no path")
-    top = os.path.abspath(root)
     path = os.path.normpath(os.path.join(top, text))
-    if not path.startswith(os.path.join(top, "")):
-        raise table.wrong(name, row, f"is {printable(text)}: not below {root}; say where paths start with --root")
-    return os.path.relpath(path, top)
+    if not path.startswith(top):
+        raise table.wrong(name, row, f"is {printable(text)}: not below {top}; say where paths start with --root")
+    return path[len(top) :]
 
 
 def classes_in(table: Table, name: str) -> list[str] | None:

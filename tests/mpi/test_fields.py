@@ -1,6 +1,7 @@
 """Targets that are not one class: the same weights from table, pack and stage, on 1 and 3 ranks, across a resume."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ EXACT = {"determinism": "any-ranks", "train__max_steps": None, "train__epochs": 
 @pytest.fixture(scope="module")
 def recipes(small_recipe, small_data, tmp_path_factory):
     """{variant: recipe}: 203 samples in 6 steps an epoch, with a tail of three."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     root = tmp_path_factory.mktemp("fields")
     paths = {}
     for part in ("train", "eval"):

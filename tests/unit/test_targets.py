@@ -46,7 +46,7 @@ def places(people, tmp_path_factory):
 
 
 def made(m, kind, targets, requests, **named):
-    data = Data(loader=kind, targets=targets, channels=1, image_size=16, augment="pad-crop", eval_resize=0, mean=[0.0], std=[1.0])  # fmt: skip
+    data = Data(loader=kind, targets=targets, channels=1, image_size=16, augment="pad-crop", mean=[0.0], std=[1.0])
     loading = loader.create(data, m, 3, True, 8, 2, 2, True, CPU, **named)
     return [(b.images.clone(), b.labels) for b in loading.batches(requests)]
 
