@@ -25,12 +25,8 @@ def recipes(small_recipe, small_data, tmp_path_factory):
         rows = []
         for i in range(len(m)):
             age = float(m.labels[i] + rng.normal(0, 0.1))
-            row = {
-                "path": m.key(i),
-                "class": m.classes[m.labels[i]],
-                "age": age,
-                "tags": (rng.random(3) < 0.5).tolist(),
-            }
+            tags = [bool(m.labels[i] & 1), bool(m.labels[i] & 2), bool(m.labels[i] == 0)]
+            row = {"path": m.key(i), "class": m.classes[m.labels[i]], "age": age, "tags": tags}
             rows.append(json.dumps(row))
         (root / f"{part}.jsonl").write_text("\n".join(rows))
         paths[part] = table.index(root / f"{part}.jsonl", processes=1, root=small_data / part).path
