@@ -21,6 +21,7 @@ from tqdm import tqdm
 from hpc_lbsgd.data import labels, parts, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, Row, listed
+from hpc_lbsgd.data.names import read_excluded
 from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.data.tree import AT_A_TIME, rows_of, usable
 from hpc_lbsgd.errors import RequestError
@@ -262,7 +263,7 @@ def index(
     names, numbers = labels.number([s.label for s in samples], found.numbers, root / "classes.txt")
     if classes is not None:
         numbers = labels.renumber(names, numbers, classes, str(source))
-    excluded = manifests.read_excluded(out.parent)
+    excluded = read_excluded(out.parent)
     chosen = [i for i, s in enumerate(samples) if s.member.name not in excluded]
     chosen.sort(key=lambda i: (numbers[i], samples[i].member.name))  # as a tree of folders would be
     work = chunks(samples, chosen)

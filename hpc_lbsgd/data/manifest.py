@@ -14,8 +14,7 @@ import hashlib
 import json
 import os
 import random
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -25,8 +24,8 @@ import pyarrow.compute as pc
 
 from hpc_lbsgd.data import columns, fields
 from hpc_lbsgd.data.decode import decoders
+from hpc_lbsgd.data.names import escaped, is_utf8, read_excluded, unescaped
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.records import write_atomically
 
 FILE_NAME = "manifest.arrow"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
@@ -50,7 +49,6 @@ SCHEMA = pa.schema(
 Row = tuple[int, int, int, int, int]  # width, height, bytes, checksum, orientation of an image
 PACKED_SCHEMA = SCHEMA.append(pa.field("shard", pa.int32())).append(pa.field("offset", pa.int64()))
 PARTS = ".parts"  # in a folder of shards while it is packed
-EXCLUDE = "exclude.txt"  # one path a line; what follows a tab is the reason
 
 
 def content_digest(table: pa.Table, header: Mapping) -> str:
@@ -243,55 +241,6 @@ class Manifest:
             wrong = found[(found < 0) | (found >= len(self.classes))]
             if len(wrong):
                 raise RequestError(f"{self.path}: a label is {wrong[0]}, and there are {len(self.classes)} classes")
-
-
-# Arrow holds UTF-8 alone; a file's name may have any bytes
-def is_utf8(name: str) -> bool:
-    return not any("\ud800" <= c <= "\udfff" for c in name)
-
-
-def escaped(name: str) -> str:
-    return os.fsencode(name.replace("\\", "\\\\")).decode("utf-8", "backslashreplace")
-
-
-def unescaped(stored: str) -> str:
-    """What `escaped` was given."""
-    parts = re.sub(rb"\\(\\|x[0-9a-f]{2})", lambda m: b"\\" if m[1] == b"\\" else bytes.fromhex(m[1][1:].decode()),
-                   stored.encode())  # fmt: skip
-    return os.fsdecode(parts)
-
-
-def read_excluded(folder: Path) -> set[str]:
-    """Paths that `exclude.txt` in a folder names; none where it is not there."""
-    try:
-        lines = (folder / EXCLUDE).read_text("utf-8", "surrogateescape").split("\n")
-    except FileNotFoundError:
-        return set()
-    return {unquoted(line) for line in lines if line.strip()}
-
-
-def add_excluded(folder: Path, found: Iterable[tuple[str, str]]) -> Path:
-    """Add (path, reason) to `exclude.txt`: manifests beside it leave those rows out from now on."""
-    path = folder / EXCLUDE
-    before = path.read_text("utf-8", "surrogateescape") if path.exists() else ""
-    known = read_excluded(folder)
-    new = [f"{quoted(name)}\t{' '.join(reason.split())}\n" for name, reason in found if name not in known]
-    write_atomically(path, (before + "".join(new)).encode("utf-8", "surrogateescape"))
-    return path
-
-
-def quoted(name: str) -> str:
-    """A name on a line of its own: as JSON has it where it would break the line."""
-    return json.dumps(name) if name.startswith('"') or any(c in name for c in "\n\r\t") else name
-
-
-def unquoted(line: str) -> str:
-    if not line.startswith('"'):
-        return line.split("\t")[0].rstrip("\r")
-    try:
-        return json.JSONDecoder().raw_decode(line)[0]
-    except ValueError:
-        return line.split("\t")[0]
 
 
 def listed(problems: list[str]) -> str:

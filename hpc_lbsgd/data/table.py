@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from hpc_lbsgd.data import fields, labels
 from hpc_lbsgd.data.fields import CLASS, IMAGE, PREFIX, NoField, column_of
-from hpc_lbsgd.data.manifest import Manifest, is_utf8
+from hpc_lbsgd.data.manifest import Manifest
+from hpc_lbsgd.data.names import is_utf8
 from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.data.tree import Tree, index_files
 from hpc_lbsgd.errors import RequestError

@@ -18,12 +18,11 @@ from hpc_lbsgd.data.manifest import (
     SUFFIXES,
     Manifest,
     Row,
-    add_excluded,
     checksum,
     listed,
-    read_excluded,
     write,
 )
+from hpc_lbsgd.data.names import add_excluded, read_excluded
 from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.errors import RequestError
 

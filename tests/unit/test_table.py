@@ -9,7 +9,7 @@ import pytest
 from conftest import write_images
 from pyarrow import parquet
 
-from hpc_lbsgd.data import manifest, table
+from hpc_lbsgd.data import manifest, names, table
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.fields import Field
 from hpc_lbsgd.errors import RequestError
@@ -183,7 +183,7 @@ def test_bad_images_take_their_rows_with_them(images, tmp_path):
         index(path)
     m = index(path, exclude=True)
     assert m.values("x").tolist() == [0, 1, 3, 4, 5, 6, 7]
-    manifest.add_excluded(tmp_path, [(images[5], "odd")])
+    names.add_excluded(tmp_path, [(images[5], "odd")])
     less = manifest.Manifest(m.path)
     assert less.values("x").tolist() == [0, 1, 3, 4, 6, 7] and less.values("x")[4] == 6
     assert manifest.pick(less, tmp_path / "p.arrow", np.array([4, 0])).values("x").tolist() == [6, 0]
