@@ -22,9 +22,9 @@ from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.dali_check import reason, unturned
 from hpc_lbsgd.data.decode import pixels
 from hpc_lbsgd.data.finish import Finish
+from hpc_lbsgd.data.place import moved
 from hpc_lbsgd.data.source import Batch, Fetched, Source
 from hpc_lbsgd.data.storage import READERS, Request
-from hpc_lbsgd.data.targets import each
 from hpc_lbsgd.errors import RequestError, RunError
 
 HW_DECODER_LOAD = 0.65  # fixed: the share of JPEGs that the GPU's decoder takes must not change between runs
@@ -165,7 +165,7 @@ class DaliLoader:
         made = map(self._as_torch, self._outputs()) if self.whole else self._finished()
         for fetched, images in made:
             # a wait where memory is used again: of a GPU that DALI does not know
-            targets = each(lambda t: t.to(self.device, non_blocking=True), self.source.targets(fetched.given))
+            targets = moved(self.source.targets(fetched), self.device)
             yield Batch(images.to(self.device), targets, fetched.replaced)
 
     def _finished(self) -> Iterator[tuple[Fetched, torch.Tensor]]:
@@ -244,7 +244,7 @@ class DaliLoader:
 
         def why(fetched: Fetched, sample: int, content: np.ndarray) -> str | None:
             nonlocal pipeline
-            one = Fetched(fetched.asked, Request(fetched.asked.epoch, np.array([sample])), [content])
+            one = Fetched(fetched.asked, Request(fetched.asked.epoch, np.array([sample])), [content], {})
             given[:] = [self._inputs(one)]
             pipeline = pipeline or self._build(1, 1, lambda: given[0], prefetch=1)
             try:

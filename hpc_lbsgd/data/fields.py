@@ -1,7 +1,8 @@
-"""What a sample has beside its image and its class: fields of numbers, by name.
+"""What a sample has beside its image and its class: fields of numbers and masks, by name.
 
-A field is a column of the manifest, field.NAME, and its Arrow type says what it is: int64 or float64, one number a
-sample, or a list of as many for each. Image and class are fields too, with columns of their own.
+Numbers are a column of the manifest, field.NAME, and its Arrow type says what they are: int64 or float64, one a sample,
+or a list of as many for each. A mask is a file of its own: columns mask.NAME:path, :bytes, :checksum, and in tar files
+:offset, in the shard of its image. Image and class are fields too, with columns of their own.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ from hpc_lbsgd.errors import RequestError
 
 IMAGE, CLASS = "image", "class"
 RESERVED = (IMAGE, CLASS)
-PREFIX = "field."  # of columns: a table may well have a field called width
+PREFIX, MASK = "field.", "mask."  # of columns: a table may well have a field called width
 KINDS = {pa.int64(): "int", pa.float64(): "float"}
+NOWHERE = 255  # the class in a mask of what counts for nothing, and of what lies outside an image
 LARGEST = float(np.finfo(np.float32).max)  # what a model is given is float32
 
 
 class Field(NamedTuple):
-    kind: str  # image, class, int or float
-    length: int | None = None  # numbers of a list; None: one number
+    kind: str  # image, class, int, float or mask
+    length: int | None = None  # numbers of a list; None: one number. Of a mask: classes
 
     @property
     def width(self) -> int:
         return 1 if self.length is None else self.length
 
     def __str__(self) -> str:
+        if self.kind == "mask":
+            return f"mask of {self.length} classes"
         return self.kind if self.length is None else f"{self.length} {self.kind}s"
 
 
@@ -44,14 +48,26 @@ def of_type(column: pa.DataType) -> Field:
     return Field(kind, length)
 
 
-def of_schema(schema: pa.Schema) -> dict[str, Field]:
-    """The fields of a manifest's columns, but for image and class. Raises ValueError as `of_type` does."""
-    return {c.name.removeprefix(PREFIX): of_type(c.type) for c in schema if c.name.startswith(PREFIX)}
+def of_schema(schema: pa.Schema, masks: Mapping[str, Sequence[int]]) -> dict[str, Field]:
+    """The fields of a manifest's columns, but for image and class. masks: classes that are in them. Raises ValueError
+    as `of_type` does, KeyError for a mask without its columns."""
+    found = {c.name.removeprefix(PREFIX): of_type(c.type) for c in schema if c.name.startswith(PREFIX)}
+    for name, classes in masks.items():
+        for what in ("path", "bytes", "checksum"):
+            schema.field(f"{MASK}{name}:{what}")
+        found[name] = Field("mask", 1 + max((c for c in classes if c != NOWHERE), default=0))
+    return found
 
 
 def columns_of(table: pa.Table) -> pa.Table:
     """A manifest's columns of fields alone."""
-    return table.select([name for name in table.column_names if name.startswith(PREFIX)])
+    return table.select([name for name in table.column_names if name.startswith((PREFIX, MASK))])
+
+
+def content_of(table: pa.Table) -> pa.Table:
+    """The same without where masks lie, which is no part of what they are."""
+    found = columns_of(table)
+    return found.select([name for name in found.column_names if not name.endswith(":offset")])
 
 
 def outputs(targets: Sequence[str], fields: Mapping[str, Field], classes: int) -> int:
@@ -122,5 +138,6 @@ def check(row: int, value: object) -> None:
 
 def as_json(table: pa.Table, row: int) -> bytes:
     """A row of fields as a WebDataset has them."""
-    values = {name.removeprefix(PREFIX): table.column(name)[row].as_py() for name in table.column_names}
+    own = [name for name in table.column_names if name.startswith(PREFIX)]
+    values = {name.removeprefix(PREFIX): table.column(name)[row].as_py() for name in own}
     return json.dumps(values).encode()

@@ -16,6 +16,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +91,12 @@ class Manifest:
             self.header = json.loads(self.table.schema.metadata[b"hpc_lbsgd"])
             self.root = (self.path.parent / self.header["root"]).resolve()
             self.classes: list[str] = self.header["classes"]
-            self.own_fields = fields.of_schema(self.table.schema)
+            self.own_fields = fields.of_schema(self.table.schema, self.header.get("masks", {}))
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as problem:
             raise RequestError(f"{path}: not a manifest ({problem}); make one with: hpc-lbsgd data index DIR") from None
         class_field = {fields.CLASS: fields.Field(fields.CLASS)} if self.classes else {}
         self.fields = {fields.IMAGE: fields.Field(fields.IMAGE), **class_field, **self.own_fields}
-        self._as_written = self.table
+        self._as_written, self._columns = self.table, {}
         self.excluded: list[str] = []
         self.rows = columns.Rows(self.table.num_rows, np.empty(0, np.int64))
         if unwanted := read_excluded(self.path.parent):
@@ -119,7 +120,9 @@ class Manifest:
         return len(self.rows)
 
     def _column(self, name: str) -> np.ndarray:
-        return columns.column(self.table, name, self.rows)
+        if name not in self._columns:
+            self._columns[name] = columns.column(self.table, name, self.rows)
+        return self._columns[name]
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -159,6 +162,19 @@ class Manifest:
         """A field's numbers: (N,), or (N, length) where they are lists."""
         return self.labels if name == fields.CLASS else self._column(fields.PREFIX + name)
 
+    def of_mask(self, name: str, what: str) -> np.ndarray:
+        """`bytes`, `checksum` or `offset` of a mask, by sample."""
+        return self._column(f"{fields.MASK}{name}:{what}")
+
+    def suffix(self, index: int, mask: str) -> str:
+        """Of the name of a mask's file."""
+        return os.path.splitext(self.file(index, mask))[1].lower()
+
+    @property
+    def masks(self) -> list[str]:
+        """Fields that are masks."""
+        return [name for name, field in self.own_fields.items() if field.kind == "mask"]
+
     def more(self, rows: Sequence[int] | np.ndarray) -> pa.Table:
         """Columns of fields alone, of these rows."""
         return fields.columns_of(self.table).take(self.rows.at(np.asarray(rows)))
@@ -172,11 +188,15 @@ class Manifest:
         """The same as the column has it."""
         return self.table.column("path")[int(self.rows.at(np.int64(index)))].as_py()
 
-    def file(self, index: int) -> str:
-        """Where one sample lies, for people: its absolute path, or its shard's with the sample's own behind a colon."""
+    def file(self, index: int, mask: str | None = None) -> str:
+        """Where one sample (or its mask) lies, for people: its absolute path, or its shard's with its own behind a
+        colon."""
+        key = self.key(index)
+        if mask is not None:
+            key = self.table.column(f"{fields.MASK}{mask}:path")[int(self.rows.at(np.int64(index)))].as_py()
         if self.shards:
-            return f"{self.root / self.shards[self.shard_of[index]]['name']}:{self.key(index)}"
-        return os.path.join(self.root, self.key(index))
+            return f"{self.root / self.shards[self.shard_of[index]]['name']}:{key}"
+        return os.path.join(self.root, key)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -197,7 +217,9 @@ class Manifest:
             chosen = range(len(self))
             if len(self) > FILES_CHECKED_AT_START:
                 chosen = random.Random(0).sample(chosen, FILES_CHECKED_AT_START)
-            expected = ((self.file(i), int(self.sizes[i])) for i in chosen)
+            images = ((self.file(i), int(self.sizes[i])) for i in chosen)
+            masks = ((self.file(i, n), int(self.of_mask(n, "bytes")[i])) for n in self.masks for i in chosen)
+            expected = chain(images, masks)
         problems = []
         for path, size in expected:
             try:
@@ -278,9 +300,10 @@ def write(
     shards: list[dict] | None = None,
     left_out: Mapping[str, int] | None = None,
     more: pa.Table | None = None,
+    masks: Mapping[str, list[int]] | None = None,
 ) -> None:
     """Write a manifest file, whole or not at all. places: (shard, offset) of each sample inside `shards`. left_out: how
-    many files were passed over, by what they are. more: columns of fields."""
+    many files were passed over, by what they are. more: columns of fields. masks: classes in them, by name."""
     if not paths:
         raise RequestError(f"{root}: no images are left to be indexed")
     width, height, size, check, orientation = (list(c) for c in zip(*rows, strict=True))
@@ -288,10 +311,12 @@ def write(
     for row in zip(paths, labels, size, check, strict=True):
         digest.update(repr(row).encode(errors="surrogateescape"))
     if more is not None and more.column_names:
-        digest.update(content_digest(more, {}).encode())
+        digest.update(content_digest(fields.content_of(more), {}).encode())
     # resolved: a root given through a link stays right when seen from the manifest's real folder
     relative = os.path.relpath(root.resolve(), out.parent.resolve())
     header = {"root": relative, "classes": classes, "fingerprint": digest.hexdigest(), "decoders": decoders()}
+    if masks:
+        header["masks"] = dict(masks)
     if left_out:
         header["left_out"] = dict(left_out)
     if any(not is_utf8(path) for path in paths):
@@ -315,7 +340,9 @@ def write(
         ) from None
 
 
-def with_columns(table: pa.Table, more: pa.Table | None) -> pa.Table:
+def with_columns(table: pa.Table | None, more: pa.Table | None) -> pa.Table:
+    if table is None:
+        return more
     for name in more.column_names if more is not None else ():
         table = table.append_column(name, more.column(name))
     return table
@@ -335,7 +362,6 @@ def pick(source: Manifest, out: Path, rows: np.ndarray) -> Manifest:
     facts = list(zip(*(found[name] for name in names), strict=True))
     places = list(zip(found["shard"], found["offset"], strict=True)) if source.shards else None
     paths = [unescaped(path) for path in found["path"]] if source.header.get("escaped") else found["path"]
-    write(
-        out, source.root, source.classes, paths, found["label"], facts, places, source.shards, None, source.more(rows)
-    )
+    more, masks = source.more(rows), source.header.get("masks")
+    write(out, source.root, source.classes, paths, found["label"], facts, places, source.shards, None, more, masks)
     return Manifest(out)

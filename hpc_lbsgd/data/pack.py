@@ -27,7 +27,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from hpc_lbsgd import owner
-from hpc_lbsgd.data import fields
+from hpc_lbsgd.data import fields, masks
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.decode import as_stored, decode, turned
 from hpc_lbsgd.data.manifest import PACKED_SCHEMA, PARTS, Manifest, checksum
@@ -128,7 +128,7 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
     # a name of its own: where a pack was killed, its workers may still be at the shard that they had begun
     temporary = folder / f".{name}.{socket.gethostname()}.{os.getpid()}.writing"
     rows: dict[str, list] = {field: [] for field in PACKED_SCHEMA.names}
-    more = m.more(range(first, last))
+    more, places = m.more(range(first, last)), {name: [] for name in m.masks}
     try:
         with open(temporary, "wb") as file:
             hashed = Hashed(file)
@@ -151,6 +151,17 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
                     offset = hashed.position - padded(len(data))
                     if m.classes:
                         add(tar, f"{sample:09d}.cls", str(label).encode())
+                    for field in m.masks:
+                        mask, suffix = storage.content(sample, field).tobytes(), m.suffix(sample, field)
+                        if checksum(mask) != int(m.of_mask(field, "checksum")[sample]):
+                            raise SampleError(
+                                sample, f"{m.file(sample, field)} changed since it was indexed; index again"
+                            )
+                        if encoding.kind != "keep":
+                            turns = int(m.orientations[sample]) if encoding.upright else 1
+                            mask, suffix = masks.fitted(mask, turns, width, height), masks.SUFFIXES[0]
+                        add(tar, f"{sample:09d}.{field}{suffix}", mask)
+                        places[field].append((len(mask), checksum(mask), hashed.position - padded(len(mask))))
                     if m.own_fields:
                         add(tar, f"{sample:09d}.json", fields.as_json(more, sample - first))
                     described = (width, height, len(data), checksum(data), orientation)
@@ -162,7 +173,7 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
         facts = {"name": name, "bytes": temporary.stat().st_size, "checksum": hashed.digest.hexdigest()}
         os.replace(temporary, folder / name)
         sync_folder(folder)
-        table = manifests.with_columns(pa.table(rows, schema=PACKED_SCHEMA), more)
+        table = manifests.with_columns(pa.table(rows, schema=PACKED_SCHEMA), masks.placed(more, places))
         write_part(folder / PARTS / f"{number:06d}.arrow", table, facts)
     except OSError as problem:
         temporary.unlink(missing_ok=True)
@@ -345,11 +356,11 @@ def assemble(m: Manifest, out: Path, shards: int, encoding: Encoding, request: d
         for row in zip(*columns, strict=True):
             digest.update(repr(row).encode())
         if m.own_fields:
-            digest.update(manifests.content_digest(fields.columns_of(table), {}).encode())
+            digest.update(manifests.content_digest(fields.content_of(table), {}).encode())
     # bytes that were kept are the same data wherever they lie; the rows are then the source's own
     fingerprint = m.fingerprint if encoding.kind == "keep" else digest.hexdigest()
     header = {"root": ".", "classes": m.classes, "fingerprint": fingerprint, "shards": facts, "packed": request}
-    header |= {key: m.header[key] for key in ("escaped", "decoders") if key in m.header}
+    header |= {key: m.header[key] for key in ("escaped", "decoders", "masks") if key in m.header}
     if encoding.kind == "raw":
         header["raw_channels"] = encoding.channels
     write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in m.classes))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from hpc_lbsgd.data.source import Batch
-from hpc_lbsgd.data.targets import each
+from hpc_lbsgd.data.targets import Targets, each
 
 
 def pinned(batch: Batch, device: torch.device) -> Batch:
@@ -25,4 +25,14 @@ def on_device(batch: Batch, device: torch.device, channels_last: bool = False) -
     images = batch.images.to(device, non_blocking=True)
     if channels_last and images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
-    return batch._replace(images=images, labels=each(lambda t: t.to(device, non_blocking=True), batch.labels))
+    return batch._replace(images=images, labels=moved(batch.labels, device))
+
+
+def moved(targets: Targets, device: torch.device) -> Targets:
+    """On `device`, where bytes become the 64 bits that losses want of classes: they travel as an eighth."""
+
+    def one(target: torch.Tensor) -> torch.Tensor:
+        there = target.to(device, non_blocking=True)
+        return there.long() if there.dtype == torch.uint8 else there
+
+    return each(one, targets)

@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from hpc_lbsgd.data import augment, orientation
+from hpc_lbsgd.data import augment, masks, orientation
+from hpc_lbsgd.data.fields import NOWHERE
 from hpc_lbsgd.data.finish import cut
 from hpc_lbsgd.data.manifest import Manifest, checksum
 from hpc_lbsgd.data.order import stream_key
@@ -30,6 +31,7 @@ class Fetched(NamedTuple):
     asked: Request
     given: Request  # the same, with other samples in place of those that cannot be had
     contents: list[np.ndarray]  # a sample each
+    masks: dict[str, np.ndarray]  # by name, uint8 (B, S, S): cut, turned and mirrored as the images will be
 
     @property
     def replaced(self) -> int:
@@ -56,6 +58,7 @@ class Source:
             raise RequestError(
                 f"data.orientation = apply, but {manifest.path} was made before orientations were kept; index again"
             )
+        self.masks = [name for name in data.targets if name in manifest.masks]
         self._bad: set[int] = set()
 
     # ------------------------------------------------------------ samples and their bytes
@@ -63,17 +66,35 @@ class Source:
     def fetch(self, request: Request) -> Fetched:
         """The bytes of a request; a sample known to be bad is replaced, one that cannot be read becomes known."""
         given, contents = [], []
+        seen: dict[str, list] = {name: [] for name in self.masks}
         for sample in request.samples.tolist():
             while True:
                 candidate = self.stand_in(request.epoch, sample)
                 try:
-                    contents.append(self.storage.read(candidate))
+                    content = self.storage.read(candidate)
+                    found = [self._mask(name, request.epoch, candidate) for name in self.masks]
                     break
                 except SampleError as problem:
                     self.refuse(problem)
             given.append(candidate)
+            contents.append(content)
+            for name, mask in zip(self.masks, found, strict=True):
+                seen[name].append(mask)
         self.check(np.array(given, np.int64))
-        return Fetched(request, Request(request.epoch, np.array(given, np.int64)), contents)
+        stacked = {name: np.stack(some) for name, some in seen.items()}
+        return Fetched(request, Request(request.epoch, np.array(given, np.int64)), contents, stacked)
+
+    def _mask(self, name: str, epoch: int, sample: int) -> np.ndarray:
+        """A sample's mask as the loss sees it, uint8 (S, S). Raises SampleError where it cannot be had."""
+        content, size = self.storage.content(sample, name), self.data.image_size
+        try:
+            stored = masks.pixels(content)
+        except ValueError as problem:
+            raise SampleError(sample, f"{self.manifest.file(sample, name)}: cannot be decoded ({problem})") from None
+        one = Request(epoch, np.array([sample]))
+        (window,) = self.cut(one, [stored[:, :, None]], NOWHERE)
+        found = masks.resized(window[:, :, 0], size, size) if self.resizes else window[:, :, 0]
+        return found[:, ::-1] if self.windows(one).flip[0] else found
 
     def check(self, samples: np.ndarray) -> None:
         """Refuse what the start did not look at in a large set: labels that no class has, sizes that do not fit."""
@@ -140,12 +161,12 @@ class Source:
     def _chosen(self, request: Request, width: np.ndarray, height: np.ndarray) -> augment.Windows:
         return augment.windows(self.data, self.seed, request.epoch, request.samples, width, height, self.train)
 
-    def cut(self, request: Request, images: list[np.ndarray]) -> list[np.ndarray]:
-        """The windows of decoded images, each uint8 (h, w, C), upright."""
+    def cut(self, request: Request, images: list[np.ndarray], outside: int = 0) -> list[np.ndarray]:
+        """The windows of decoded images, each uint8 (h, w, C), upright; `outside` where they reach outside."""
         if self.crops:
             w = self.windows(request)
             places = zip(images, w.x.tolist(), w.y.tolist(), w.w.tolist(), w.h.tolist(), strict=True)
-            images = [cut(*place) for place in places]
+            images = [cut(*place, outside) for place in places]
         return self.upright(request, images)
 
     def upright(self, request: Request, windows: list[np.ndarray]) -> list[np.ndarray]:
@@ -159,12 +180,16 @@ class Source:
         """Bytes that samples take while they are made: as they are stored, and their pixels."""
         m = self.manifest
         stored = m.sizes[samples].astype(np.int64)
-        return stored if self.raw else stored + m.widths[samples].astype(np.int64) * m.heights[samples] * 3
+        pixels = m.widths[samples].astype(np.int64) * m.heights[samples]
+        return (stored if self.raw else stored + 3 * pixels) + pixels * len(self.masks)
 
-    def targets(self, request: Request) -> Targets:
-        """What the loss gets: int64 for classes and whole numbers, float32 for others."""
-        return one_or_all({name: self._target(name, request.samples) for name in self.data.targets})
+    def targets(self, fetched: Fetched) -> Targets:
+        """What the loss gets: int64 for classes and whole numbers, float32 for others; masks in bytes, to be widened
+        where they are to be used (place.py)."""
+        return one_or_all({name: self._target(name, fetched) for name in self.data.targets})
 
-    def _target(self, name: str, samples: np.ndarray) -> torch.Tensor:
-        values = self.manifest.values(name)[samples]
+    def _target(self, name: str, fetched: Fetched) -> torch.Tensor:
+        if name in fetched.masks:
+            return torch.from_numpy(fetched.masks[name])
+        values = self.manifest.values(name)[fetched.given.samples]
         return torch.from_numpy(values.astype(np.float32 if values.dtype == np.float64 else np.int64))

@@ -27,6 +27,8 @@ from hpc_lbsgd.errors import RequestError
 
 PATHS = ("path", "file_name", "filename", "file", IMAGE)  # columns that name the image: the first that is there
 CLASSES = (CLASS, "label")  # and its class, where they have names or whole numbers
+LONGEST_MASK = 60  # bytes of its name
+MASK = "mask"  # column of a mask's path, or the end of its name behind a _
 INT, FLOAT = re.compile(r"[+-]?[0-9]+"), re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # halves of characters, which stand for no byte of a file's name
@@ -163,11 +165,13 @@ def scan(table: Table, root: Path, wanted: list[str] | None, path_column: str | 
     missing = sorted(set(wanted or ()) - set(rest) - {label})
     if missing:
         raise RequestError(f"--fields: {table.path} has no column {missing[0]!r}; it has: {', '.join(table.columns)}")
-    more = dict(fields_of(table, rest, wanted, known, left_out))
+    masks = {n: mask_paths(top, table, n) for n in rest if is_mask(table, n) and (wanted is None or n in wanted)}
+    more = dict(fields_of(table, [name for name in rest if name not in masks], wanted, known, left_out))
     names, numbers = labels.number(texts, True, root / "classes.txt") if texts else ([], [0] * len(paths))
     order = sorted(range(len(paths)), key=lambda i: (numbers[i], paths[i]))
     columns = pa.table(more).take(order) if more else None
-    return Tree(names, [paths[i] for i in order], [numbers[i] for i in order], left_out, columns)
+    masks = {name: [found[i] for i in order] for name, found in masks.items()}
+    return Tree(names, [paths[i] for i in order], [numbers[i] for i in order], left_out, columns, masks)
 
 
 def column_named(table: Table, asked: str | None) -> str:
@@ -195,6 +199,20 @@ def below(top: str, table: Table, name: str, row: int, value: object) -> str:
     if not path.startswith(top):
         raise table.wrong(name, row, f"is {printable(text)}: not below {top}; say where paths start with --root")
     return path[len(top) :]
+
+
+def is_mask(table: Table, name: str) -> bool:
+    return (name == MASK or name.endswith(f"_{MASK}")) and any(isinstance(v, str) for v in table.values(name))
+
+
+def mask_paths(top: str, table: Table, name: str) -> list[str]:
+    if "/" in name or len(name.encode()) > LONGEST_MASK:
+        raise RequestError(f"{table.path}: {name!r}: a mask's name is part of a file's; make it short, without /")
+    paths = [below(top, table, name, row, value) for row, value in enumerate(table.columns[name])]
+    odd = next((row for row, path in enumerate(paths) if not is_utf8(path)), None)
+    if odd is not None:
+        raise table.wrong(name, odd, "is a name that is not UTF-8, which only images may have")
+    return paths
 
 
 def classes_in(table: Table, name: str) -> list[str] | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pyarrow as pa
 
-from hpc_lbsgd.data import labels, parts
+from hpc_lbsgd.data import labels, masks, parts
 from hpc_lbsgd.data.decode import decode_all
 from hpc_lbsgd.data.manifest import (
     CHUNK,
@@ -20,6 +21,7 @@ from hpc_lbsgd.data.manifest import (
     Row,
     checksum,
     listed,
+    with_columns,
     write,
 )
 from hpc_lbsgd.data.names import add_excluded, read_excluded
@@ -46,6 +48,7 @@ class Tree(NamedTuple):
     labels: list[int]
     left_out: Counter[str]  # what is no image, by what it is
     more: pa.Table | None = None  # columns of fields
+    masks: Mapping[str, list[str]] = MappingProxyType({})  # by name, a path each
 
 
 def scan(root: Path, table: Path | None = None, ids: Path | None = None) -> Tree:
@@ -186,12 +189,24 @@ def index_files(
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     work = [parts.Work(examine, identities, (str(root), some), len(some)) for some in chunks]
     rows = [row for some in parts.rows(out, work, f"indexing {root}", processes, share) for row in some]
+    seen = {}
+    for name, all_paths in found.masks.items():
+        chunks = [[all_paths[i] for i in chosen[start : start + CHUNK]] for start in range(0, len(chosen), CHUNK)]
+        work = [parts.Work(masks.examine, masks.identities, (str(root), some), len(some)) for some in chunks]
+        title = f"indexing {name} of {root}"
+        seen[name] = [mask for some in parts.rows(out, work, title, processes, share) for mask in some]
     if share.count > 1:
         return len(rows)
+    for name, mine in seen.items():
+        rows = [masks.beside(name, *pair) for pair in zip(rows, mine, strict=True)]
     good = usable(paths, rows, [str(root / path) for path in paths], beside if exclude else None)
     columns = ([values[i] for i in good] for values in (paths, numbers, rows))
-    more = found.more and found.more.take([chosen[i] for i in good])
-    write(out, root, classes or found.classes, *columns, left_out=found.left_out, more=more)
+    more, classes_in = found.more and found.more.take([chosen[i] for i in good]), {}
+    for name, mine in seen.items():
+        own_paths = [found.masks[name][chosen[i]] for i in good]
+        own, classes_in[name] = masks.table_of(name, own_paths, [mine[i] for i in good])
+        more = with_columns(more, own)
+    write(out, root, classes or found.classes, *columns, left_out=found.left_out, more=more, masks=classes_in)
     parts.remove(out)
     return Manifest(out)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from hpc_lbsgd.data import archive, names, tree
+from hpc_lbsgd.data import archive, masks, names, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.decode import Facts, decode_all
 from hpc_lbsgd.data.manifest import CHUNK, Manifest, checksum
@@ -125,7 +125,25 @@ def look_at_samples(manifest: str, samples: range) -> list[Seen]:
             return Seen(path, [] if same else [("changed", "checksum differs from the index")], check, False)
         return data
 
-    return look_at_all([(m.key(sample), sample, int(m.checksums[sample])) for sample in samples], read)
+    seen = look_at_all([(m.key(sample), sample, int(m.checksums[sample])) for sample in samples], read)
+    for name in m.masks:
+        seen = [one._replace(findings=one.findings + look_at_mask(m, storage, name, sample))
+                for sample, one in zip(samples, seen, strict=True)]  # fmt: skip
+    return seen
+
+
+def look_at_mask(m: Manifest, storage, name: str, sample: int) -> list[tuple[str, str]]:
+    """What is wrong with a sample's mask."""
+    try:
+        data = storage.content(sample, name).tobytes()
+        if checksum(data) != int(m.of_mask(name, "checksum")[sample]):
+            return [("changed", f"{name}: checksum differs from the index")]
+        masks.pixels(data)
+    except SampleError as problem:
+        return [("missing", str(problem))]
+    except ValueError as problem:
+        return [("corrupt", f"{name}: {problem}")]
+    return []
 
 
 def look_at_all(work: list[tuple[str, int, int | None]], read: Callable[[str, int], bytes | Seen]) -> list[Seen]:

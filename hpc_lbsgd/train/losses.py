@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hpc_lbsgd.data.fields import CLASS
+from hpc_lbsgd.data.fields import CLASS, NOWHERE
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.targets import Targets, rows, tensors
 from hpc_lbsgd.errors import RequestError
@@ -41,7 +41,25 @@ def loss_function(train) -> Loss:
     if train.loss in OF_NUMBERS:
         return of_numbers(train.loss)
     smoothing = train.label_smoothing
-    return lambda outputs, labels: F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
+    return lambda outputs, labels: (
+        F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
+        if labels.dim() == 1
+        else of_pixels(outputs, labels, smoothing)
+    )
+
+
+def of_pixels(outputs: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Cross-entropy of outputs (B, classes, H, W) and masks (B, H, W): a sample's is the mean over its pixels that
+    count."""
+    if outputs.shape[:1] + outputs.shape[2:] != labels.shape:
+        raise RequestError(
+            f"train.loss = cross-entropy: outputs are {tuple(outputs.shape)}, and masks {tuple(labels.shape)}; the "
+            "model is to give a number a class for each pixel, (B, classes, H, W)"
+        )
+    rows = outputs.movedim(1, -1).flatten(0, -2)  # a pixel each: torch has no deterministic kernel for images of them
+    losses = F.cross_entropy(rows, labels.flatten(), reduction="none", ignore_index=NOWHERE, label_smoothing=smoothing)
+    counted = (labels != NOWHERE).flatten(1).sum(dim=1).clamp(min=1)
+    return (losses.view(len(labels), -1).sum(dim=1) / counted).sum()
 
 
 OF_NUMBERS: dict[str, Callable] = {
@@ -68,11 +86,12 @@ def of_numbers(name: str) -> Loss:
 
 def check(loss: str, targets: Sequence[str], manifest: Manifest) -> None:
     """Raise RequestError where a loss of ours cannot be taken of these targets of a set."""
-    classes = [name for name in targets if manifest.fields[name].kind == CLASS]
+    classes = [name for name in targets if manifest.fields[name].kind in (CLASS, "mask")]
     asked = f"data.targets = [{', '.join(targets)}] with train.loss = {loss}"
-    if loss == "cross-entropy" and targets != classes:
+    if loss == "cross-entropy" and (targets != classes or len(classes) > 1):
         raise RequestError(
-            f"{asked}: it is of one class a sample; for numbers: {', '.join(OF_NUMBERS)}, or a loss of your own"
+            f"{asked}: it is of one class a sample, or of one mask; for numbers: {', '.join(OF_NUMBERS)}, or a loss of "
+            "your own"
         )
     if loss in OF_NUMBERS and classes:
         raise RequestError(

@@ -220,12 +220,19 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
             raise RequestError(f"data.eval = {data.eval}: its classes are not those of data.train = {data.train}")
     for name in data.targets if "eval" in found else ():
         kinds = train.fields[name], found["eval"].fields[name]
-        if kinds[0] != kinds[1]:
+        if kinds[0].kind != kinds[1].kind or (kinds[0] != kinds[1] and kinds[0].kind != "mask"):
             raise RequestError(
                 f"data.eval = {data.eval}: {name} is {kinds[1]} there, and {kinds[0]} in data.train = {data.train}; "
                 "index it with --classes-of the training set's manifest"
             )
-    settled = data.model_copy(update={"samples": len(train), "classes": data.classes or outputs})
+    classes = data.classes or outputs
+    for name in data.targets:
+        widest = max(m.fields[name].width for m in found.values())
+        if train.fields[name].kind == "mask" and recipe.train.loss == "cross-entropy" and widest > classes:
+            raise RequestError(
+                f"data.classes = {classes}: {name} has classes up to {widest - 1}, in training or evaluation"
+            )
+    settled = data.model_copy(update={"samples": len(train), "classes": classes})
     return train, found.get("eval"), recipe.model_copy(update={"data": settled})
 
 
