@@ -37,7 +37,12 @@ def add(commands) -> None:
     p.add_argument("--labels", type=Path, help="images without folders of classes: a table with NAME,CLASS a line")
     p.add_argument("--ids", type=Path, help="--labels has numbers alone: NUMBER CLASS a line (default: its meta.mat)")
     p.add_argument("--classes-of", metavar="MANIFEST", help="number the classes as this manifest (the training set's)")
-    p.add_argument("--fields", metavar="A,B", type=names, help="of a table: columns to take (default: all of numbers)")
+    p.add_argument(
+        "--fields",
+        metavar="A,B",
+        type=names,
+        help="of a table: columns to take (default: all of numbers); of tar files: what lies beside images",
+    )
     p.add_argument("--path-column", metavar="NAME", help="of a table: the column of images' paths (default: path ...)")
     p.add_argument("--root", type=Path, metavar="DIR", help="of a table: where its paths start (default: its folder)")
     p.add_argument("--exclude", action="store_true", help="leave out images that do not decode, and list them")
@@ -174,7 +179,7 @@ def index(args) -> int:
     share = Share(*args.part) if args.part else ALL
     like = manifest.Manifest(manifest.find(args.classes_of)) if args.classes_of else None
     classes = like and like.classes
-    of_tables = {"--fields": args.fields, "--path-column": args.path_column, "--root": args.root}
+    of_tables = {"--path-column": args.path_column, "--root": args.root}
     if table.is_table(args.dir):
         if args.labels or args.ids:
             raise RequestError(
@@ -193,8 +198,13 @@ def index(args) -> int:
             made.append(tree.index(folder, None, args.processes, None, classes, args.exclude, share=share))
             classes = made[0].classes if share.count == 1 else None
         return show_manifests(args, made) if share.count == 1 else show_part(args, share, sum(made))
-    make = archive.index if archive.is_archive(args.dir) else tree.index
-    found = make(args.dir, args.out, args.processes, args.labels, classes, args.exclude, args.ids, share)
+    asked = args.dir, args.out, args.processes, args.labels, classes, args.exclude, args.ids, share
+    if archive.is_archive(args.dir):
+        found = archive.index(*asked, args.fields, like.floats if like else ())
+    elif args.fields:
+        raise RequestError(f"--fields is for tables and tar files, and {args.dir} is neither")
+    else:
+        found = tree.index(*asked)
     return show_manifests(args, [found]) if share.count == 1 else show_part(args, share, found)
 
 

@@ -171,6 +171,11 @@ class Manifest:
         return os.path.splitext(self.file(index, mask))[1].lower()
 
     @property
+    def floats(self) -> list[str]:
+        """Fields of numbers with a point."""
+        return [name for name, field in self.own_fields.items() if field.kind == "float"]
+
+    @property
     def masks(self) -> list[str]:
         """Fields that are masks."""
         return [name for name, field in self.own_fields.items() if field.kind == "mask"]

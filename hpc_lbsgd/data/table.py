@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,7 +160,7 @@ def scan(table: Table, root: Path, wanted: list[str] | None, path_column: str | 
     label = next((n for n in CLASSES if n in (wanted or table.columns) and n in table.columns and n != place), None)
     texts = classes_in(table, label) if label else None
     left_out: Counter[str] = Counter()
-    known = {name for name, field in like.fields.items() if field.kind == "float"} if like else set()
+    known = like.floats if like else []
     rest = sorted(name for name in table.columns if name != place and (texts is None or name != label))
     missing = sorted(set(wanted or ()) - set(rest) - {label})
     if missing:
@@ -228,7 +228,7 @@ def classes_in(table: Table, name: str) -> list[str] | None:
 
 
 def fields_of(
-    table: Table, names: list[str], wanted: list[str] | None, floats: set[str], left_out: Counter[str]
+    table: Table, names: list[str], wanted: list[str] | None, floats: Collection[str], left_out: Counter[str]
 ) -> Iterator[tuple[str, pa.Array]]:
     """(column, values) of each field. Columns of something else are counted, or refused where they are wanted."""
     for name in names:
