@@ -2,6 +2,14 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+
+def pixels(channels, classes):
+    """Scores of a class for each pixel."""
+    assert classes == 2
+    first = nn.Conv2d(channels, 8, 3, padding=1, bias=False)
+    return nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, classes, 1))
 
 
 def age_and_kind(outputs, targets):

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 from conftest import SAMPLES, changed, command, records, train_many
+from PIL import Image
 
 from hpc_lbsgd.data import manifest, pack, table
 
@@ -26,10 +27,12 @@ def recipes(small_recipe, small_data, tmp_path_factory):
         for i in range(len(m)):
             age = float(m.labels[i] + rng.normal(0, 0.1))
             tags = [bool(m.labels[i] & 1), bool(m.labels[i] & 2), bool(m.labels[i] == 0)]
-            row = {"path": m.key(i), "class": m.classes[m.labels[i]], "age": age, "tags": tags}
+            mask = root / f"{part}-{i}.png"
+            Image.open(m.file(i)).point(lambda grey: grey > 127).save(mask)
+            row = {"path": m.file(i), "class": m.classes[m.labels[i]], "age": age, "tags": tags, "mask": str(mask)}
             rows.append(json.dumps(row))
         (root / f"{part}.jsonl").write_text("\n".join(rows))
-        paths[part] = table.index(root / f"{part}.jsonl", processes=1, root=small_data / part).path
+        paths[part] = table.index(root / f"{part}.jsonl", processes=1, root=tmp_path_factory.getbasetemp()).path
     packed = {
         part: pack.pack(path, root / "packed" / part, pack.Encoding(), 0.05, 1).path for part, path in paths.items()
     }
@@ -40,11 +43,14 @@ def recipes(small_recipe, small_data, tmp_path_factory):
             small_recipe, data__train=str(places["train"]), data__eval=str(places["eval"]), **EXACT | changes
         )
 
+    masks = {"data__targets": ["mask"], "model__name": "fields_models:pixels"}
     numbers = {"data__targets": ["age"], "train__loss": "mse"}
     return {
         "table": of(paths, **numbers),
         "packed": of(packed, **numbers, data__loader="dali", machine__stage_dir=str(root / "stage")),
         "tags": of(packed, data__targets=["tags"], train__loss="binary-cross-entropy"),
+        "mask": of(paths, **masks),
+        "mask-packed": of(packed, **masks, data__loader="dali"),
         "both": of(packed, data__targets=["class", "age"], train__loss="fields_models:age_and_kind", data__classes=5),
     }
 
@@ -64,13 +70,13 @@ def hash_of(run):
     return records(run, "end")[-1]["weights_sha256"]
 
 
-@pytest.mark.parametrize("names", [("table", "packed"), ("tags",), ("both",)])
+@pytest.mark.parametrize("names", [("table", "packed"), ("tags",), ("both",), ("mask", "mask-packed")])
 def test_the_same_weights_wherever_and_however_many(runs, names):
     assert len({hash_of(runs[name, ranks]) for name in names for ranks in RANKS}) == 1
 
 
 def test_what_is_learnt_is_said(runs):
-    for name in ("table", "tags", "both"):
+    for name in ("table", "tags", "both", "mask"):
         evaluations = records(runs[name, 3], "eval")
         assert all(r["accuracy"] is None and r["samples"] == 61 for r in evaluations)
         assert evaluations[-1]["loss"] < records(runs[name, 3], "epoch")[0]["loss"], name
