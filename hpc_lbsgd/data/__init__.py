@@ -1,8 +1,10 @@
 """Which samples there are, who gets which, and how they become tensors.
 
 order.py       the permutation of an epoch, and who gets which part of it. Pure
-manifest.py    the list of a set's images and their fields (fields.py, masks.py); names.py: what a name may be.
+manifest.py    the list of a set's images and their fields; names.py: what a name may be.
                tree.py makes it from a folder, archive.py from tars, table.py from a table, pack.py into shards;
+               fields.py, masks.py and boxes.py are what a sample has beside its image, beside.py finds it in tars,
+               carried.py takes it into a pack, for whose images encode.py is;
                decode.py says what is an image, labels.py which class it has, verify.py what is wrong;
                parts.py lets the work go on, and be shared; columns.py looks up rows of any number
                show.py makes a picture of a set, as a model sees it

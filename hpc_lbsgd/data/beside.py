@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from hpc_lbsgd.data import masks, parts
+from hpc_lbsgd.data import boxes, masks, parts
 from hpc_lbsgd.data.fields import CLASS, PREFIX, RESERVED, NoField, column_of
 from hpc_lbsgd.data.manifest import Row, listed, with_columns
 from hpc_lbsgd.errors import RequestError
@@ -92,7 +92,8 @@ def columns_of(found: Fields, names: Sequence[str], floats: Collection[str]) -> 
         try:
             if name in RESERVED:
                 raise NoField(0, f"is not the {name} of a sample")
-            columns[PREFIX + name] = column_of(values, name in floats)
+            mine = boxes.column_of(values) if boxes.named(name, values) else column_of(values, name in floats)
+            columns[PREFIX + name] = mine
         except NoField as problem:
             raise RequestError(f"--fields: {name!r} of {names[problem.row]} {problem} (in .json, or a mask)") from None
     return pa.table(columns) if columns else None

@@ -75,8 +75,27 @@ class Column(np.lib.mixins.NDArrayOperatorsMixin):
         return self[:].tolist()
 
 
-def column(table: pa.Table, name: str, rows: Rows) -> np.ndarray | Column:
-    """A column without nulls: of numbers, or of lists of as many (rows of an array)."""
+class Lists:
+    """A column of lists of any length; an index makes an array of each (items, numbers of an item)."""
+
+    def __init__(self, chunks: list[pa.Array], rows: Rows):
+        self.rows, self.pieces = rows, [(c.offsets.to_numpy(), numbers_in(c.values)) for c in chunks]
+        self.starts = np.cumsum([0] + [len(offsets) - 1 for offsets, _ in self.pieces]).tolist()
+
+    def __getitem__(self, index: np.ndarray) -> list[np.ndarray]:
+        return [self._one(row) for row in self.rows.at(np.asarray(index)).tolist()]
+
+    def _one(self, row: int) -> np.ndarray:
+        piece = bisect_right(self.starts, row) - 1
+        offsets, numbers = self.pieces[piece]
+        first, last = offsets[row - self.starts[piece] : row - self.starts[piece] + 2].tolist()
+        return numbers[first:last]
+
+
+def column(table: pa.Table, name: str, rows: Rows) -> np.ndarray | Column | Lists:
+    """A column without nulls: of numbers, of lists of as many (rows of an array), or of lists of such lists."""
+    if pa.types.is_large_list(table.schema.field(name).type):
+        return Lists(table.column(name).chunks, rows)
     pieces = [numbers_in(chunk) for chunk in table.column(name).chunks]
     if len(pieces) == 1 and not len(rows.gone):
         return pieces[0]

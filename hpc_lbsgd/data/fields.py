@@ -1,13 +1,13 @@
-"""What a sample has beside its image and its class: fields of numbers and masks, by name.
+"""What a sample has beside its image and its class: fields of numbers, boxes and masks, by name.
 
 Numbers are a column of the manifest, field.NAME, and its Arrow type says what they are: int64 or float64, one a sample,
-or a list of as many for each. A mask is a file of its own: columns mask.NAME:path, :bytes, :checksum, and in tar files
-:offset, in the shard of its image. Image and class are fields too, with columns of their own.
+or a list of as many for each; lists of any length of such lists are boxes (boxes.py). A mask is a file of its own
+(masks.py): columns mask.NAME:path, :bytes, :checksum, and in tar files :offset, in the shard of its image. Image and
+class are fields too, with columns of their own.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -26,21 +26,28 @@ LARGEST = float(np.finfo(np.float32).max)  # what a model is given is float32
 
 
 class Field(NamedTuple):
-    kind: str  # image, class, int, float or mask
-    length: int | None = None  # numbers of a list; None: one number. Of a mask: classes
+    kind: str  # image, class, int, float, boxes or mask
+    length: int | None = None  # numbers of a list, or of a box; None: one number. Of a mask: classes
 
     @property
     def width(self) -> int:
+        """Numbers that a model is to give for it; of boxes nobody can say."""
+        if self.kind == "boxes":
+            return 0
         return 1 if self.length is None else self.length
 
     def __str__(self) -> str:
         if self.kind == "mask":
             return f"mask of {self.length} classes"
+        if self.kind == "boxes":
+            return f"boxes of {self.length} numbers"
         return self.kind if self.length is None else f"{self.length} {self.kind}s"
 
 
 def of_type(column: pa.DataType) -> Field:
     """Raises ValueError for a type that no field has."""
+    if pa.types.is_large_list(column) and of_type(column.value_type).kind == "float":
+        return Field("boxes", of_type(column.value_type).length)
     length = column.list_size if pa.types.is_fixed_size_list(column) else None
     kind = KINDS.get(column if length is None else column.value_type)
     if kind is None or length == 0:
@@ -136,8 +143,7 @@ def check(row: int, value: object) -> None:
         raise NoField(row, f"is {value}, beyond float32")
 
 
-def as_json(table: pa.Table, row: int) -> bytes:
-    """A row of fields as a WebDataset has them."""
+def row_of(table: pa.Table, row: int) -> dict:
+    """Numbers of a row, by name."""
     own = [name for name in table.column_names if name.startswith(PREFIX)]
-    values = {name.removeprefix(PREFIX): table.column(name)[row].as_py() for name in own}
-    return json.dumps(values).encode()
+    return {name.removeprefix(PREFIX): table.column(name)[row].as_py() for name in own}

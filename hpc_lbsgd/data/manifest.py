@@ -64,6 +64,9 @@ def content_digest(table: pa.Table, header: Mapping) -> str:
         chunks = table.column(name).chunks
         digest.update(f"{name} {table.column(name).type} {table.num_rows}".encode())
         for piece in (chunk.slice(at, 2**20) for chunk in chunks for at in range(0, len(chunk), 2**20)):
+            if pa.types.is_large_list(piece.type):
+                digest.update(np.ascontiguousarray(pc.list_value_length(piece).to_numpy()))
+                piece = piece.flatten()
             if pa.types.is_fixed_size_list(piece.type):
                 piece = piece.flatten()
             values = pc.binary_length(piece) if pa.types.is_large_string(piece.type) else piece
@@ -170,15 +173,21 @@ class Manifest:
         """Of the name of a mask's file."""
         return os.path.splitext(self.file(index, mask))[1].lower()
 
+    def of_kind(self, kind: str) -> list[str]:
+        """Fields that are of it."""
+        return [name for name, field in self.own_fields.items() if field.kind == kind]
+
     @property
     def floats(self) -> list[str]:
-        """Fields of numbers with a point."""
-        return [name for name, field in self.own_fields.items() if field.kind == "float"]
+        return self.of_kind("float")
 
     @property
     def masks(self) -> list[str]:
-        """Fields that are masks."""
-        return [name for name, field in self.own_fields.items() if field.kind == "mask"]
+        return self.of_kind("mask")
+
+    @property
+    def boxes(self) -> list[str]:
+        return self.of_kind("boxes")
 
     def more(self, rows: Sequence[int] | np.ndarray) -> pa.Table:
         """Columns of fields alone, of these rows."""

@@ -19,7 +19,7 @@ import shutil
 import socket
 import tarfile
 from concurrent.futures import as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from hpc_lbsgd import owner
-from hpc_lbsgd.data import fields, masks
+from hpc_lbsgd.data import fields
 from hpc_lbsgd.data import manifest as manifests
-from hpc_lbsgd.data.decode import as_stored, decode, turned
+from hpc_lbsgd.data.carried import Carried
+from hpc_lbsgd.data.encode import Encoding, encode
 from hpc_lbsgd.data.manifest import PACKED_SCHEMA, PARTS, Manifest, checksum
-from hpc_lbsgd.data.orientation import TAG
 from hpc_lbsgd.data.parts import Share
 from hpc_lbsgd.data.pool import Pool
 from hpc_lbsgd.data.storage import SampleError, open_storage
@@ -41,65 +41,6 @@ from hpc_lbsgd.records import sync_folder, write_atomically
 TAR_BLOCK = 512
 ROWS_TOGETHER = 20_000_000  # about 2 GB while they are written
 RAW_SUFFIX, JPEG_SUFFIX = ".npy", ".jpg"
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What becomes of an image. kind: keep its bytes, jpeg, or raw pixels (a .npy file, uint8 (H, W, C)).
-
-    short_side, long_side: images that are larger are scaled down to it, in pixels. quality: of JPEG.
-    upright: pixels are turned as their orientation says; else it is kept beside them.
-    """
-
-    kind: str = "keep"
-    short_side: int | None = None
-    long_side: int | None = None
-    quality: int = 90
-    channels: int = 3
-    upright: bool = False
-
-    def __post_init__(self):
-        if self.kind == "keep" and self.upright:
-            raise RequestError("--upright changes pixels: say --jpeg or --raw, what to store")
-        if self.kind == "keep" and (self.short_side or self.long_side):
-            raise RequestError("--short-side and --long-side change pixels: say --jpeg or --raw, what to store")
-        if self.short_side and self.long_side:
-            raise RequestError("--short-side and --long-side exclude each other")
-
-
-def scaled(size: tuple[int, int], encoding: Encoding) -> tuple[int, int]:
-    """(width, height) after scaling down; never larger than before."""
-    width, height = size
-    side = min(size) if encoding.short_side else max(size)
-    target = encoding.short_side or encoding.long_side
-    if not target or side <= target:
-        return size
-    return max(1, round(width * target / side)), max(1, round(height * target / side))
-
-
-def encode(data: bytes, encoding: Encoding) -> tuple[bytes, int, int, int]:
-    """(bytes to store, width, height, orientation) of one image. Raises ValueError for one that cannot be decoded."""
-    from PIL import Image
-
-    decode(data)  # to the last row
-    with Image.open(io.BytesIO(data)) as image:
-        stored, orientation = as_stored(image)
-    pixels = stored.convert("L" if encoding.channels == 1 else "RGB")
-    if encoding.upright:
-        pixels, orientation = turned(pixels, orientation), 1
-    size = scaled(pixels.size, encoding)
-    if size != pixels.size:
-        pixels = pixels.resize(size, Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    if encoding.kind == "jpeg":
-        exif = Image.Exif()
-        if orientation > 1:
-            exif[TAG] = orientation
-        pixels.save(out, "JPEG", quality=encoding.quality, exif=exif)
-    else:
-        array = np.asarray(pixels, np.uint8).reshape(size[1], size[0], encoding.channels)
-        np.save(out, array, allow_pickle=False)
-    return out.getvalue(), *size, orientation
 
 
 class Hashed:
@@ -128,7 +69,7 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
     # a name of its own: where a pack was killed, its workers may still be at the shard that they had begun
     temporary = folder / f".{name}.{socket.gethostname()}.{os.getpid()}.writing"
     rows: dict[str, list] = {field: [] for field in PACKED_SCHEMA.names}
-    more, places = m.more(range(first, last)), {name: [] for name in m.masks}
+    carried = Carried(m, storage, range(first, last), encoding)
     try:
         with open(temporary, "wb") as file:
             hashed = Hashed(file)
@@ -151,19 +92,9 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
                     offset = hashed.position - padded(len(data))
                     if m.classes:
                         add(tar, f"{sample:09d}.cls", str(label).encode())
-                    for field in m.masks:
-                        mask, suffix = storage.content(sample, field).tobytes(), m.suffix(sample, field)
-                        if checksum(mask) != int(m.of_mask(field, "checksum")[sample]):
-                            raise SampleError(
-                                sample, f"{m.file(sample, field)} changed since it was indexed; index again"
-                            )
-                        if encoding.kind != "keep":
-                            turns = int(m.orientations[sample]) if encoding.upright else 1
-                            mask, suffix = masks.fitted(mask, turns, width, height), masks.SUFFIXES[0]
-                        add(tar, f"{sample:09d}.{field}{suffix}", mask)
-                        places[field].append((len(mask), checksum(mask), hashed.position - padded(len(mask))))
-                    if m.own_fields:
-                        add(tar, f"{sample:09d}.json", fields.as_json(more, sample - first))
+                    for end, beside in carried.files(sample, width, height):
+                        add(tar, f"{sample:09d}{end}", beside)
+                        carried.offsets.append(hashed.position - padded(len(beside)))
                     described = (width, height, len(data), checksum(data), orientation)
                     row = (stem + suffix, label, *described, number, offset)
                     for field, value in zip(PACKED_SCHEMA.names, row, strict=True):
@@ -173,7 +104,7 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
         facts = {"name": name, "bytes": temporary.stat().st_size, "checksum": hashed.digest.hexdigest()}
         os.replace(temporary, folder / name)
         sync_folder(folder)
-        table = manifests.with_columns(pa.table(rows, schema=PACKED_SCHEMA), masks.placed(more, places))
+        table = manifests.with_columns(pa.table(rows, schema=PACKED_SCHEMA), carried.table())
         write_part(folder / PARTS / f"{number:06d}.arrow", table, facts)
     except OSError as problem:
         temporary.unlink(missing_ok=True)

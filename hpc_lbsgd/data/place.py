@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from hpc_lbsgd.data.source import Batch
-from hpc_lbsgd.data.targets import Targets, each
+from hpc_lbsgd.data.targets import Targets, each_tensor
 
 
 def pinned(batch: Batch, device: torch.device) -> Batch:
@@ -16,7 +16,7 @@ def pinned(batch: Batch, device: torch.device) -> Batch:
     if device.type != "cuda":
         return batch
     torch.cuda.set_device(device)  # each thread has its own, and pinning would open a context on GPU 0
-    return batch._replace(images=batch.images.pin_memory(), labels=each(torch.Tensor.pin_memory, batch.labels))
+    return batch._replace(images=batch.images.pin_memory(), labels=each_tensor(torch.Tensor.pin_memory, batch.labels))
 
 
 def on_device(batch: Batch, device: torch.device, channels_last: bool = False) -> Batch:
@@ -35,4 +35,4 @@ def moved(targets: Targets, device: torch.device) -> Targets:
         there = target.to(device, non_blocking=True)
         return there.long() if there.dtype == torch.uint8 else there
 
-    return each(one, targets)
+    return each_tensor(one, targets)

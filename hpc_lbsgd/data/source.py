@@ -9,13 +9,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from hpc_lbsgd.data import augment, masks, orientation
+from hpc_lbsgd.data import augment, boxes, masks, orientation
 from hpc_lbsgd.data.fields import NOWHERE
 from hpc_lbsgd.data.finish import cut
 from hpc_lbsgd.data.manifest import Manifest, checksum
 from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.storage import Request, SampleError, open_storage
-from hpc_lbsgd.data.targets import Targets, one_or_all
+from hpc_lbsgd.data.targets import Target, Targets, one_or_all
 from hpc_lbsgd.errors import RequestError, RunError
 
 
@@ -188,8 +188,19 @@ class Source:
         where they are to be used (place.py)."""
         return one_or_all({name: self._target(name, fetched) for name in self.data.targets})
 
-    def _target(self, name: str, fetched: Fetched) -> torch.Tensor:
+    def _boxes(self, name: str, given: Request) -> list[torch.Tensor]:
+        """Of each sample, float32 (n, 4 or more), in pixels of what the model sees."""
+        w, size = self.windows(given), self.data.image_size
+        windows = np.stack([w.x, w.y, w.w, w.h], axis=1).tolist()
+        ways = self.manifest.orientations[given.samples].tolist() if self.turns else [1] * len(windows)
+        found = zip(self.manifest.values(name)[given.samples], windows, ways, w.flip.tolist(), strict=True)
+        made = (boxes.seen(mine, window, way, (size, size), flip) for mine, window, way, flip in found)
+        return [torch.from_numpy(one.astype(np.float32)) for one in made]
+
+    def _target(self, name: str, fetched: Fetched) -> Target:
         if name in fetched.masks:
             return torch.from_numpy(fetched.masks[name])
+        if self.manifest.fields[name].kind == "boxes":
+            return self._boxes(name, fetched.given)
         values = self.manifest.values(name)[fetched.given.samples]
         return torch.from_numpy(values.astype(np.float32 if values.dtype == np.float64 else np.int64))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from hpc_lbsgd.data import fields, labels
+from hpc_lbsgd.data import boxes, fields, labels
 from hpc_lbsgd.data.fields import CLASS, IMAGE, PREFIX, NoField, column_of
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.names import is_utf8
@@ -241,7 +241,7 @@ def fields_of(
                 raise NoField(0, "is in a column whose name is not UTF-8")
             if name in fields.RESERVED:
                 raise NoField(0, f"is not the {name} of a sample: give the column another name")
-            column = column_of(values, name in floats)
+            column = boxes.column_of(values) if boxes.named(name, values) else column_of(values, name in floats)
         except NoField as problem:
             if wanted is None and (problem.other or not any(v is not None for v in values)):
                 left_out[f"column {printable(name)} (row {problem.row + 1} {problem})"] += 1

@@ -93,6 +93,8 @@ def check(loss: str, targets: Sequence[str], manifest: Manifest) -> None:
             f"{asked}: it is of one class a sample, or of one mask; for numbers: {', '.join(OF_NUMBERS)}, or a loss of "
             "your own"
         )
+    if any(manifest.fields[name].kind == "boxes" for name in targets) and ":" not in loss:
+        raise RequestError(f"{asked}: boxes are for a loss of your own, package.module:function")
     if loss in OF_NUMBERS and classes:
         raise RequestError(
             f"{asked}: a class is no number to come near to; allowed: cross-entropy, or a loss of your own"

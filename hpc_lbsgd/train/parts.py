@@ -11,7 +11,7 @@ from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data.order import Permutation, worker_samples
 from hpc_lbsgd.data.source import Batch, Loader
 from hpc_lbsgd.data.storage import Request
-from hpc_lbsgd.data.targets import each
+from hpc_lbsgd.data.targets import each_tensor
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import agree, together
@@ -87,7 +87,7 @@ def first_batches(recipe, schedule: Schedule, loader: Loader) -> tuple[dict[int,
     samples = {j: found for j, found in samples.items() if len(found)}
     made = loader.batches(Request(0, found) for found in (*samples.values(), samples[0]))
     # a loader's memory is used again
-    *batches, again = [Batch(images.clone(), each(torch.clone, labels), n) for images, labels, n in made]
+    *batches, again = [Batch(images.clone(), each_tensor(torch.clone, labels), n) for images, labels, n in made]
     return dict(zip(samples, batches, strict=True)), again
 
 

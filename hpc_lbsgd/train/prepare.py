@@ -220,12 +220,17 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
             raise RequestError(f"data.eval = {data.eval}: its classes are not those of data.train = {data.train}")
     for name in data.targets if "eval" in found else ():
         kinds = train.fields[name], found["eval"].fields[name]
-        if kinds[0].kind != kinds[1].kind or (kinds[0] != kinds[1] and kinds[0].kind != "mask"):
+        if kinds[0] != kinds[1] and not kinds[0].kind == kinds[1].kind == "mask":
             raise RequestError(
                 f"data.eval = {data.eval}: {name} is {kinds[1]} there, and {kinds[0]} in data.train = {data.train}; "
                 "index it with --classes-of the training set's manifest"
             )
     classes = data.classes or outputs
+    if not classes:
+        raise RequestError(
+            f"data.classes is not set: how many outputs a model is to have for {', '.join(data.targets)} is yours to "
+            "say"
+        )
     for name in data.targets:
         widest = max(m.fields[name].width for m in found.values())
         if train.fields[name].kind == "mask" and recipe.train.loss == "cross-entropy" and widest > classes:

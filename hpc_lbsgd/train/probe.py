@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hpc_lbsgd.data.targets import Targets, each
+from hpc_lbsgd.data.targets import Targets, each, turned_round
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.train import models
 from hpc_lbsgd.train.attributes import snapshot
@@ -171,7 +171,7 @@ def remembers(build: Callable[[], nn.Module], call: Call) -> list[str]:
     owner = getattr(call.loss, "own", call.loss)
     owner = getattr(owner, "__self__", owner)  # a method's
     others = call.images.flip(0) * 0.75 if call.images.is_floating_point() else call.images.flip(0)
-    other = call._replace(images=others, labels=each(lambda t: t.flip(0), call.labels))
+    other = call._replace(images=others, labels=turned_round(call.labels))
 
     def around(*calls: Call) -> tuple[dict[str, str], dict[str, str]]:
         model = build()

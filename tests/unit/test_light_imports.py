@@ -31,6 +31,7 @@ WITH_TORCH = (
     "hpc_lbsgd.data.place",
     "hpc_lbsgd.data.show",
     "hpc_lbsgd.data.source",
+    "hpc_lbsgd.data.targets",
     "hpc_lbsgd.data.torchvision",
     "hpc_lbsgd.data.user",
     "hpc_lbsgd.bench.core.pictures",

@@ -28,17 +28,18 @@ def pair(rng, width, height, classes=3):
 def write(root, sizes, orientation=None):
     (root / "i").mkdir(parents=True)
     (root / "m").mkdir()
+    suffix = ".png" if orientation else ".bmp"
     rng, rows = np.random.default_rng(1), ["path,mask,x"]
     for i, size in enumerate(sizes):
         image, mask = pair(rng, *size)
         exif = Image.Exif()
         if orientation:
             exif[0x0112] = orientation[i]
-        image.save(root / "i" / f"{i:02d}.png", exif=exif)
+        image.save(root / "i" / f"{i:02d}{suffix}", **{"exif": exif} if orientation else {})
         if i % 2:
             mask.putpalette(rng.integers(0, 256, 768).tolist())  # colours for people; their numbers are the classes
         mask.save(root / "m" / f"{i:02d}.png")
-        rows.append(f"i/{i:02d}.png,m/{i:02d}.png,{i}")
+        rows.append(f"i/{i:02d}{suffix},m/{i:02d}.png,{i}")
     (root / "t.csv").write_text("\n".join(rows))
     return root / "t.csv"
 
@@ -74,6 +75,7 @@ def test_a_mask_is_a_field_with_as_many_classes_as_it_has(places):
         assert m.own_fields == {"x": Field("int"), "mask": Field("mask", 3)} and m.classes == []
         m.check_files()
     assert len({places[name].fingerprint for name in ("folder", "keep", "staged")}) == 1
+    assert [places["keep"].key(i) for i in range(N)] == [f"i/{i:02d}.bmp" for i in range(N)]
 
 
 @pytest.mark.parametrize("kind", ["torchvision", "dali"])
@@ -122,11 +124,11 @@ def test_masks_that_are_none_are_named(tmp_path):
         table.index(path, processes=1)
     for said in (
         "5 of 8 images",
-        "i/01.png: mask is 8x16, and the image 16x16",
-        "i/02.png: mask: has pixels of mode RGB, where a mask has one number of 8 bits",
-        "i/03.png: mask: has pixels of mode I;16",
-        "i/04.png: mask: [Errno 2] No such file",
-        "i/05.png: mask: not an image",
+        "i/01.bmp: mask is 8x16, and the image 16x16",
+        "i/02.bmp: mask: has pixels of mode RGB, where a mask has one number of 8 bits",
+        "i/03.bmp: mask: has pixels of mode I;16",
+        "i/04.bmp: mask: [Errno 2] No such file",
+        "i/05.bmp: mask: not an image",
     ):
         assert said in str(caught.value)
     m = table.index(path, processes=1, exclude=True)
@@ -142,7 +144,7 @@ def test_a_mask_that_went_bad_is_found_and_stood_in_for(tmp_path, kind):
     whole = bad.read_bytes()
     bad.write_bytes(b"\0" * len(whole))
     assert [f[:3] for f in verify.verify(m.path, 1).findings] == [
-        ("i/03.png", "changed", "mask: checksum differs from the index")
+        ("i/03.bmp", "changed", "mask: checksum differs from the index")
     ]
     data = Data(**WHOLE, loader=kind, augment="none", image_size=16)
     asked = [Request(0, np.array([2, 3, 4]))]
@@ -161,14 +163,14 @@ def test_a_tar_without_a_mask_for_each_image_is_refused(places, tmp_path):
 
     shutil.copy(places["keep"].root / places["keep"].shards[0]["name"], tmp_path / "a.tar")
     with tarfile.open(tmp_path / "a.tar") as tar:
-        names = [n for n in tar.getnames() if n.endswith(".png")]
+        names = [n for n in tar.getnames() if n.endswith((".bmp", ".png"))]
         tar.extractall(tmp_path / "x", filter="data")
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
         for name in names[:-1]:
             tar.add(tmp_path / "x" / name, name)
     with pytest.raises(RequestError, match="1 images have no mask beside them"):
         archive.index(tmp_path / "b.tar", processes=1, wanted=["mask"])
-    with pytest.raises(RequestError, match="'y' of .*000000000.png has no value"):
+    with pytest.raises(RequestError, match="'y' of .*000000000.bmp has no value"):
         archive.index(tmp_path / "a.tar", processes=1, wanted=["y"])
     m = archive.index(tmp_path / "a.tar", processes=1, wanted=["x"], floats=["x"])
     assert m.own_fields == {"x": Field("float")} and m.header["left_out"] == {".mask.png beside an image": len(m)}

@@ -15,7 +15,7 @@ from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.source import Batch
-from hpc_lbsgd.data.targets import each
+from hpc_lbsgd.data.targets import each_tensor
 from hpc_lbsgd.data.user import PREFIX, UserSet
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import world as worlds
@@ -97,7 +97,7 @@ class Bench:
         kept: dict[int, Batch] = {}
         for images, labels, _ in self.real(1):
             if len(images) not in kept:
-                kept[len(images)] = Batch(images.clone(), each(torch.clone, labels))
+                kept[len(images)] = Batch(images.clone(), each_tensor(torch.clone, labels))
         return kept
 
     def _noise(self, classes: int) -> dict[int, Batch]:
