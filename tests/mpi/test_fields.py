@@ -30,6 +30,7 @@ def recipes(small_recipe, small_data, tmp_path_factory):
             mask = root / f"{part}-{i}.png"
             Image.open(m.file(i)).point(lambda grey: grey > 127).save(mask)
             row = {"path": m.file(i), "class": m.classes[m.labels[i]], "age": age, "tags": tags, "mask": str(mask)}
+            row["boxes"] = [[0, 0, 2 + int(m.labels[i]), 4, 1]] * (i % 3)
             rows.append(json.dumps(row))
         (root / f"{part}.jsonl").write_text("\n".join(rows))
         paths[part] = table.index(root / f"{part}.jsonl", processes=1, root=tmp_path_factory.getbasetemp()).path
@@ -50,6 +51,7 @@ def recipes(small_recipe, small_data, tmp_path_factory):
         "packed": of(packed, **numbers, data__loader="dali", machine__stage_dir=str(root / "stage")),
         "tags": of(packed, data__targets=["tags"], train__loss="binary-cross-entropy"),
         "mask": of(paths, **masks),
+        "boxes": of(packed, data__targets=["boxes"], data__classes=2, train__loss="fields_models:how_many"),
         "mask-packed": of(packed, **masks, data__loader="dali"),
         "both": of(packed, data__targets=["class", "age"], train__loss="fields_models:age_and_kind", data__classes=5),
     }
@@ -70,7 +72,7 @@ def hash_of(run):
     return records(run, "end")[-1]["weights_sha256"]
 
 
-@pytest.mark.parametrize("names", [("table", "packed"), ("tags",), ("both",), ("mask", "mask-packed")])
+@pytest.mark.parametrize("names", [("table", "packed"), ("tags",), ("both",), ("mask", "mask-packed"), ("boxes",)])
 def test_the_same_weights_wherever_and_however_many(runs, names):
     assert len({hash_of(runs[name, ranks]) for name in names for ranks in RANKS}) == 1
 
