@@ -274,6 +274,8 @@ class Machine(Section):
     """compute threads of a CPU rank (default: cores of the node / ranks on it)"""
     loader_threads: Count | None = None
     """decoding threads of a rank (default: cores / ranks, at most 8)"""
+    loader_processes: Count | None = None
+    """data.dataset: make samples in so many processes of a rank, for Python that holds its lock (default: threads)"""
     prefetch: Count = 2
     """batches decoded ahead"""
     prefetch_mb: Positive = 2048.0

@@ -73,7 +73,14 @@ def build(recipe, schedule: Schedule, train_set, eval_set, engine, device: torch
 def make_loaders(recipe, train_set, eval_set, memory_format, engine, device) -> tuple[Loader, Loader | None]:
     machine = recipe.machine
     threads = machine.loader_threads or min(8, worlds.cores_per_rank(engine.local_size))
-    shared = (threads, machine.prefetch, memory_format == torch.channels_last, device, machine.prefetch_mb)
+    shared = (
+        threads,
+        machine.prefetch,
+        memory_format == torch.channels_last,
+        device,
+        machine.prefetch_mb,
+        machine.loader_processes,
+    )
     largest = recipe.batch.samples_per_worker * machine.workers_per_pass
     train = loaders.create(recipe.data, train_set, recipe.seed, True, largest, *shared)
     evaluation = eval_set and loaders.create(recipe.data, eval_set, recipe.seed, False, machine.eval_batch, *shared)

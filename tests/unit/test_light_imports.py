@@ -28,6 +28,7 @@ WITH_TORCH = (
     "hpc_lbsgd.data.dali",
     "hpc_lbsgd.data.finish",
     "hpc_lbsgd.data.loader",
+    "hpc_lbsgd.data.maker",
     "hpc_lbsgd.data.place",
     "hpc_lbsgd.data.show",
     "hpc_lbsgd.data.source",

@@ -89,7 +89,14 @@ class Bench:
         data, machine, seed = self.recipe.data, self.recipe.machine, self.recipe.seed
         threads = machine.loader_threads or min(8, worlds.cores_per_rank(self.engine.local_size))
         largest = self.recipe.batch.samples_per_worker * machine.workers_per_pass
-        shared = (threads, machine.prefetch, self.replica.channels_last, self.device, machine.prefetch_mb)
+        shared = (
+            threads,
+            machine.prefetch,
+            self.replica.channels_last,
+            self.device,
+            machine.prefetch_mb,
+            machine.loader_processes,
+        )
         return loaders.create(data, found, seed, True, largest, *shared)
 
     def _own(self) -> dict[int, Batch]:
