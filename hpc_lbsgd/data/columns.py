@@ -109,6 +109,16 @@ def numbers_in(piece: pa.Array) -> np.ndarray:
     return piece.to_numpy()
 
 
+def flat(chunks: list[pa.Array]) -> list[pa.Array]:
+    """What a column of lists is made of: how long they are, then what is in them; of others the column itself."""
+    found = []
+    if chunks and pa.types.is_large_list(chunks[0].type):
+        found, chunks = [pc.list_value_length(chunk) for chunk in chunks], [chunk.flatten() for chunk in chunks]
+    if chunks and pa.types.is_fixed_size_list(chunks[0].type):
+        chunks = [chunk.flatten() for chunk in chunks]
+    return [*found, *chunks]
+
+
 def rows_named(table: pa.Table, name: str, wanted: set[str]) -> tuple[np.ndarray, list[str]]:
     """(numbers, texts) of the rows whose text is wanted, a few million looked at at a time."""
     values = pa.array(sorted(wanted), pa.large_string())

@@ -61,14 +61,9 @@ def content_digest(table: pa.Table, header: Mapping) -> str:
     digest = hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=8)
     table.validate(full=True)  # offsets that lead out of a column would end the process
     for name in table.column_names:  # however the rows lie in pieces
-        chunks = table.column(name).chunks
+        chunks = columns.flat(table.column(name).chunks)
         digest.update(f"{name} {table.column(name).type} {table.num_rows}".encode())
         for piece in (chunk.slice(at, 2**20) for chunk in chunks for at in range(0, len(chunk), 2**20)):
-            if pa.types.is_large_list(piece.type):
-                digest.update(np.ascontiguousarray(pc.list_value_length(piece).to_numpy()))
-                piece = piece.flatten()
-            if pa.types.is_fixed_size_list(piece.type):
-                piece = piece.flatten()
             values = pc.binary_length(piece) if pa.types.is_large_string(piece.type) else piece
             values = values.fill_null(-1) if values.null_count else values  # an orientation that nobody asked for
             digest.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)))

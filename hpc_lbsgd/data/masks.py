@@ -38,6 +38,14 @@ def pixels(data) -> np.ndarray:
         raise ValueError(told(problem)) from None
 
 
+def check(mask: np.ndarray, classes: Sequence[int]) -> None:
+    """Raise ValueError for a class that was in no mask of the set: a loss would read beyond its scores."""
+    known = np.zeros(256, bool)
+    known[list(classes)] = True
+    if not known[mask].all():
+        raise ValueError("has classes that no mask had when it was indexed; index again")
+
+
 def encoded(mask: np.ndarray) -> bytes:
     from PIL import Image
 

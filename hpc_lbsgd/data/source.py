@@ -89,6 +89,7 @@ class Source:
         content, size = self.storage.content(sample, name), self.data.image_size
         try:
             stored = masks.pixels(content)
+            masks.check(stored, self.manifest.header["masks"][name])
         except ValueError as problem:
             raise SampleError(sample, f"{self.manifest.file(sample, name)}: cannot be decoded ({problem})") from None
         one = Request(epoch, np.array([sample]))

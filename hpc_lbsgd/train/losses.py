@@ -84,8 +84,8 @@ def of_numbers(name: str) -> Loss:
     return summed
 
 
-def check(loss: str, targets: Sequence[str], manifest: Manifest) -> None:
-    """Raise RequestError where a loss of ours cannot be taken of these targets of a set."""
+def check(loss: str, targets: Sequence[str], manifest: Manifest, outputs: int) -> None:
+    """Raise RequestError where a loss of ours cannot be taken of these targets of a set. outputs: of the model."""
     classes = [name for name in targets if manifest.fields[name].kind in (CLASS, "mask")]
     asked = f"data.targets = [{', '.join(targets)}] with train.loss = {loss}"
     if loss == "cross-entropy" and (targets != classes or len(classes) > 1):
@@ -93,6 +93,9 @@ def check(loss: str, targets: Sequence[str], manifest: Manifest) -> None:
             f"{asked}: it is of one class a sample, or of one mask; for numbers: {', '.join(OF_NUMBERS)}, or a loss of "
             "your own"
         )
+    widest = manifest.fields[targets[0]].width
+    if loss == "cross-entropy" and manifest.fields[targets[0]].kind == "mask" and widest > outputs:
+        raise RequestError(f"data.classes = {outputs}: {targets[0]} of {manifest.path} has classes up to {widest - 1}")
     if any(manifest.fields[name].kind == "boxes" for name in targets) and ":" not in loss:
         raise RequestError(f"{asked}: boxes are for a loss of your own, package.module:function")
     if loss in OF_NUMBERS and classes:

@@ -210,41 +210,41 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
         stage.folder_of(train, recipe.machine.stage_dir)  # refuses what cannot be staged
     if data.samples not in (None, len(train)):
         raise RequestError(f"data.samples = {data.samples}, but {data.train} has {len(train)}")
-    for m in found.values():
-        check_targets(recipe, m)
+    return train, found.get("eval"), with_targets(recipe, train, found.get("eval"))
+
+
+def with_targets(recipe: Recipe, train: Manifest, evaluation: Manifest | None) -> Recipe:
+    """The recipe with N and the number of outputs settled. Refuses targets that both sets do not have alike, or that its
+    loss cannot be taken of."""
+    data, sets = recipe.data, [m for m in (train, evaluation) if m is not None]
+    for m in sets:
+        fields.refuse_unknown(data.targets, m.fields, str(m.path))
     outputs = fields.outputs(data.targets, train.fields, len(train.classes))
-    if fields.CLASS in data.targets:
-        if data.targets == [fields.CLASS] and data.classes not in (None, outputs):
-            raise RequestError(f"data.classes = {data.classes}, but {data.train} has {outputs}")
-        if "eval" in found and found["eval"].classes != train.classes:
-            raise RequestError(f"data.eval = {data.eval}: its classes are not those of data.train = {data.train}")
-    for name in data.targets if "eval" in found else ():
-        kinds = train.fields[name], found["eval"].fields[name]
-        if kinds[0] != kinds[1] and not kinds[0].kind == kinds[1].kind == "mask":
+    if data.targets == [fields.CLASS] and data.classes not in (None, outputs):
+        raise RequestError(f"data.classes = {data.classes}, but {data.train} has {outputs}")
+    if fields.CLASS in data.targets and any(m.classes != train.classes for m in sets):
+        raise RequestError(f"data.eval = {data.eval}: its classes are not those of data.train = {data.train}")
+    for name in data.targets:
+        first, *others = (m.fields[name] for m in sets)
+        if any(other != first and not other.kind == first.kind == "mask" for other in others):
             raise RequestError(
-                f"data.eval = {data.eval}: {name} is {kinds[1]} there, and {kinds[0]} in data.train = {data.train}; "
+                f"data.eval = {data.eval}: {name} is {others[0]} there, and {first} in data.train = {data.train}; "
                 "index it with --classes-of the training set's manifest"
             )
-    classes = data.classes or outputs
+    classes, asked = data.classes or outputs, ", ".join(data.targets)
     if not classes:
-        raise RequestError(
-            f"data.classes is not set: how many outputs a model is to have for {', '.join(data.targets)} is yours to "
-            "say"
-        )
-    for name in data.targets:
-        widest = max(m.fields[name].width for m in found.values())
-        if train.fields[name].kind == "mask" and recipe.train.loss == "cross-entropy" and widest > classes:
-            raise RequestError(
-                f"data.classes = {classes}: {name} has classes up to {widest - 1}, in training or evaluation"
-            )
+        raise RequestError(f"data.classes is not set: how many outputs a model is to have for {asked} is yours to say")
     settled = data.model_copy(update={"samples": len(train), "classes": classes})
-    return train, found.get("eval"), recipe.model_copy(update={"data": settled})
+    recipe = recipe.model_copy(update={"data": settled})
+    for m in sets:
+        check_targets(recipe, m)
+    return recipe
 
 
 def check_targets(recipe: Recipe, manifest: Manifest) -> None:
     """Refuse a set without the fields that are targets, or with others than the loss can be taken of."""
     fields.refuse_unknown(recipe.data.targets, manifest.fields, str(manifest.path))
-    losses.check(recipe.train.loss, recipe.data.targets, manifest)
+    losses.check(recipe.train.loss, recipe.data.targets, manifest, recipe.data.classes)
 
 
 def stage_folder(recipe: Recipe) -> str | None:

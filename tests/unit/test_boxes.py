@@ -57,6 +57,8 @@ def test_to_the_pixel_where_nothing_is_scaled(tmp_path, kind, augment):
     keep = pack.pack(m.path, tmp_path / "keep", pack.Encoding(), 0.005, 1)
     assert keep.fingerprint == m.fingerprint and len(keep.shards) > 1
     assert keep.own_fields == {"boxes": Field("boxes", 5)}
+    for found in (m, keep):
+        found.check_files()
     data = Data(**WHOLE, loader=kind, augment=augment, image_size=24, crop_padding=5)
     requests = [Request(1, np.array([7, 0, 11, 5, 2])), Request(1, np.array([8]))]
     first = made(m, data, requests)
@@ -129,7 +131,7 @@ def test_rows_without_boxes_left_out_rows_and_tars(tmp_path):
     less = manifest.Manifest(m.path)
     assert [len(b) for b in less.values("boxes")[np.arange(8)]] == [0, 2, 0, 1, 2, 0, 1, 2]
     with pytest.raises(RequestError, match="boxes are for a loss of your own"):
-        losses.check("mse", ["boxes"], m)
+        losses.check("mse", ["boxes"], m, 2)
     own = losses.loss_function(Train(loss="test_boxes:areas"))
     assert own(torch.zeros(2, 1), [torch.ones(3, 4), torch.ones(0, 4)]) == 3
 

@@ -152,6 +152,10 @@ def test_a_mask_that_went_bad_is_found_and_stood_in_for(tmp_path, kind):
         made(m, data, asked)
     ((images, mask),) = made(m, data.model_copy(update={"on_bad_image": "skip"}), asked)
     assert torch.equal(images, 40.0 * mask)
+    Image.fromarray(np.full((16, 16), 9, np.uint8)).save(bad)
+    bad.write_bytes(bad.read_bytes().ljust(len(whole), b"\0"))
+    with pytest.raises(RunError, match="m/03.png: cannot be decoded .has classes that no mask had"):
+        made(m, data, asked)
     bad.write_bytes(whole[:-1])
     with pytest.raises(RequestError, match=f"03.png: {len(whole) - 1} bytes, the manifest says {len(whole)}"):
         Manifest(m.path).check_files()

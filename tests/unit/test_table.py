@@ -96,6 +96,7 @@ WRONG = {
     "path,x\n{0},1\n{1},nan\n": "'x' in row 2 is nan, not finite",
     "path,x\n{0},-Infinity\n": "'x' in row 1 is -inf, not finite",
     "path,x\n{0},1e400\n": "'x' in row 1 is inf, not finite",
+    f"path,x\n{{0}},{'9' * 5000}\n": "'x' in row 1 is inf, not finite",
     "path,x\n{0},1e39\n": "'x' in row 1 is 1e.39, beyond float32",
     "path,x\n{0},9223372036854775808\n": "'x' in row 1 is 9223372036854775808, beyond 64 bits",
     "path,x\n{0},0.5\n{1},9007199254740993\n": "'x' in row 2 is 9007199254740993, which no float is",
