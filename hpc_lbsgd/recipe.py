@@ -149,6 +149,11 @@ class Recipe(Section):
             )
         if self.schedule.kind == "adaptive-batch" and self.batch.workers == 1:
             raise ValueError(ONE_WORKER)
+        if self.machine.loader_processes and not self.data.dataset:
+            raise ValueError(
+                f"machine.loader_processes = {self.machine.loader_processes}: only a set of your own (data.dataset) is "
+                "made in processes; images are decoded in threads (machine.loader_threads)"
+            )
         if self.train.loss != "cross-entropy" and self.train.label_smoothing:
             raise ValueError(
                 f"train.label_smoothing = {self.train.label_smoothing}: only with train.loss = cross-entropy"

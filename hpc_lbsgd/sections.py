@@ -61,8 +61,11 @@ class Data(Section):
     """the same for evaluation"""
     samples: Count | None = None
     """N; what `plan` uses without the data, checked against the data when it is there"""
-    classes: Annotated[int, Field(ge=2)] | None = None
-    """number of classes; checked against the data when it is there"""
+    targets: Annotated[list[str], Field(min_length=1)] = ["class"]
+    """fields of the set that the loss gets: one as its tensor, several as a dict of them by name (see docs/data.md)"""
+    classes: Count | None = None
+    """number of classes; checked against the data when it is there. With other targets: how many outputs the model is
+    asked for (default: a number for each)"""
     loader: Literal["dali", "torchvision"] = "dali"
     """who decodes (on GPUs: and resizes)"""
     channels: Annotated[Literal[1, 3], BeforeValidator(_whole)] = 3
@@ -92,6 +95,15 @@ class Data(Section):
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ValueError(f"data.{key} has {len(getattr(self, key))} values for data.channels = {self.channels}")
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"data.targets = [{', '.join(self.targets)}]: one is there twice")
+        if self.classes == 1 and self.targets == ["class"] and not self.dataset:
+            raise ValueError("data.classes = 1: there is nothing to tell apart; allowed: at least 2")
+        if self.dataset and self.targets != ["class"]:
+            raise ValueError(
+                f"data.targets = [{', '.join(self.targets)}] with data.dataset = {self.dataset}: a set of your own "
+                "says by itself what the loss gets"
+            )
         for key in ("crop_area", "crop_aspect"):
             low, high = getattr(self, key)
             if low > high:
@@ -206,8 +218,9 @@ class Train(Section):
     """a cap for this start; not part of the fingerprint"""
     eval_epochs: Count = 1
     """evaluate every so many epochs, and at the end"""
-    loss: Annotated[str, Field(pattern=r"^(cross-entropy|[\w.]+:\w+)$")] = "cross-entropy"
-    """or package.module:function, which takes (outputs, labels) and returns a loss a sample, shape (B,)"""
+    loss: Annotated[str, Field(pattern=r"^(cross-entropy|mse|binary-cross-entropy|[\w.]+:\w+)$")] = "cross-entropy"
+    """mse, binary-cross-entropy (of outputs before the sigmoid): mean over a sample's targets; or
+    package.module:function, which takes (outputs, labels) and returns a loss a sample, shape (B,)"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     preflight: bool = True
     """before the first step, check model, data and ranks against what the run promises (see docs/runs.md); not part of
@@ -261,6 +274,8 @@ class Machine(Section):
     """compute threads of a CPU rank (default: cores of the node / ranks on it)"""
     loader_threads: Count | None = None
     """decoding threads of a rank (default: cores / ranks, at most 8)"""
+    loader_processes: Count | None = None
+    """data.dataset: make samples in so many processes of a rank, for Python that holds its lock (default: threads)"""
     prefetch: Count = 2
     """batches decoded ahead"""
     prefetch_mb: Positive = 2048.0

@@ -1,7 +1,7 @@
 """`data index` of tar files as they are: nothing is unpacked, samples are read where they lie.
 
 Three kinds are understood, told apart by what is in them:
-    WebDataset      KEY.jpg and KEY.cls (a number, or a class's name) or KEY.json ({"label": ...})
+    WebDataset      KEY.jpg and KEY.cls (a number, or a class's name) or KEY.json ({"label": ...}); fields: beside.py
     tar of tars     as ILSVRC's training images are shipped: one inner tar a class
     image tree      CLASS/IMAGE; or IMAGE alone with a table of labels (--labels), as ILSVRC's validation images
 """
@@ -12,7 +12,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -20,7 +20,10 @@ from tqdm import tqdm
 
 from hpc_lbsgd.data import labels, parts, tree
 from hpc_lbsgd.data import manifest as manifests
+from hpc_lbsgd.data.beside import Fields, Member, checked, examined, fields_of, json_in, table_of
+from hpc_lbsgd.data.fields import CLASS
 from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, Row, listed
+from hpc_lbsgd.data.names import read_excluded
 from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.data.tree import AT_A_TIME, rows_of, usable
 from hpc_lbsgd.errors import RequestError
@@ -29,15 +32,6 @@ BLOCK = tarfile.BLOCKSIZE  # bytes; a tar ends with two of zeros
 LABEL_KEYS = ("cls", "label", "class", "target")  # of a WebDataset's JSON
 LONGEST_LABEL = 2**20  # bytes of a file that holds one
 LABEL_SUFFIXES = {".cls", ".cls2", ".txt", ".json", ".label"}
-
-
-class Member(NamedTuple):
-    """A regular file inside a tar: where its bytes lie in the outermost file."""
-
-    shard: int
-    name: str
-    offset: int
-    size: int
 
 
 class Sample(NamedTuple):
@@ -110,12 +104,16 @@ class Listed(NamedTuple):
     samples: list[Sample]
     numbers: bool  # labels that look like numbers are numbers
     left_out: Counter[str]  # files that are neither images nor labels, by what they are
+    fields: Fields
 
 
-def samples_of(paths: list[Path], table: Path | None, ids: Path | None = None) -> Listed:
-    """Every image of these tars with its label."""
+def samples_of(
+    paths: list[Path], table: Path | None, ids: Path | None = None, wanted: list[str] | None = None
+) -> Listed:
+    """Every image of these tars with its label, and the fields that are wanted."""
     images: list[Member] = []
     beside: dict[tuple[int, str], dict[str, str]] = {}  # (shard, key) -> label by the suffix of its file
+    said: dict[tuple[int, str], dict] = {}
     left_out: Counter[str] = Counter()
     known: set[tuple[int, str]] = set()
     with tqdm(paths, desc="listing", unit="tar", disable=None) as bar:
@@ -130,21 +128,29 @@ def samples_of(paths: list[Path], table: Path | None, ids: Path | None = None) -
                         images.append(member)
                     elif suffix in LABEL_SUFFIXES and member.size <= LONGEST_LABEL:
                         file.seek(member.offset)
-                        text = label_in(file.read(member.size), suffix)
+                        data = file.read(member.size)
+                        if wanted and suffix == ".json":
+                            said[member.key] = json_in(data)
+                        text = label_in(data, suffix, wanted or ())
                         if text is not None:
-                            beside.setdefault((shard, key_of(member.name)), {})[suffix] = text
+                            beside.setdefault(member.key, {})[suffix] = text
                     else:
                         left_out[f"{suffix or 'no suffix'}"] += 1
     if not images:
         raise RequestError(f"{paths[0].parent}: no images ({', '.join(sorted(SUFFIXES))}) in these tar files")
-    keys = {(image.shard, key_of(image.name)) for image in images}
+    keys = {image.key for image in images}
     beside = {key: found for key, found in beside.items() if key in keys}  # not a VERSION.txt in a tree of classes
-    if beside:
+    more, with_classes = Fields({}, {}), table is not None or wanted is None or CLASS in wanted
+    if wanted is not None:
+        images, more = fields_of(images, said, wanted, left_out)
+    elif beside:
         images = inputs_of(images, beside, left_out)
     if table is not None:
         found = labels.of_table(table, [image.name for image in images], ids)
+    elif not with_classes:
+        found = [""] * len(images)
     elif beside:
-        found = [one_label(beside.get((i.shard, key_of(i.name)), {}), paths[i.shard], i) for i in images]
+        found = [one_label(beside.get(i.key, {}), paths[i.shard], i) for i in images]
     else:
         found = labels.of_folders([image.name for image in images])
     problems = [f"{paths[i.shard]}:{i.name}" for i, label in zip(images, found, strict=True) if label is None]
@@ -154,7 +160,7 @@ def samples_of(paths: list[Path], table: Path | None, ids: Path | None = None) -
             f"nor a line in --labels:\n{listed(problems)}"
         )
     samples = [Sample(*pair) for pair in zip(images, found, strict=True)]
-    return Listed(samples, bool(beside) or table is not None, left_out)
+    return Listed(samples, bool(beside) or table is not None, left_out, more)
 
 
 def inputs_of(images: list[Member], beside: Mapping, left_out: Counter[str]) -> list[Member]:
@@ -162,17 +168,17 @@ def inputs_of(images: list[Member], beside: Mapping, left_out: Counter[str]) -> 
     ones say nothing about which it is."""
     plain: dict[tuple[int, str], list[Member]] = {}
     for image in images:
-        if field_of(image.name) in SUFFIXES:
-            plain.setdefault((image.shard, key_of(image.name)), []).append(image)
-    several = [i for found in plain.values() if len(found) > 1 for i in found if (i.shard, key_of(i.name)) in beside]
+        if image.field in SUFFIXES:
+            plain.setdefault(image.key, []).append(image)
+    several = [i for found in plain.values() if len(found) > 1 for i in found if i.key in beside]
     if several:
         raise RequestError(f"a sample has several images, and one label: {', '.join(i.name for i in several[:2])}")
     chosen = []
     for image in images:
-        if field_of(image.name) in SUFFIXES or (image.shard, key_of(image.name)) not in plain:
+        if image.field in SUFFIXES or image.key not in plain:
             chosen.append(image)
         else:
-            left_out[f"{field_of(image.name)} beside an image"] += 1
+            left_out[f"{image.field} beside an image"] += 1
     return chosen
 
 
@@ -192,19 +198,9 @@ def distinct(samples: list[Sample], paths: list[Path]) -> list[Sample]:
     return [s._replace(member=s.member._replace(name=f"{paths[s.member.shard].stem}/{s.member.name}")) for s in samples]
 
 
-def key_of(name: str) -> str:
-    """WebDataset's key: up to the first dot of the file's name."""
-    folder, _, base = name.rpartition("/")
-    return f"{folder}/{base.split('.')[0]}"
-
-
-def field_of(name: str) -> str:
-    """WebDataset's field: from the first dot of the file's name on."""
-    return f".{name.rpartition('/')[2].partition('.')[2]}".lower()
-
-
-def label_in(data: bytes, suffix: str) -> str | None:
-    """A class's name or number in a file beside an image; None where there is none."""
+def label_in(data: bytes, suffix: str, others: Sequence[str] = ()) -> str | None:
+    """A class's name or number in a file beside an image; None where there is none. others: fields of JSON that are
+    none."""
     text = data.decode("utf-8", errors="replace").strip()
     if suffix == ".json":
         try:
@@ -212,7 +208,7 @@ def label_in(data: bytes, suffix: str) -> str | None:
         except (ValueError, RecursionError):
             return None
         content = content if isinstance(content, dict) else {"label": content}
-        found = next((content[k] for k in LABEL_KEYS if k in content), None)
+        found = next((content[k] for k in LABEL_KEYS if k in content and k not in others), None)
         text = str(found) if isinstance(found, (int, str)) and not isinstance(found, bool) else ""
     if suffix == ".txt" and not text.isdigit():  # a caption
         return None
@@ -242,11 +238,14 @@ def index(
     exclude: bool = False,
     ids: Path | None = None,
     share: Share = ALL,
+    wanted: list[str] | None = None,
+    floats: Collection[str] = (),
 ) -> Manifest | int:
     """Write the manifest of a tar, or of a folder of tars (default: beside them), and return it, opened.
 
-    table, classes, exclude, ids, share: as for `tree.index`. Raises RequestError for members that point outside, images
-    without labels and images that do not decode.
+    table, classes, exclude, ids, share: as for `tree.index`. wanted: fields beside the images (default: the class
+    alone). floats: fields that are float whatever their numbers look like. Raises RequestError for members that point
+    outside, images without labels and images that do not decode.
     """
     source = Path(source)
     root = source.parent if source.is_file() else source
@@ -257,37 +256,42 @@ def index(
     if loose:
         raise RequestError(f"{source}: has tar files ({paths[0].name}) and images ({loose}); index a tar by its name")
     out = Path(out) if out else (source.with_suffix(".arrow") if source.is_file() else root / manifests.FILE_NAME)
-    found = samples_of(paths, table, ids)
+    found = samples_of(paths, table, ids, wanted)
     samples = distinct(found.samples, paths)
-    names, numbers = labels.number([s.label for s in samples], found.numbers, root / "classes.txt")
-    if classes is not None:
+    said = [s.label for s in samples]
+    names, numbers = labels.number(said, found.numbers, root / "classes.txt") if any(said) else ([], [0] * len(said))
+    if classes is not None and names:
         numbers = labels.renumber(names, numbers, classes, str(source))
-    excluded = manifests.read_excluded(out.parent)
+    excluded = read_excluded(out.parent)
     chosen = [i for i, s in enumerate(samples) if s.member.name not in excluded]
     chosen.sort(key=lambda i: (numbers[i], samples[i].member.name))  # as a tree of folders would be
     work = chunks(samples, chosen)
     jobs = [(str(paths[shard]), [samples[i].member for i in some]) for shard, some in work]
     pieces = [parts.Work(examine, identities, job, len(job[1])) for job in jobs]
     found_rows = parts.rows(out, pieces, f"indexing {source}", processes, share)
+    seen = examined(found.fields, paths, work, out, processes, share)
     if share.count > 1:
         return sum(map(len, found_rows))
     by_sample: dict[int, Row | str] = {}
     for (_, some), rows in zip(work, found_rows, strict=True):
         by_sample.update(zip(some, rows, strict=True))
     chosen_members = [samples[i].member for i in chosen]
-    rows, keys = [by_sample[i] for i in chosen], [member.name for member in chosen_members]
+    rows, keys = checked([by_sample[i] for i in chosen], chosen, seen), [member.name for member in chosen_members]
     shown = [f"{paths[member.shard]}:{member.name}" for member in chosen_members]
     good = usable(keys, rows, shown, out.parent if exclude else None)
+    more, classes_in = table_of(found.fields, [chosen[i] for i in good], seen, [shown[i] for i in good], floats)
     manifests.write(
         out,
         root,
-        classes or names,
+        names and (classes or names),
         [keys[i] for i in good],
         [numbers[chosen[i]] for i in good],
         [rows[i] for i in good],
         [(chosen_members[i].shard, chosen_members[i].offset) for i in good],
         [{"name": p.name, "bytes": p.stat().st_size, "checksum": None} for p in paths],
         found.left_out,
+        more,
+        classes_in,
     )
     parts.remove(out)
     return Manifest(out)

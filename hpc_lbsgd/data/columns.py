@@ -58,7 +58,7 @@ class Column(np.lib.mixins.NDArrayOperatorsMixin):
             raise IndexError(f"row {index.max()} of {len(self)}")
         row = self.rows.at(np.where(index < 0, index + len(self), index))
         piece = np.searchsorted(self.ends, row, side="right")
-        found = np.empty(row.shape, self.dtype)
+        found = np.empty(row.shape + self.pieces[0].shape[1:], self.dtype)
         for number in np.unique(piece):
             mine = piece == number
             start = self.ends[number] - len(self.pieces[number])
@@ -75,12 +75,48 @@ class Column(np.lib.mixins.NDArrayOperatorsMixin):
         return self[:].tolist()
 
 
-def column(table: pa.Table, name: str, rows: Rows) -> np.ndarray | Column:
-    """A column of numbers without nulls."""
-    pieces = [chunk.to_numpy() for chunk in table.column(name).chunks]
+class Lists:
+    """A column of lists of any length; an index makes an array of each (items, numbers of an item)."""
+
+    def __init__(self, chunks: list[pa.Array], rows: Rows):
+        self.rows, self.pieces = rows, [(c.offsets.to_numpy(), numbers_in(c.values)) for c in chunks]
+        self.starts = np.cumsum([0] + [len(offsets) - 1 for offsets, _ in self.pieces]).tolist()
+
+    def __getitem__(self, index: np.ndarray) -> list[np.ndarray]:
+        return [self._one(row) for row in self.rows.at(np.asarray(index)).tolist()]
+
+    def _one(self, row: int) -> np.ndarray:
+        piece = bisect_right(self.starts, row) - 1
+        offsets, numbers = self.pieces[piece]
+        first, last = offsets[row - self.starts[piece] : row - self.starts[piece] + 2].tolist()
+        return numbers[first:last]
+
+
+def column(table: pa.Table, name: str, rows: Rows) -> np.ndarray | Column | Lists:
+    """A column without nulls: of numbers, of lists of as many (rows of an array), or of lists of such lists."""
+    if pa.types.is_large_list(table.schema.field(name).type):
+        return Lists(table.column(name).chunks, rows)
+    pieces = [numbers_in(chunk) for chunk in table.column(name).chunks]
     if len(pieces) == 1 and not len(rows.gone):
         return pieces[0]
-    return Column(pieces or [np.empty(0, table.schema.field(name).type.to_pandas_dtype())], rows)
+    return Column(pieces or [numbers_in(pa.array([], table.schema.field(name).type))], rows)
+
+
+def numbers_in(piece: pa.Array) -> np.ndarray:
+    """The numbers of a piece of a column, (rows,) or (rows, numbers of a list): a view."""
+    if pa.types.is_fixed_size_list(piece.type):
+        return piece.flatten().to_numpy().reshape(len(piece), piece.type.list_size)
+    return piece.to_numpy()
+
+
+def flat(chunks: list[pa.Array]) -> list[pa.Array]:
+    """What a column of lists is made of: how long they are, then what is in them; of others the column itself."""
+    found = []
+    if chunks and pa.types.is_large_list(chunks[0].type):
+        found, chunks = [pc.list_value_length(chunk) for chunk in chunks], [chunk.flatten() for chunk in chunks]
+    if chunks and pa.types.is_fixed_size_list(chunks[0].type):
+        chunks = [chunk.flatten() for chunk in chunks]
+    return [*found, *chunks]
 
 
 def rows_named(table: pa.Table, name: str, wanted: set[str]) -> tuple[np.ndarray, list[str]]:

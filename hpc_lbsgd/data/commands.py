@@ -27,11 +27,24 @@ def add(commands) -> None:
         data, "index", help="list a data set in a manifest, decoding every image; nothing is copied",
         example="data index imagenet/val --labels val.csv --classes-of imagenet/train",
     )  # fmt: skip
-    p.add_argument("dir", type=Path, help="DIR/CLASS/IMAGE tree; a tar, or a folder of tars (WebDataset, ILSVRC's)")
-    p.add_argument("--out", type=Path, help="manifest file (default: DIR/manifest.arrow; beside a single tar)")
+    p.add_argument(
+        "dir",
+        type=Path,
+        help="DIR/CLASS/IMAGE tree; a tar, or a folder of tars (WebDataset, ILSVRC's); a table (.csv, .tsv, .jsonl, "
+        ".parquet) with a row a sample",
+    )
+    p.add_argument("--out", type=Path, help="manifest file (default: DIR/manifest.arrow; beside a single tar or table)")
     p.add_argument("--labels", type=Path, help="images without folders of classes: a table with NAME,CLASS a line")
     p.add_argument("--ids", type=Path, help="--labels has numbers alone: NUMBER CLASS a line (default: its meta.mat)")
     p.add_argument("--classes-of", metavar="MANIFEST", help="number the classes as this manifest (the training set's)")
+    p.add_argument(
+        "--fields",
+        metavar="A,B",
+        type=names,
+        help="of a table: columns to take (default: all of numbers); of tar files: what lies beside images",
+    )
+    p.add_argument("--path-column", metavar="NAME", help="of a table: the column of images' paths (default: path ...)")
+    p.add_argument("--root", type=Path, metavar="DIR", help="of a table: where its paths start (default: its folder)")
     p.add_argument("--exclude", action="store_true", help="leave out images that do not decode, and list them")
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
     with_part(p)
@@ -90,6 +103,10 @@ def add(commands) -> None:
     with_json(p).set_defaults(function=order)
 
 
+def names(text: str) -> list[str]:
+    return text.split(",")
+
+
 def with_part(p) -> None:
     words = "do part I of N alone (I from 0), as on one of N nodes; when all have ended, the same without --part"
     p.add_argument("--part", type=part, metavar="I/N", help=words)
@@ -121,6 +138,7 @@ def show_manifests(args, manifests) -> int:
             "manifest": str(m.path),
             "samples": len(m),
             "classes": m.classes,
+            "fields": {name: str(field) for name, field in m.fields.items()},
             "bytes": sum(int(m.sizes[some].sum()) for some in m.looked_at(all_of_it=True)),
             "fingerprint": m.fingerprint,
             "left_out": m.header.get("left_out", {}),
@@ -134,8 +152,10 @@ def show_manifests(args, manifests) -> int:
     else:
         for f in facts:
             names = ", ".join(f["classes"][:5]) + (" ..." if len(f["classes"]) > 5 else "")
-            some = f"{len(f['classes'])} classes ({names})"
-            print(f"{f['manifest']}: {f['samples']} images in {some}, {f['bytes'] / 1e6:.1f} MB")
+            some = f" in {len(f['classes'])} classes ({names})" if names else ""
+            print(f"{f['manifest']}: {f['samples']} images{some}, {f['bytes'] / 1e6:.1f} MB")
+            if own := [f"{name} ({kind})" for name, kind in f["fields"].items() if kind not in ("image", "class")]:
+                print(f"  fields: {', '.join(own)}")
             if f["left_out"]:
                 rest = sorted(f["left_out"].items(), key=lambda kind: -kind[1])
                 print(f"  left out: {', '.join(f'{n} {what}' for what, n in rest[:10])}{' ...' * (len(rest) > 10)}")
@@ -153,11 +173,23 @@ def fetch(args) -> int:
 
 
 def index(args) -> int:
-    from hpc_lbsgd.data import archive, manifest, tree
+    from hpc_lbsgd.data import archive, manifest, table, tree
     from hpc_lbsgd.data.parts import ALL, Share
 
     share = Share(*args.part) if args.part else ALL
-    classes = manifest.Manifest(manifest.find(args.classes_of)).classes if args.classes_of else None
+    like = manifest.Manifest(manifest.find(args.classes_of)) if args.classes_of else None
+    classes = like and like.classes
+    of_tables = {"--path-column": args.path_column, "--root": args.root}
+    if table.is_table(args.dir):
+        if args.labels or args.ids:
+            raise RequestError(
+                f"--labels and --ids are for images without a table; {args.dir} is one, with a column class"
+            )
+        found = table.index(args.dir, args.out, args.processes, args.root, args.fields, args.path_column, like,
+                            args.exclude, share)  # fmt: skip
+        return show_manifests(args, [found]) if share.count == 1 else show_part(args, share, found)
+    if wrong := next((option for option, value in of_tables.items() if value), None):
+        raise RequestError(f"{wrong} is for tables, and {args.dir} is none")
     if args.ids and not args.labels:
         raise RequestError("--ids says what the numbers of a list mean: give the list with --labels")
     if not (args.out or args.labels) and (parts := tree.parts_of(args.dir)):
@@ -166,8 +198,13 @@ def index(args) -> int:
             made.append(tree.index(folder, None, args.processes, None, classes, args.exclude, share=share))
             classes = made[0].classes if share.count == 1 else None
         return show_manifests(args, made) if share.count == 1 else show_part(args, share, sum(made))
-    make = archive.index if archive.is_archive(args.dir) else tree.index
-    found = make(args.dir, args.out, args.processes, args.labels, classes, args.exclude, args.ids, share)
+    asked = args.dir, args.out, args.processes, args.labels, classes, args.exclude, args.ids, share
+    if archive.is_archive(args.dir):
+        found = archive.index(*asked, args.fields, like.floats if like else ())
+    elif args.fields:
+        raise RequestError(f"--fields is for tables and tar files, and {args.dir} is neither")
+    else:
+        found = tree.index(*asked)
     return show_manifests(args, [found]) if share.count == 1 else show_part(args, share, found)
 
 

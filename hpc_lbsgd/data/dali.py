@@ -22,6 +22,7 @@ from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.dali_check import reason, unturned
 from hpc_lbsgd.data.decode import pixels
 from hpc_lbsgd.data.finish import Finish
+from hpc_lbsgd.data.place import moved
 from hpc_lbsgd.data.source import Batch, Fetched, Source
 from hpc_lbsgd.data.storage import READERS, Request
 from hpc_lbsgd.errors import RequestError, RunError
@@ -163,9 +164,9 @@ class DaliLoader:
         self._feed = ahead(self.source.fetch, requests, self.prefetch, READERS)
         made = map(self._as_torch, self._outputs()) if self.whole else self._finished()
         for fetched, images in made:
-            labels = torch.from_numpy(self.source.labels(fetched.given))
             # a wait where memory is used again: of a GPU that DALI does not know
-            yield Batch(images.to(self.device), labels.to(self.device, non_blocking=True), fetched.replaced)
+            targets = moved(self.source.targets(fetched), self.device)
+            yield Batch(images.to(self.device), targets, fetched.replaced)
 
     def _finished(self) -> Iterator[tuple[Fetched, torch.Tensor]]:
         """On a CPU: decoded windows, resized and normalised ahead of time in one more thread."""
@@ -243,7 +244,7 @@ class DaliLoader:
 
         def why(fetched: Fetched, sample: int, content: np.ndarray) -> str | None:
             nonlocal pipeline
-            one = Fetched(fetched.asked, Request(fetched.asked.epoch, np.array([sample])), [content])
+            one = Fetched(fetched.asked, Request(fetched.asked.epoch, np.array([sample])), [content], {})
             given[:] = [self._inputs(one)]
             pipeline = pipeline or self._build(1, 1, lambda: given[0], prefetch=1)
             try:

@@ -61,12 +61,13 @@ class Finish:
         return images.copy_(pixels).sub_(self.mean).div_(self.std)
 
 
-def cut(image: np.ndarray, x: int, y: int, w: int, h: int) -> np.ndarray:
-    """The window of an image (H, W, C) whose corner is x, y and whose size is w, h; black where it reaches outside."""
+def cut(image: np.ndarray, x: int, y: int, w: int, h: int, outside: int = 0) -> np.ndarray:
+    """The window of an image (H, W, C) whose corner is x, y and whose size is w, h; black (or `outside`) where it
+    reaches outside."""
     height, width, channels = image.shape
     if 0 <= x <= width - w and 0 <= y <= height - h:
         return image[y : y + h, x : x + w]
-    window = np.zeros((h, w, channels), np.uint8)
+    window = np.full((h, w, channels), outside, np.uint8)
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
     if left < right and top < bottom:
         window[top - y : bottom - y, left - x : right - x] = image[top:bottom, left:right]

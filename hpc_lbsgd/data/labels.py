@@ -161,6 +161,8 @@ def renumber(names: Sequence[str], labels: Sequence[int], classes: list[str], wh
 
 def doubts(classes: Sequence[str], labels: Sequence[int]) -> list[str]:
     """What looks as if a set was not read as it was meant."""
+    if not classes:
+        return []
     counts = sum(np.bincount(labels[some], minlength=len(classes)) for some in slices(len(labels)))
     found = []
     parts = [name for name in classes if name.lower() in PARTS]

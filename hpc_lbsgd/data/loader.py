@@ -55,13 +55,15 @@ def create(
     channels_last: bool,
     device: torch.device,
     prefetch_mb: float | None = None,
+    processes: int | None = None,
 ) -> Loader:
     """The loader that `data.loader` names (a user's set has its own), for batches of up to `max_batch` samples.
 
-    prefetch_mb: on CPUs, what samples may take while they are made ahead of time (default: no bound).
+    prefetch_mb: on CPUs, what samples may take while they are made ahead of time (default: no bound). processes:
+    that make a user's samples (default: threads do).
     """
     if isinstance(manifest, UserSet):
-        return UserLoader(manifest, seed, threads, prefetch, channels_last, device)
+        return UserLoader(manifest, seed, threads, prefetch, channels_last, device, processes)
     source = Source(data, manifest, seed, train)
     if data.loader == "dali":
         from hpc_lbsgd.data.dali import DaliLoader as kind

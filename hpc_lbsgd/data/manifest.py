@@ -1,4 +1,5 @@
-"""The list of a data set's images: path, label, width, height, size in bytes, checksum, orientation.
+"""The list of a data set's images: path, label, width, height, size in bytes, checksum, orientation, and what fields
+they have beside their class (fields.py).
 
 A manifest is one Arrow file, mapped into memory, never read whole: at 1.28 million images each rank of a node
 shares the same pages. Rows are sorted by class and name, so a manifest is a function of the files alone.
@@ -13,19 +14,19 @@ import hashlib
 import json
 import os
 import random
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hpc_lbsgd.data import columns
+from hpc_lbsgd.data import columns, fields
 from hpc_lbsgd.data.decode import decoders
+from hpc_lbsgd.data.names import escaped, is_utf8, read_excluded, unescaped
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.records import write_atomically
 
 FILE_NAME = "manifest.arrow"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
@@ -38,7 +39,7 @@ CHUNK = 512  # files a work item of indexing
 SCHEMA = pa.schema(
     [
         ("path", pa.large_string()),
-        ("label", pa.int32()),
+        ("label", pa.int32()),  # 0 in a set without classes
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("bytes", pa.int64()),
@@ -49,7 +50,6 @@ SCHEMA = pa.schema(
 Row = tuple[int, int, int, int, int]  # width, height, bytes, checksum, orientation of an image
 PACKED_SCHEMA = SCHEMA.append(pa.field("shard", pa.int32())).append(pa.field("offset", pa.int64()))
 PARTS = ".parts"  # in a folder of shards while it is packed
-EXCLUDE = "exclude.txt"  # one path a line; what follows a tab is the reason
 
 
 def content_digest(table: pa.Table, header: Mapping) -> str:
@@ -61,7 +61,7 @@ def content_digest(table: pa.Table, header: Mapping) -> str:
     digest = hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=8)
     table.validate(full=True)  # offsets that lead out of a column would end the process
     for name in table.column_names:  # however the rows lie in pieces
-        chunks = table.column(name).chunks
+        chunks = columns.flat(table.column(name).chunks)
         digest.update(f"{name} {table.column(name).type} {table.num_rows}".encode())
         for piece in (chunk.slice(at, 2**20) for chunk in chunks for at in range(0, len(chunk), 2**20)):
             values = pc.binary_length(piece) if pa.types.is_large_string(piece.type) else piece
@@ -89,9 +89,12 @@ class Manifest:
             self.header = json.loads(self.table.schema.metadata[b"hpc_lbsgd"])
             self.root = (self.path.parent / self.header["root"]).resolve()
             self.classes: list[str] = self.header["classes"]
+            self.own_fields = fields.of_schema(self.table.schema, self.header.get("masks", {}))
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as problem:
             raise RequestError(f"{path}: not a manifest ({problem}); make one with: hpc-lbsgd data index DIR") from None
-        self._as_written = self.table
+        class_field = {fields.CLASS: fields.Field(fields.CLASS)} if self.classes else {}
+        self.fields = {fields.IMAGE: fields.Field(fields.IMAGE), **class_field, **self.own_fields}
+        self._as_written, self._columns = self.table, {}
         self.excluded: list[str] = []
         self.rows = columns.Rows(self.table.num_rows, np.empty(0, np.int64))
         if unwanted := read_excluded(self.path.parent):
@@ -115,7 +118,9 @@ class Manifest:
         return len(self.rows)
 
     def _column(self, name: str) -> np.ndarray:
-        return columns.column(self.table, name, self.rows)
+        if name not in self._columns:
+            self._columns[name] = columns.column(self.table, name, self.rows)
+        return self._columns[name]
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -151,6 +156,38 @@ class Manifest:
     def offsets(self) -> np.ndarray:
         return self._column("offset")
 
+    def values(self, name: str) -> np.ndarray:
+        """A field's numbers: (N,), or (N, length) where they are lists."""
+        return self.labels if name == fields.CLASS else self._column(fields.PREFIX + name)
+
+    def of_mask(self, name: str, what: str) -> np.ndarray:
+        """`bytes`, `checksum` or `offset` of a mask, by sample."""
+        return self._column(f"{fields.MASK}{name}:{what}")
+
+    def suffix(self, index: int, mask: str) -> str:
+        """Of the name of a mask's file."""
+        return os.path.splitext(self.file(index, mask))[1].lower()
+
+    def of_kind(self, kind: str) -> list[str]:
+        """Fields that are of it."""
+        return [name for name, field in self.own_fields.items() if field.kind == kind]
+
+    @property
+    def floats(self) -> list[str]:
+        return self.of_kind("float")
+
+    @property
+    def masks(self) -> list[str]:
+        return self.of_kind("mask")
+
+    @property
+    def boxes(self) -> list[str]:
+        return self.of_kind("boxes")
+
+    def more(self, rows: Sequence[int] | np.ndarray) -> pa.Table:
+        """Columns of fields alone, of these rows."""
+        return fields.columns_of(self.table).take(self.rows.at(np.asarray(rows)))
+
     def key(self, index: int) -> str:
         """A sample's path below root."""
         stored = self.stored_key(index)
@@ -160,11 +197,15 @@ class Manifest:
         """The same as the column has it."""
         return self.table.column("path")[int(self.rows.at(np.int64(index)))].as_py()
 
-    def file(self, index: int) -> str:
-        """Where one sample lies, for people: its absolute path, or its shard's with the sample's own behind a colon."""
+    def file(self, index: int, mask: str | None = None) -> str:
+        """Where one sample (or its mask) lies, for people: its absolute path, or its shard's with its own behind a
+        colon."""
+        key = self.key(index)
+        if mask is not None:
+            key = self.table.column(f"{fields.MASK}{mask}:path")[int(self.rows.at(np.int64(index)))].as_py()
         if self.shards:
-            return f"{self.root / self.shards[self.shard_of[index]]['name']}:{self.key(index)}"
-        return os.path.join(self.root, self.key(index))
+            return f"{self.root / self.shards[self.shard_of[index]]['name']}:{key}"
+        return os.path.join(self.root, key)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -185,7 +226,9 @@ class Manifest:
             chosen = range(len(self))
             if len(self) > FILES_CHECKED_AT_START:
                 chosen = random.Random(0).sample(chosen, FILES_CHECKED_AT_START)
-            expected = ((self.file(i), int(self.sizes[i])) for i in chosen)
+            images = ((self.file(i), int(self.sizes[i])) for i in chosen)
+            masks = ((self.file(i, n), int(self.of_mask(n, "bytes")[i])) for n in self.masks for i in chosen)
+            expected = chain(images, masks)
         problems = []
         for path, size in expected:
             try:
@@ -222,60 +265,13 @@ class Manifest:
 
     def check_labels(self, all_of_them: bool = False) -> None:
         """Refuse a manifest with labels that no class has."""
+        if not self.classes:
+            return
         for some in self.looked_at(all_of_them):
             found = self.labels[some]
             wrong = found[(found < 0) | (found >= len(self.classes))]
             if len(wrong):
                 raise RequestError(f"{self.path}: a label is {wrong[0]}, and there are {len(self.classes)} classes")
-
-
-# Arrow holds UTF-8 alone; a file's name may have any bytes
-def is_utf8(name: str) -> bool:
-    return not any("\ud800" <= c <= "\udfff" for c in name)
-
-
-def escaped(name: str) -> str:
-    return os.fsencode(name.replace("\\", "\\\\")).decode("utf-8", "backslashreplace")
-
-
-def unescaped(stored: str) -> str:
-    """What `escaped` was given."""
-    parts = re.sub(rb"\\(\\|x[0-9a-f]{2})", lambda m: b"\\" if m[1] == b"\\" else bytes.fromhex(m[1][1:].decode()),
-                   stored.encode())  # fmt: skip
-    return os.fsdecode(parts)
-
-
-def read_excluded(folder: Path) -> set[str]:
-    """Paths that `exclude.txt` in a folder names; none where it is not there."""
-    try:
-        lines = (folder / EXCLUDE).read_text("utf-8", "surrogateescape").split("\n")
-    except FileNotFoundError:
-        return set()
-    return {unquoted(line) for line in lines if line.strip()}
-
-
-def add_excluded(folder: Path, found: Iterable[tuple[str, str]]) -> Path:
-    """Add (path, reason) to `exclude.txt`: manifests beside it leave those rows out from now on."""
-    path = folder / EXCLUDE
-    before = path.read_text("utf-8", "surrogateescape") if path.exists() else ""
-    known = read_excluded(folder)
-    new = [f"{quoted(name)}\t{' '.join(reason.split())}\n" for name, reason in found if name not in known]
-    write_atomically(path, (before + "".join(new)).encode("utf-8", "surrogateescape"))
-    return path
-
-
-def quoted(name: str) -> str:
-    """A name on a line of its own: as JSON has it where it would break the line."""
-    return json.dumps(name) if name.startswith('"') or any(c in name for c in "\n\r\t") else name
-
-
-def unquoted(line: str) -> str:
-    if not line.startswith('"'):
-        return line.split("\t")[0].rstrip("\r")
-    try:
-        return json.JSONDecoder().raw_decode(line)[0]
-    except ValueError:
-        return line.split("\t")[0]
 
 
 def listed(problems: list[str]) -> str:
@@ -312,18 +308,24 @@ def write(
     places: list[tuple[int, int]] | None = None,
     shards: list[dict] | None = None,
     left_out: Mapping[str, int] | None = None,
+    more: pa.Table | None = None,
+    masks: Mapping[str, list[int]] | None = None,
 ) -> None:
     """Write a manifest file, whole or not at all. places: (shard, offset) of each sample inside `shards`. left_out: how
-    many files were passed over, by what they are."""
+    many files were passed over, by what they are. more: columns of fields. masks: classes in them, by name."""
     if not paths:
         raise RequestError(f"{root}: no images are left to be indexed")
     width, height, size, check, orientation = (list(c) for c in zip(*rows, strict=True))
     digest = hashlib.sha256(json.dumps(classes).encode())
     for row in zip(paths, labels, size, check, strict=True):
         digest.update(repr(row).encode(errors="surrogateescape"))
+    if more is not None and more.column_names:
+        digest.update(content_digest(fields.content_of(more), {}).encode())
     # resolved: a root given through a link stays right when seen from the manifest's real folder
     relative = os.path.relpath(root.resolve(), out.parent.resolve())
     header = {"root": relative, "classes": classes, "fingerprint": digest.hexdigest(), "decoders": decoders()}
+    if masks:
+        header["masks"] = dict(masks)
     if left_out:
         header["left_out"] = dict(left_out)
     if any(not is_utf8(path) for path in paths):
@@ -332,7 +334,7 @@ def write(
     if places is not None:
         header["shards"] = shards
         values, schema = [*values, *(list(c) for c in zip(*places, strict=True))], PACKED_SCHEMA
-    table = pa.table(values, schema=schema).combine_chunks()
+    table = with_columns(pa.table(values, schema=schema), more).combine_chunks()
     header["digest"] = content_digest(table, header)
     table = table.replace_schema_metadata({"hpc_lbsgd": json.dumps(header)})
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
@@ -347,6 +349,14 @@ def write(
         ) from None
 
 
+def with_columns(table: pa.Table | None, more: pa.Table | None) -> pa.Table:
+    if table is None:
+        return more
+    for name in more.column_names if more is not None else ():
+        table = table.append_column(name, more.column(name))
+    return table
+
+
 def subset(source: Manifest, out: Path, count: int, seed: int = 0) -> Manifest:
     """Write a manifest of `count` samples of `source`, chosen at random and kept in its order; files stay in place."""
     return pick(source, out, np.sort(np.random.default_rng(seed).permutation(len(source))[:count]))
@@ -354,11 +364,13 @@ def subset(source: Manifest, out: Path, count: int, seed: int = 0) -> Manifest:
 
 def pick(source: Manifest, out: Path, rows: np.ndarray) -> Manifest:
     """Write a manifest of these rows of `source`, in their order; files stay in place."""
-    found = source.table.take(source.rows.at(rows)).to_pydict()
+    known = source.table.select([name for name in PACKED_SCHEMA.names if name in source.table.column_names])
+    found = known.take(source.rows.at(rows)).to_pydict()
     found.setdefault("orientation", [None] * len(rows))
     names = ("width", "height", "bytes", "checksum", "orientation")
     facts = list(zip(*(found[name] for name in names), strict=True))
     places = list(zip(found["shard"], found["offset"], strict=True)) if source.shards else None
     paths = [unescaped(path) for path in found["path"]] if source.header.get("escaped") else found["path"]
-    write(out, source.root, source.classes, paths, found["label"], facts, places, source.shards)
+    more, masks = source.more(rows), source.header.get("masks")
+    write(out, source.root, source.classes, paths, found["label"], facts, places, source.shards, None, more, masks)
     return Manifest(out)

@@ -1,6 +1,6 @@
 """`data pack`: a data set as a few tar shards with an index, for file systems that small files would kill.
 
-    OUT/shard-000000.tar ...   000000042.jpg and 000000042.cls, sample after sample: a WebDataset
+    OUT/shard-000000.tar ...   000000042.jpg, .cls and its fields in .json, sample after sample: a WebDataset
     OUT/classes.txt            names of the classes, a line each
     OUT/manifest.arrow         where each sample lies: shard, offset, bytes; written last
     OUT/.parts/                while packing: who packs, and what is in the shards that are whole
@@ -19,7 +19,7 @@ import shutil
 import socket
 import tarfile
 from concurrent.futures import as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from hpc_lbsgd import owner
+from hpc_lbsgd.data import fields
 from hpc_lbsgd.data import manifest as manifests
-from hpc_lbsgd.data.decode import as_stored, decode, turned
+from hpc_lbsgd.data.carried import Carried
+from hpc_lbsgd.data.encode import Encoding, encode
 from hpc_lbsgd.data.manifest import PACKED_SCHEMA, PARTS, Manifest, checksum
-from hpc_lbsgd.data.orientation import TAG
 from hpc_lbsgd.data.parts import Share
 from hpc_lbsgd.data.pool import Pool
 from hpc_lbsgd.data.storage import SampleError, open_storage
@@ -40,65 +41,6 @@ from hpc_lbsgd.records import sync_folder, write_atomically
 TAR_BLOCK = 512
 ROWS_TOGETHER = 20_000_000  # about 2 GB while they are written
 RAW_SUFFIX, JPEG_SUFFIX = ".npy", ".jpg"
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What becomes of an image. kind: keep its bytes, jpeg, or raw pixels (a .npy file, uint8 (H, W, C)).
-
-    short_side, long_side: images that are larger are scaled down to it, in pixels. quality: of JPEG.
-    upright: pixels are turned as their orientation says; else it is kept beside them.
-    """
-
-    kind: str = "keep"
-    short_side: int | None = None
-    long_side: int | None = None
-    quality: int = 90
-    channels: int = 3
-    upright: bool = False
-
-    def __post_init__(self):
-        if self.kind == "keep" and self.upright:
-            raise RequestError("--upright changes pixels: say --jpeg or --raw, what to store")
-        if self.kind == "keep" and (self.short_side or self.long_side):
-            raise RequestError("--short-side and --long-side change pixels: say --jpeg or --raw, what to store")
-        if self.short_side and self.long_side:
-            raise RequestError("--short-side and --long-side exclude each other")
-
-
-def scaled(size: tuple[int, int], encoding: Encoding) -> tuple[int, int]:
-    """(width, height) after scaling down; never larger than before."""
-    width, height = size
-    side = min(size) if encoding.short_side else max(size)
-    target = encoding.short_side or encoding.long_side
-    if not target or side <= target:
-        return size
-    return max(1, round(width * target / side)), max(1, round(height * target / side))
-
-
-def encode(data: bytes, encoding: Encoding) -> tuple[bytes, int, int, int]:
-    """(bytes to store, width, height, orientation) of one image. Raises ValueError for one that cannot be decoded."""
-    from PIL import Image
-
-    decode(data)  # to the last row
-    with Image.open(io.BytesIO(data)) as image:
-        stored, orientation = as_stored(image)
-    pixels = stored.convert("L" if encoding.channels == 1 else "RGB")
-    if encoding.upright:
-        pixels, orientation = turned(pixels, orientation), 1
-    size = scaled(pixels.size, encoding)
-    if size != pixels.size:
-        pixels = pixels.resize(size, Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    if encoding.kind == "jpeg":
-        exif = Image.Exif()
-        if orientation > 1:
-            exif[TAG] = orientation
-        pixels.save(out, "JPEG", quality=encoding.quality, exif=exif)
-    else:
-        array = np.asarray(pixels, np.uint8).reshape(size[1], size[0], encoding.channels)
-        np.save(out, array, allow_pickle=False)
-    return out.getvalue(), *size, orientation
 
 
 class Hashed:
@@ -127,6 +69,7 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
     # a name of its own: where a pack was killed, its workers may still be at the shard that they had begun
     temporary = folder / f".{name}.{socket.gethostname()}.{os.getpid()}.writing"
     rows: dict[str, list] = {field: [] for field in PACKED_SCHEMA.names}
+    carried = Carried(m, storage, range(first, last), encoding)
     try:
         with open(temporary, "wb") as file:
             hashed = Hashed(file)
@@ -147,7 +90,11 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
                     label = int(m.labels[sample])
                     add(tar, f"{sample:09d}{suffix.lower()}", data)
                     offset = hashed.position - padded(len(data))
-                    add(tar, f"{sample:09d}.cls", str(label).encode())
+                    if m.classes:
+                        add(tar, f"{sample:09d}.cls", str(label).encode())
+                    for end, beside in carried.files(sample, width, height):
+                        add(tar, f"{sample:09d}{end}", beside)
+                        carried.offsets.append(hashed.position - padded(len(beside)))
                     described = (width, height, len(data), checksum(data), orientation)
                     row = (stem + suffix, label, *described, number, offset)
                     for field, value in zip(PACKED_SCHEMA.names, row, strict=True):
@@ -157,7 +104,8 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
         facts = {"name": name, "bytes": temporary.stat().st_size, "checksum": hashed.digest.hexdigest()}
         os.replace(temporary, folder / name)
         sync_folder(folder)
-        write_part(folder / PARTS / f"{number:06d}.arrow", pa.table(rows, schema=PACKED_SCHEMA), facts)
+        table = manifests.with_columns(pa.table(rows, schema=PACKED_SCHEMA), carried.table())
+        write_part(folder / PARTS / f"{number:06d}.arrow", table, facts)
     except OSError as problem:
         temporary.unlink(missing_ok=True)
         raise RunError(
@@ -338,16 +286,18 @@ def assemble(m: Manifest, out: Path, shards: int, encoding: Encoding, request: d
         columns = [table.column(name).to_pylist() for name in ("path", "label", "bytes", "checksum")]
         for row in zip(*columns, strict=True):
             digest.update(repr(row).encode())
+        if m.own_fields:
+            digest.update(manifests.content_digest(fields.content_of(table), {}).encode())
     # bytes that were kept are the same data wherever they lie; the rows are then the source's own
     fingerprint = m.fingerprint if encoding.kind == "keep" else digest.hexdigest()
     header = {"root": ".", "classes": m.classes, "fingerprint": fingerprint, "shards": facts, "packed": request}
-    header |= {key: m.header[key] for key in ("escaped", "decoders") if key in m.header}
+    header |= {key: m.header[key] for key in ("escaped", "decoders", "masks") if key in m.header}
     if encoding.kind == "raw":
         header["raw_channels"] = encoding.channels
     write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in m.classes))
-    whole = pa.concat_tables(read_part(out, number)[0] for number in range(shards)).cast(PACKED_SCHEMA)
+    whole = pa.concat_tables(read_part(out, number)[0].replace_schema_metadata() for number in range(shards))
     header["digest"] = manifests.content_digest(whole, header)
-    schema = PACKED_SCHEMA.with_metadata({"hpc_lbsgd": json.dumps(header)})
+    schema = whole.schema.with_metadata({"hpc_lbsgd": json.dumps(header)})
     temporary = out / f".{manifests.FILE_NAME}.writing"
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         waiting: list[pa.Table] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from hpc_lbsgd.data.source import Batch
+from hpc_lbsgd.data.targets import Targets, each_tensor
 
 
 def pinned(batch: Batch, device: torch.device) -> Batch:
@@ -15,7 +16,7 @@ def pinned(batch: Batch, device: torch.device) -> Batch:
     if device.type != "cuda":
         return batch
     torch.cuda.set_device(device)  # each thread has its own, and pinning would open a context on GPU 0
-    return batch._replace(images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
+    return batch._replace(images=batch.images.pin_memory(), labels=each_tensor(torch.Tensor.pin_memory, batch.labels))
 
 
 def on_device(batch: Batch, device: torch.device, channels_last: bool = False) -> Batch:
@@ -24,4 +25,14 @@ def on_device(batch: Batch, device: torch.device, channels_last: bool = False) -
     images = batch.images.to(device, non_blocking=True)
     if channels_last and images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
-    return batch._replace(images=images, labels=batch.labels.to(device, non_blocking=True))
+    return batch._replace(images=images, labels=moved(batch.labels, device))
+
+
+def moved(targets: Targets, device: torch.device) -> Targets:
+    """On `device`, where bytes become the 64 bits that losses want of classes: they travel as an eighth."""
+
+    def one(target: torch.Tensor) -> torch.Tensor:
+        there = target.to(device, non_blocking=True)
+        return there.long() if there.dtype == torch.uint8 else there
+
+    return each_tensor(one, targets)

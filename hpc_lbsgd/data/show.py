@@ -51,8 +51,11 @@ def section_for(m: Manifest) -> Data:
 
 
 def chosen(m: Manifest, classes: int, seed: int) -> np.ndarray:
-    """Samples of up to so many classes, that lie evenly among those that have any, chosen by the seed."""
+    """Samples of up to so many classes, that lie evenly among those that have any, chosen by the seed; as many of all,
+    where there are no classes."""
     rows = np.unique(np.linspace(0, len(m) - 1, min(len(m), LOOKED_AT)).astype(np.int64))
+    if not m.classes:
+        return np.sort(np.random.default_rng(seed).choice(rows, min(len(rows), PER_CLASS * classes), replace=False))
     found = m.labels[rows]
     there = np.unique(found)
     some = there[np.unique(np.linspace(0, len(there) - 1, min(len(there), classes)).astype(int))]
@@ -94,11 +97,11 @@ def plain(text: str, longest: int = 200) -> str:
 def sheet(figure, shown: Shown) -> None:
     """A row a class: each sample as it is stored, then in epochs 0 to EPOCHS - 1."""
     m, by_class = shown.manifest, {}
-    for place, label in enumerate(m.labels[shown.samples].tolist()):
-        by_class.setdefault(label, []).append(place)
+    for place, row in enumerate(rows_of(shown)):
+        by_class.setdefault(row, []).append(place)
     widths = [*[1.0] * (1 + EPOCHS), GAP] * PER_CLASS
     axes = figure.subplots(len(by_class), len(widths), squeeze=False, width_ratios=widths)
-    for row, (label, places) in zip(axes, by_class.items(), strict=True):
+    for row, places in zip(axes, by_class.values(), strict=True):
         for axis in row:
             axis.set_axis_off()
             axis.set_box_aspect(None if axis in row[1 + EPOCHS :: 2 + EPOCHS] else 1)  # empty ones too; not the gaps
@@ -106,10 +109,22 @@ def sheet(figure, shown: Shown) -> None:
             first = number * (2 + EPOCHS)
             for axis, pixels in zip(row[first:], [squared(shown.stored[place]), *shown.seen[:, place]], strict=False):
                 axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
-        row[0].set_title(plain(m.classes[label], 30), fontsize=8, loc="left", pad=3)
+            row[first].set_title(plain(told(m, int(shown.samples[place])), 60), fontsize=8, loc="left", pad=3)
     titles = ["stored", *(f"epoch {e}" for e in range(EPOCHS)), ""] * PER_CLASS
     for axis, title in zip(axes[-1], titles, strict=True):
         axis.text(0.5, -0.05, title, transform=axis.transAxes, ha="center", va="top", fontsize=8)
+
+
+def rows_of(shown: Shown) -> list[int]:
+    """The row of the sheet that each sample is in."""
+    m = shown.manifest
+    return m.labels[shown.samples].tolist() if m.classes else [i // PER_CLASS for i in range(len(shown.samples))]
+
+
+def told(m: Manifest, sample: int) -> str:
+    """What is known of a sample beside its image."""
+    own = (f"{name} {m.values(name)[sample]:.4g}" for name, field in m.own_fields.items() if field.length is None)
+    return ", ".join([*([m.classes[m.labels[sample]]] if m.classes else []), *own])
 
 
 def squared(image: np.ndarray) -> np.ndarray:
@@ -129,7 +144,7 @@ def charts(figure, m: Manifest) -> None:
     left, middle, right = figure.subplots(1, 3)
     left.bar(np.arange(len(counts)), counts, width=1.0 if len(counts) > 50 else 0.8)
     left.set(title="images a class", xlabel="class", ylim=(0, None))
-    if len(counts) <= 10:
+    if len(m.classes) == len(counts) <= 10:
         left.set_xticks(
             range(len(counts)), [plain(name, 14) for name in m.classes], rotation=30, ha="right", fontsize=7
         )
@@ -141,14 +156,15 @@ def charts(figure, m: Manifest) -> None:
 
 
 def size_of(shown: Shown) -> tuple[float, float]:
-    rows = len(np.unique(shown.manifest.labels[shown.samples]))
+    rows = len(set(rows_of(shown)))
     return PER_CLASS * (1 + EPOCHS + GAP) * CELL, rows * (CELL + 0.2) + 0.3
 
 
 def headline(shown: Shown) -> str:
     m, d = shown.manifest, shown.data
+    own = f", fields {', '.join(m.own_fields)}" if m.own_fields else ""
     return (
-        f"{len(m):,} images in {len(m.classes):,} classes; {d.augment} to {d.image_size} pixels, orientation "
+        f"{len(m):,} images in {len(m.classes):,} classes{own}; {d.augment} to {d.image_size} pixels, orientation "
         f"{d.orientation}, seed {shown.seed}"
     )
 
@@ -180,8 +196,10 @@ def page(shown: Shown) -> str:
         f'<img alt="" src="data:image/png;base64,{base64.b64encode(encoded(f)).decode()}">' for f in (above, below)
     ]
     counts = sum(np.bincount(m.labels[some], minlength=len(m.classes)) for some in slices(len(m))).tolist()
-    rows = "".join(f"<tr><td>{i}<td>{escape(c)}<td>{n}" for i, (c, n) in enumerate(zip(m.classes, counts, strict=True)))
-    files = "".join(f"<tr><td>{escape(m.classes[m.labels[i]])}<td>{escape(m.file(i))}" for i in shown.samples.tolist())
+    rows = "".join(
+        f"<tr><td>{i}<td>{escape(c)}<td>{n}" for i, (c, n) in enumerate(zip(m.classes, counts, strict=False))
+    )
+    files = "".join(f"<tr><td>{escape(told(m, i))}<td>{escape(m.file(i))}" for i in shown.samples.tolist())
     doubts = "".join(f"<p><b>WARNING:</b> {escape(doubt)}" for doubt in labels.doubts(m.classes, m.labels))
     return (
         f'<!doctype html><meta charset="utf-8"><title>{escape(m.path.name)}</title><style>{STYLE}</style>'

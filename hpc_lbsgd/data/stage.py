@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hpc_lbsgd.data.manifest import EXCLUDE, FILE_NAME, Manifest
+from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
+from hpc_lbsgd.data.names import EXCLUDE
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.records import sync_folder, write_atomically
 

@@ -42,8 +42,10 @@ class Folder:
         """The encoded image, uint8 (bytes,)."""
         return self.content(sample)
 
-    def content(self, sample: int) -> np.ndarray:
-        path, expected = self.manifest.file(sample), int(self.manifest.sizes[sample])
+    def content(self, sample: int, mask: str | None = None) -> np.ndarray:
+        """All bytes of a sample's image, or of its mask of that name, uint8 (bytes,)."""
+        m = self.manifest
+        path, expected = m.file(sample, mask), int((m.sizes if mask is None else m.of_mask(mask, "bytes"))[sample])
         try:
             # bare system calls: np.fromfile takes five times as long for a small file
             descriptor = os.open(path, os.O_RDONLY)
@@ -79,21 +81,24 @@ class Shards:
             return data[-shape[0] * shape[1] * shape[2] :].reshape(shape)  # behind the header of a .npy file
         return data
 
-    def content(self, sample: int) -> np.ndarray:
+    def content(self, sample: int, mask: str | None = None) -> np.ndarray:
         """All bytes of the tar member, uint8 (bytes,)."""
         m = self.manifest
-        size = int(m.sizes[sample])
+        sizes, offsets = (m.sizes, m.offsets) if mask is None else (m.of_mask(mask, "bytes"), m.of_mask(mask, "offset"))
+        size = int(sizes[sample])
         content = np.empty(size, np.uint8)
         try:
-            descriptor, start = self._descriptor(int(m.shard_of[sample])), int(m.offsets[sample])
+            descriptor, start = self._descriptor(int(m.shard_of[sample])), int(offsets[sample])
             found = os.preadv(descriptor, [content], start)
             while 0 < found < size and (more := os.preadv(descriptor, [content[found:]], start + found)):
                 found += more  # network file systems may give a part
         except OSError as problem:
-            raise SampleError(sample, f"cannot read {m.file(sample)}: {problem}. Is the shard still there?") from None
+            raise SampleError(
+                sample, f"cannot read {m.file(sample, mask)}: {problem}. Is the shard still there?"
+            ) from None
         if found != size:
             raise SampleError(
-                sample, f"{m.file(sample)}: {found} bytes of {size}: the shard is shorter than when it was packed"
+                sample, f"{m.file(sample, mask)}: {found} bytes of {size}: the shard is shorter than when it was packed"
             )
         return content
 

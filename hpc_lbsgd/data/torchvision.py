@@ -43,7 +43,7 @@ class TorchvisionLoader:
         given = fetched.given
         windows, flip = self.source.cut(given, images), self.source.windows(given).flip
         images = self.finish.into(self.finish.empty(len(windows)), windows, flip)
-        return pinned(Batch(images, torch.from_numpy(self.source.labels(given)), fetched.replaced), self.device)
+        return pinned(Batch(images, self.source.targets(fetched), fetched.replaced), self.device)
 
     def _decode(self, content: np.ndarray, sample: int) -> np.ndarray:
         """uint8 (H, W, C)."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-from hpc_lbsgd.data import labels, parts
+import pyarrow as pa
+
+from hpc_lbsgd.data import labels, masks, parts
 from hpc_lbsgd.data.decode import decode_all
 from hpc_lbsgd.data.manifest import (
     CHUNK,
@@ -16,12 +19,12 @@ from hpc_lbsgd.data.manifest import (
     SUFFIXES,
     Manifest,
     Row,
-    add_excluded,
     checksum,
     listed,
-    read_excluded,
+    with_columns,
     write,
 )
+from hpc_lbsgd.data.names import add_excluded, read_excluded
 from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.errors import RequestError
 
@@ -44,6 +47,8 @@ class Tree(NamedTuple):
     paths: list[str]  # below the folder, by class and name
     labels: list[int]
     left_out: Counter[str]  # what is no image, by what it is
+    more: pa.Table | None = None  # columns of fields
+    masks: Mapping[str, list[str]] = MappingProxyType({})  # by name, a path each
 
 
 def scan(root: Path, table: Path | None = None, ids: Path | None = None) -> Tree:
@@ -161,21 +166,47 @@ def index(
     """
     root = Path(root)
     out = Path(out) if out else root / FILE_NAME
-    tree = scan(root, table, ids)
-    excluded = read_excluded(root)
-    chosen = [i for i, path in enumerate(tree.paths) if path not in excluded]
-    paths = [tree.paths[i] for i in chosen]
-    numbers = [tree.labels[i] for i in chosen]
+    return index_files(root, scan(root, table, ids), out, root, processes, classes, exclude, share)
+
+
+def index_files(
+    root: Path,
+    found: Tree,
+    out: Path,
+    beside: Path,
+    processes: int | None = None,
+    classes: list[str] | None = None,
+    exclude: bool = False,
+    share: Share = ALL,
+) -> Manifest | int:
+    """The same of images that are known already. beside: the folder of exclude.txt."""
+    excluded = read_excluded(beside)
+    chosen = [i for i, path in enumerate(found.paths) if path not in excluded]
+    paths = [found.paths[i] for i in chosen]
+    numbers = [found.labels[i] for i in chosen]
     if classes is not None:
-        numbers = labels.renumber(tree.classes, numbers, classes, str(root))
+        numbers = labels.renumber(found.classes, numbers, classes, str(root))
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     work = [parts.Work(examine, identities, (str(root), some), len(some)) for some in chunks]
     rows = [row for some in parts.rows(out, work, f"indexing {root}", processes, share) for row in some]
+    seen = {}
+    for name, all_paths in found.masks.items():
+        chunks = [[all_paths[i] for i in chosen[start : start + CHUNK]] for start in range(0, len(chosen), CHUNK)]
+        work = [parts.Work(masks.examine, masks.identities, (str(root), some), len(some)) for some in chunks]
+        title = f"indexing {name} of {root}"
+        seen[name] = [mask for some in parts.rows(out, work, title, processes, share) for mask in some]
     if share.count > 1:
         return len(rows)
-    good = usable(paths, rows, [str(root / path) for path in paths], root if exclude else None)
+    for name, mine in seen.items():
+        rows = [masks.beside(name, *pair) for pair in zip(rows, mine, strict=True)]
+    good = usable(paths, rows, [str(root / path) for path in paths], beside if exclude else None)
     columns = ([values[i] for i in good] for values in (paths, numbers, rows))
-    write(out, root, classes or tree.classes, *columns, left_out=tree.left_out)
+    more, classes_in = found.more and found.more.take([chosen[i] for i in good]), {}
+    for name, mine in seen.items():
+        own_paths = [found.masks[name][chosen[i]] for i in good]
+        own, classes_in[name] = masks.table_of(name, own_paths, [mine[i] for i in good])
+        more = with_columns(more, own)
+    write(out, root, classes or found.classes, *columns, left_out=found.left_out, more=more, masks=classes_in)
     parts.remove(out)
     return Manifest(out)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.place import on_device, pinned
 from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.storage import Request
+from hpc_lbsgd.data.targets import Targets, each
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.imports import load
 
@@ -31,6 +33,7 @@ class UserSet:
     """A user's data set, with what the trainer asks of a manifest."""
 
     def __init__(self, name: str, part: str):
+        self.name, self.part = name, part
         self.dataset = load(name, "data.dataset")(part)
         self.path = PREFIX + part
         if not hasattr(self.dataset, "__len__") or not (
@@ -47,31 +50,59 @@ class UserSet:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def sample(self, index: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input, label) of a sample in an epoch."""
+    def sample(self, index: int, seed: int, epoch: int) -> tuple[torch.Tensor, Targets]:
+        """(input, label) of a sample in an epoch; a label may be several by name."""
         if hasattr(self.dataset, "sample"):
             found = self.dataset.sample(index, np.random.default_rng(stream_key("user", seed, epoch, index)))
         else:
             found = self.dataset[index]
-        return torch.as_tensor(found[0]), torch.as_tensor(found[1])
+        return torch.as_tensor(found[0]), each(torch.as_tensor, found[1])
 
 
 class UserLoader:
-    """Collects a user's samples into batches, in threads, `prefetch` batches ahead."""
+    """Collects a user's samples into batches, in threads, or in as many processes as `processes` says, `prefetch`
+    batches ahead."""
 
     def __init__(
-        self, data: UserSet, seed: int, threads: int, prefetch: int, channels_last: bool, device: torch.device
+        self,
+        data: UserSet,
+        seed: int,
+        threads: int,
+        prefetch: int,
+        channels_last: bool,
+        device: torch.device,
+        processes: int | None = None,
     ):
-        self.data, self.seed, self.threads, self.device = data, seed, threads, device
-        self.ahead, self.channels_last = max(prefetch, threads), channels_last
+        self.data, self.seed, self.threads, self.device = data, seed, processes or threads, device
+        self.ahead, self.channels_last = max(prefetch, self.threads), channels_last
+        self._idle: SimpleQueue | None = SimpleQueue() if processes else None
+        for _ in range(processes or 0):
+            self._idle.put(None)  # not started yet
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         for batch in ahead(self._make, requests, self.ahead, self.threads):
             yield on_device(batch, self.device, self.channels_last)
 
     def _make(self, request: Request) -> Batch:
-        pairs = [self.data.sample(int(i), self.seed, request.epoch) for i in request.samples]
-        inputs, labels = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        if not (labels.is_floating_point() or labels.dtype == torch.bool):
-            labels = labels.long()  # numpy's numbers come in all widths
-        return pinned(Batch(inputs, labels), self.device)
+        if self._idle is None:
+            return pinned(collected(self.data, self.seed, request), self.device)
+        from hpc_lbsgd.data.maker import Maker
+
+        maker = self._idle.get()
+        try:
+            maker = maker or Maker(self.data, self.seed)
+            return pinned(maker.make(request), self.device)
+        finally:
+            self._idle.put(maker)
+
+
+def collected(data: UserSet, seed: int, request: Request) -> Batch:
+    """A batch of a user's samples."""
+    pairs = [data.sample(int(i), seed, request.epoch) for i in request.samples]
+    inputs, labels = zip(*pairs, strict=True)
+    return Batch(torch.stack(inputs), each(lambda *some: widened(torch.stack(some)), *labels))
+
+
+def widened(labels: torch.Tensor) -> torch.Tensor:
+    """Whole numbers in 64 bits, for numpy's come in all widths."""
+    return labels if labels.is_floating_point() or labels.dtype == torch.bool else labels.long()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from hpc_lbsgd.data import archive, tree
+from hpc_lbsgd.data import archive, masks, names, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.decode import Facts, decode_all
 from hpc_lbsgd.data.manifest import CHUNK, Manifest, checksum
@@ -125,7 +125,25 @@ def look_at_samples(manifest: str, samples: range) -> list[Seen]:
             return Seen(path, [] if same else [("changed", "checksum differs from the index")], check, False)
         return data
 
-    return look_at_all([(m.key(sample), sample, int(m.checksums[sample])) for sample in samples], read)
+    seen = look_at_all([(m.key(sample), sample, int(m.checksums[sample])) for sample in samples], read)
+    for name in m.masks:
+        seen = [one._replace(findings=one.findings + look_at_mask(m, storage, name, sample))
+                for sample, one in zip(samples, seen, strict=True)]  # fmt: skip
+    return seen
+
+
+def look_at_mask(m: Manifest, storage, name: str, sample: int) -> list[tuple[str, str]]:
+    """What is wrong with a sample's mask."""
+    try:
+        data = storage.content(sample, name).tobytes()
+        if checksum(data) != int(m.of_mask(name, "checksum")[sample]):
+            return [("changed", f"{name}: checksum differs from the index")]
+        masks.pixels(data)
+    except SampleError as problem:
+        return [("missing", str(problem))]
+    except ValueError as problem:
+        return [("corrupt", f"{name}: {problem}")]
+    return []
 
 
 def look_at_all(work: list[tuple[str, int, int | None]], read: Callable[[str, int], bytes | Seen]) -> list[Seen]:
@@ -182,7 +200,7 @@ def verify(path: str | os.PathLike, processes: int | None = None) -> Verified:
     """Look at every image of a manifest or of a DIR/CLASS/IMAGE tree, in parallel, with a progress bar."""
     if manifests.is_plain_folder(path):
         root = Path(path)
-        gone = manifests.read_excluded(root)
+        gone = names.read_excluded(root)
         paths = [p for p in tree.scan(root).paths if p not in gone]
         work = [(look_at_files, str(root), paths[i : i + CHUNK]) for i in range(0, len(paths), CHUNK)]
         count, m = len(paths), None
@@ -217,7 +235,7 @@ def findings_of(seen: list[Seen]) -> list[Finding]:
 
 def write_excluded(found: Verified) -> Path:
     """Add what cannot be used to exclude.txt; manifests beside it leave those rows out from now on."""
-    return manifests.add_excluded(found.root, [(f.path, f"{f.kind}: {f.detail}") for f in found.unusable])
+    return names.add_excluded(found.root, [(f.path, f"{f.kind}: {f.detail}") for f in found.unusable])
 
 
 def as_json(found: Verified, excluded: Path | None) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.data import fields
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.order import Permutation, worker_samples
 from hpc_lbsgd.errors import RequestError
@@ -21,7 +22,10 @@ def samples_and_classes(recipe: Recipe) -> tuple[int, int]:
         found = manifests.Manifest(manifests.find(data.train)) if data.train else None
     except RequestError:
         found = None
-    samples, classes = data.samples or (found and len(found)), data.classes or (found and len(found.classes))
+    samples, classes = data.samples or (found and len(found)), data.classes
+    if found and not classes:
+        fields.refuse_unknown(data.targets, found.fields, str(found.path))
+        classes = fields.outputs(data.targets, found.fields, len(found.classes))
     if not samples:
         raise RequestError("data.samples is not set, and data.train has no manifest to count: set data.samples=N")
     if found and len(found) != samples:

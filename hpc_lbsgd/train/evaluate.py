@@ -10,6 +10,7 @@ import torch
 
 from hpc_lbsgd.data.source import Loader
 from hpc_lbsgd.data.storage import Request
+from hpc_lbsgd.data.targets import rows
 from hpc_lbsgd.train.losses import Loss
 from hpc_lbsgd.train.replica import Replica
 
@@ -35,14 +36,21 @@ def evaluate(replica: Replica, loader: Loader, samples: int, batch: int, loss: L
         for number, (images, labels, _) in zip(mine, batches, strict=True):
             outputs = replica.outputs(images)
             sums[3 + number] = loss(outputs, labels)
-            scores = isinstance(outputs, torch.Tensor) and outputs.dim() == 2
-            if scores and labels.dim() == 1 and not labels.is_floating_point():
+            if scores(outputs, labels):
                 sums[0] += (outputs.argmax(1) == labels).sum()
                 sums[2] += len(labels)
-            sums[1] += len(labels)
+            sums[1] += rows(labels)
     engine.wait(engine.start_sum(sums, "evaluation"))
     right, count, classified, *losses = sums.tolist()
     if round(count) != samples:
         raise RuntimeError(f"evaluation counted {count:.0f} of {samples} samples")
     total = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
     return {"loss": total / samples, "accuracy": right / samples if classified else None, "samples": samples}
+
+
+def scores(outputs, labels) -> bool:
+    """Outputs are a number a class, and labels say which it is; where there is one output, nothing is classified."""
+    tensors = isinstance(outputs, torch.Tensor) and isinstance(labels, torch.Tensor)
+    return (
+        tensors and outputs.dim() == 2 and outputs.shape[1] > 1 and labels.dim() == 1 and not labels.is_floating_point()
+    )

@@ -11,6 +11,7 @@ from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data.order import Permutation, worker_samples
 from hpc_lbsgd.data.source import Batch, Loader
 from hpc_lbsgd.data.storage import Request
+from hpc_lbsgd.data.targets import each_tensor
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import agree, together
@@ -72,7 +73,14 @@ def build(recipe, schedule: Schedule, train_set, eval_set, engine, device: torch
 def make_loaders(recipe, train_set, eval_set, memory_format, engine, device) -> tuple[Loader, Loader | None]:
     machine = recipe.machine
     threads = machine.loader_threads or min(8, worlds.cores_per_rank(engine.local_size))
-    shared = (threads, machine.prefetch, memory_format == torch.channels_last, device, machine.prefetch_mb)
+    shared = (
+        threads,
+        machine.prefetch,
+        memory_format == torch.channels_last,
+        device,
+        machine.prefetch_mb,
+        machine.loader_processes,
+    )
     largest = recipe.batch.samples_per_worker * machine.workers_per_pass
     train = loaders.create(recipe.data, train_set, recipe.seed, True, largest, *shared)
     evaluation = eval_set and loaders.create(recipe.data, eval_set, recipe.seed, False, machine.eval_batch, *shared)
@@ -86,7 +94,7 @@ def first_batches(recipe, schedule: Schedule, loader: Loader) -> tuple[dict[int,
     samples = {j: found for j, found in samples.items() if len(found)}
     made = loader.batches(Request(0, found) for found in (*samples.values(), samples[0]))
     # a loader's memory is used again
-    *batches, again = [(images.clone(), labels.clone(), n) for images, labels, n in made]
+    *batches, again = [Batch(images.clone(), each_tensor(torch.clone, labels), n) for images, labels, n in made]
     return dict(zip(samples, batches, strict=True)), again
 
 

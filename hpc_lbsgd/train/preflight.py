@@ -24,6 +24,7 @@ import torch
 
 from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.source import Batch
+from hpc_lbsgd.data.targets import joined, rows, tensors
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.theory.schedule import Point
@@ -62,12 +63,13 @@ def before(
         return model.to(device, memory_format=memory_format)
 
     call = probe.Call(
-        *(torch.cat(parts)[: probe.SAMPLES] for parts in zip(*((b[0], b[1]) for b in batches.values()), strict=True)),
+        torch.cat([batch.images for batch in batches.values()]),
+        joined([batch.labels for batch in batches.values()]),
         loss_function(recipe.train),
         # a model may work in place
         lambda model, images: outputs(model, images.clone(), dtype, device, recipe.precision == "bf16"),
         stream_key("model", recipe.seed, 0, 0),
-    )
+    ).part(0, probe.SAMPLES)
     own = build()
     weights = weights_sha256(own)
     kept: list[str] = []
@@ -118,10 +120,13 @@ def fault(problem: Exception, call: probe.Call) -> str:
     """What went wrong in a forward or backward, with what, and where in its author's code."""
     frames = traceback.extract_tb(problem.__traceback__)
     place = next((f for f in reversed(frames) if "/torch/" not in f.filename), frames[-1])
-    images, labels = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (call.images, call.labels))
+    images, *labels = (
+        f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (call.images, *tensors(call.labels))
+    )
+    names = f" (by name: {', '.join(call.labels)})" if isinstance(call.labels, dict) else ""
     return (
         f"{type(problem).__name__}: {problem} ({place.filename}:{place.lineno}, {place.line}); inputs are {images}, "
-        f"labels {labels}"
+        f"labels {', '.join(labels)}{names}"
     )
 
 
@@ -133,7 +138,7 @@ def compare(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device, fr
     if wrong:
         again = probe.VirtualModel(build(), recipe.seed, seen.calls, dtype, device)
         wrong += f"; the first module that differs: {probe.first_module(build(), again, call)}"
-    count = len(call.labels)
+    count = len(call.images)
     mask = probe.wrong_mask(virtual, device)
     checks = [
         Check("model", not wrong, wrong or f"trains as it was written ({count} samples, {len(seen.values)} tensors)"),
@@ -147,8 +152,8 @@ def compare(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device, fr
 
 def compare_groups(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device) -> Check:
     """Two BatchNorm groups in one pass, against the author's model on one after the other."""
-    group = len(call.labels) // 2
-    call = call._replace(images=call.images[: 2 * group], labels=call.labels[: 2 * group])
+    group = len(call.images) // 2
+    call = call.part(0, 2 * group)
     perturbed = probe.in_groups(build, call.perturbed(), group)
     try:
         found = probe.VirtualModel(build(), recipe.seed, seen.calls, dtype, device).look(call, group)
@@ -181,7 +186,7 @@ def after(
     bench = Bench(replica, recipe, point)
     facts = facts_of_rank(replica)
     shares = {worker: bench.share({worker: batch}) for worker, batch in worker_batches.items()}
-    facts["batch"] = digest(worker_batches[0][:2])
+    facts["batch"] = digest(parts_of(worker_batches[0]))
     facts["gradient"] = digest(bench.gradients(0, worker_batches[0]))
     everyone = engine.gather(facts)
     checks = []
@@ -224,20 +229,26 @@ class Bench:
         replica.train()
         replica.buckets.begin(point.workers)
         for batches in passes:
-            replica.begin_pass(point.step, list(batches), [len(labels) for _, labels, *_ in batches.values()])
+            replica.begin_pass(point.step, list(batches), [rows(b.labels) for b in batches.values()])
             replica.buckets.arm(last_pass=False)
-            images, labels = (torch.cat([b[i] for b in batches.values()]) for i in (0, 1))
+            images = torch.cat([b.images for b in batches.values()])
+            labels = joined([b.labels for b in batches.values()])
             loss = self.loss(replica.forward(images, groups_in_step(point, self.group)), labels)
-            replica.share(loss, len(labels), point).backward()
+            replica.share(loss, rows(labels), point).backward()
             replica.buckets.end_pass()
             replica.end_pass()
         return [t.clone() for t in replica.buckets.local_sums()]
 
 
+def parts_of(batch: Batch) -> list[torch.Tensor]:
+    """What a model and a loss get of it."""
+    return [batch.images, *tensors(batch.labels)]
+
+
 def check_data(first: Batch, again: Batch, engine) -> Check:
     """Worker 0's batch, decoded twice on this rank."""
     same = all(torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num()))
-               for a, b in zip(first[:2], again[:2], strict=True))  # fmt: skip
+               for a, b in zip(parts_of(first), parts_of(again), strict=True))  # fmt: skip
     wrong = [rank for rank, equal in enumerate(engine.gather(same)) if not equal]
     if wrong:
         return Check(

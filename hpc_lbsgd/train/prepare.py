@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from hpc_lbsgd import amend as amends
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.data import archive, stage, tree
+from hpc_lbsgd.data import archive, fields, stage, table, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.loader import check_sizes
 from hpc_lbsgd.data.manifest import Manifest
@@ -28,7 +28,7 @@ from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.recipe import Decision, Recipe, flatten
 from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
 from hpc_lbsgd.theory.schedule import Schedule
-from hpc_lbsgd.train import checkpoint
+from hpc_lbsgd.train import checkpoint, losses
 
 SETTINGS = ("HOROVOD_", "NCCL_", "OMPI_MCA_", "OMP_")
 # Open MPI hands the key of a job's network on in OMPI_MCA_orte_precondition_transports
@@ -190,6 +190,8 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
             continue
         if archive.is_archive(path) and not (Path(path) / manifests.FILE_NAME).exists():
             raise RequestError(f"data.{key} = {path}: index these tar files first (hpc-lbsgd data index {path})")
+        if table.is_table(path):
+            raise RequestError(f"data.{key} = {path}: index this table first (hpc-lbsgd data index {path})")
         if manifests.is_plain_folder(path):
             target = Path(path)
             if not os.access(path, os.W_OK):
@@ -208,12 +210,41 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
         stage.folder_of(train, recipe.machine.stage_dir)  # refuses what cannot be staged
     if data.samples not in (None, len(train)):
         raise RequestError(f"data.samples = {data.samples}, but {data.train} has {len(train)}")
-    if data.classes not in (None, len(train.classes)):
-        raise RequestError(f"data.classes = {data.classes}, but {data.train} has {len(train.classes)}")
-    if "eval" in found and found["eval"].classes != train.classes:
+    return train, found.get("eval"), with_targets(recipe, train, found.get("eval"))
+
+
+def with_targets(recipe: Recipe, train: Manifest, evaluation: Manifest | None) -> Recipe:
+    """The recipe with N and the number of outputs settled. Refuses targets that both sets do not have alike, or that its
+    loss cannot be taken of."""
+    data, sets = recipe.data, [m for m in (train, evaluation) if m is not None]
+    for m in sets:
+        fields.refuse_unknown(data.targets, m.fields, str(m.path))
+    outputs = fields.outputs(data.targets, train.fields, len(train.classes))
+    if data.targets == [fields.CLASS] and data.classes not in (None, outputs):
+        raise RequestError(f"data.classes = {data.classes}, but {data.train} has {outputs}")
+    if fields.CLASS in data.targets and any(m.classes != train.classes for m in sets):
         raise RequestError(f"data.eval = {data.eval}: its classes are not those of data.train = {data.train}")
-    settled = data.model_copy(update={"samples": len(train), "classes": len(train.classes)})
-    return train, found.get("eval"), recipe.model_copy(update={"data": settled})
+    for name in data.targets:
+        first, *others = (m.fields[name] for m in sets)
+        if any(other != first and not other.kind == first.kind == "mask" for other in others):
+            raise RequestError(
+                f"data.eval = {data.eval}: {name} is {others[0]} there, and {first} in data.train = {data.train}; "
+                "index it with --classes-of the training set's manifest"
+            )
+    classes, asked = data.classes or outputs, ", ".join(data.targets)
+    if not classes:
+        raise RequestError(f"data.classes is not set: how many outputs a model is to have for {asked} is yours to say")
+    settled = data.model_copy(update={"samples": len(train), "classes": classes})
+    recipe = recipe.model_copy(update={"data": settled})
+    for m in sets:
+        check_targets(recipe, m)
+    return recipe
+
+
+def check_targets(recipe: Recipe, manifest: Manifest) -> None:
+    """Refuse a set without the fields that are targets, or with others than the loss can be taken of."""
+    fields.refuse_unknown(recipe.data.targets, manifest.fields, str(manifest.path))
+    losses.check(recipe.train.loss, recipe.data.targets, manifest, recipe.data.classes)
 
 
 def stage_folder(recipe: Recipe) -> str | None:

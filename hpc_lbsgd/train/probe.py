@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hpc_lbsgd.data.targets import Targets, each, turned_round
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.train import models
 from hpc_lbsgd.train.attributes import snapshot
@@ -41,10 +42,14 @@ class Call(NamedTuple):
     """How to run a model: its inputs and labels, and what Replica does around a forward."""
 
     images: torch.Tensor
-    labels: torch.Tensor
+    labels: Targets
     loss: Loss
     outputs: Callable[[nn.Module, torch.Tensor], torch.Tensor]
     key: int  # for torch's generator
+
+    def part(self, first: int, last: int) -> Call:
+        """The same with some of its samples."""
+        return self._replace(images=self.images[first:last], labels=each(lambda t: t[first:last], self.labels))
 
     def perturbed(self) -> Call:
         if not self.images.is_floating_point():
@@ -166,7 +171,7 @@ def remembers(build: Callable[[], nn.Module], call: Call) -> list[str]:
     owner = getattr(call.loss, "own", call.loss)
     owner = getattr(owner, "__self__", owner)  # a method's
     others = call.images.flip(0) * 0.75 if call.images.is_floating_point() else call.images.flip(0)
-    other = call._replace(images=others, labels=call.labels.flip(0))
+    other = call._replace(images=others, labels=turned_round(call.labels))
 
     def around(*calls: Call) -> tuple[dict[str, str], dict[str, str]]:
         model = build()
@@ -228,7 +233,7 @@ class VirtualModel:
         model.zero_grad(set_to_none=True)
         context.bn_group = bn_group
         with without_dropout(model):
-            context.begin(0, [0], [len(call.labels)])
+            context.begin(0, [0], [len(call.images)])
             groups = len(context.groups)
             torch.manual_seed(call.key)
             self.running.begin_pass(groups)
@@ -248,8 +253,9 @@ def in_groups(build: Callable[[], nn.Module], call: Call, bn_group: int) -> dict
     models.train(model, models.frozen_in(model))
     with without_dropout(model):
         torch.manual_seed(call.key)
-        for images, labels in zip(call.images.split(bn_group), call.labels.split(bn_group), strict=True):
-            loss = call.loss(call.outputs(model, images), labels)
+        for first in range(0, len(call.images), bn_group):
+            some = call.part(first, first + bn_group)
+            loss = call.loss(call.outputs(model, some.images), some.labels)
             loss.backward()
             total = total.to(loss) + loss.detach()
     return values(model, (), total)

@@ -158,7 +158,7 @@ class Stepper:
                 loss = self.loss(replica.forward(images, groups), labels)
                 if not again:
                     losses[workers[0]] = loss.detach()
-                loss = replica.share(loss, len(labels), point)
+                loss = replica.share(loss, sum(counts), point)
                 # DistributedDataParallel divides its sum by the number of ranks
                 (loss * self.engine.size if buckets.summed_elsewhere else loss).backward()
             square = buckets.end_pass()

@@ -6,10 +6,9 @@ import signal
 import time
 
 from hpc_lbsgd.records import RunFolder
-from hpc_lbsgd.signals import ASKED, say
+from hpc_lbsgd.signals import ASKED, STOPS, say
 
 LOOK_EVERY_S = 1.0  # a look at a parallel file system is not free
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
 
 class Stops:
@@ -26,7 +25,7 @@ class Stops:
 
     def listen(self) -> None:
         """As early as can be: a signal that finds nobody ends the process."""
-        for number in SIGNALS:
+        for number in STOPS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, self._on_signal)
 

@@ -9,6 +9,7 @@ import torch
 
 from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import manifest as manifests
+from hpc_lbsgd.data.fields import CLASS
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import engine as engines
@@ -19,7 +20,7 @@ from hpc_lbsgd.train.evaluate import evaluate as measure
 from hpc_lbsgd.train.job import prepare_process
 from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.parts import make_loaders
-from hpc_lbsgd.train.prepare import open_user_data
+from hpc_lbsgd.train.prepare import check_targets, open_user_data
 from hpc_lbsgd.trained.opened import Trained, open_run
 
 
@@ -70,8 +71,9 @@ def open_set(found: Trained, data: str | None):
         raise RequestError(f"{path} is not indexed: hpc-lbsgd data index {path} --classes-of {recipe.data.train}")
     chosen = Manifest(manifests.find(path))
     chosen.check_files()
+    check_targets(recipe, chosen)
     known = found.classes()
-    if chosen.classes != known:
+    if CLASS in recipe.data.targets and chosen.classes != known:
         odd = next((c for c in chosen.classes if c not in known), None)
         raise RequestError(
             f"{path}: its classes are not the run's "

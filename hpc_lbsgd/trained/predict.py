@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from hpc_lbsgd.data import augment
 from hpc_lbsgd.data.decode import pixels
+from hpc_lbsgd.data.fields import CLASS
 from hpc_lbsgd.data.finish import Finish, cut
 from hpc_lbsgd.data.manifest import SUFFIXES
 from hpc_lbsgd.errors import RequestError
@@ -56,6 +57,11 @@ def predict(found: Trained, paths: Sequence[str], top: int) -> Iterator[Predicti
             "asks that data, `export` gives the model"
         )
     data = recipe.data
+    if data.targets != [CLASS]:
+        raise RequestError(
+            f"{found.folder.path}: trained for {', '.join(data.targets)}, not for one class an image; `evaluate` asks "
+            "its data, `export` gives the model"
+        )
     finish = Finish(data, data.eval_resize > 0, found.channels_last, cores())
     with tqdm(total=len(paths), desc="predicting", unit="image", disable=None) as bar:
         for start in range(0, len(paths), BATCH):

@@ -13,8 +13,9 @@ def test_the_example_of_the_page_trains_and_does_not_depend_on_ranks(tmp_path):
     for name, language in (("spirals.py", "python"), ("spirals.yaml", "yaml")):
         (tmp_path / name).write_text(re.search(rf"```{language}\n(.*?)```", PAGE, re.DOTALL).group(1))
     ends = []
-    for words in (["launch", "--np", "2", "--oversubscribe", "--", "train"], ["train"]):
-        job = command(*words, "spirals.yaml", "--run", f"run-{len(ends)}", "--json", cwd=tmp_path, timeout=200)
+    in_processes = ["--set", "machine.loader_processes=2"]
+    for words, more in ((["launch", "--np", "2", "--oversubscribe", "--", "train"], in_processes), (["train"], [])):
+        job = command(*words, "spirals.yaml", *more, "--run", f"run-{len(ends)}", "--json", cwd=tmp_path, timeout=200)
         assert job.returncode == 0, job.stderr
         ends.append(json.loads(job.stdout))
     assert ends[0]["accuracy"] > 0.98

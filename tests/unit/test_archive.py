@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import command, write_images
 
-from hpc_lbsgd.data import archive, manifest, verify
+from hpc_lbsgd.data import archive, manifest, names, verify
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.storage import open_storage
 from hpc_lbsgd.errors import RequestError
@@ -121,7 +121,7 @@ def test_images_that_do_not_decode_are_named_and_can_be_left_out(tree, tmp_path)
             add(tar, f"c{i % 2}/{i}.jpg", bytes_of(tree, i) if i != 2 else bytes_of(tree, i)[:100])
     with pytest.raises(RequestError, match="set.tar:c0/2.jpg"):
         archive.index(tmp_path / "set.tar")
-    (tmp_path / manifest.EXCLUDE).write_text("c0/2.jpg\n")
+    (tmp_path / names.EXCLUDE).write_text("c0/2.jpg\n")
     assert len(archive.index(tmp_path / "set.tar")) == 3
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from conftest import write_images
 
-from hpc_lbsgd.data import columns, manifest
+from hpc_lbsgd.data import columns, manifest, names
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.manifest import PACKED_SCHEMA, Manifest
 
@@ -39,7 +39,7 @@ def test_rows_are_found_where_they_lie(pieces, gone):
 def test_excluded_rows_are_out_wherever_they_lie(tmp_path):
     m = trees.index(write_images(tmp_path, 12, 16), processes=1)
     keys = [m.key(i) for i in range(12)]
-    manifest.add_excluded(tmp_path, [(keys[i], "odd") for i in (0, 5, 11)] + [("not/there", "odd")])
+    names.add_excluded(tmp_path, [(keys[i], "odd") for i in (0, 5, 11)] + [("not/there", "odd")])
     less = Manifest(m.path)
     kept = [i for i in range(12) if i not in (0, 5, 11)]
     assert [less.key(i) for i in range(len(less))] == [keys[i] for i in kept]

@@ -15,6 +15,7 @@ from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.source import Batch
+from hpc_lbsgd.data.targets import each_tensor
 from hpc_lbsgd.data.user import PREFIX, UserSet
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import world as worlds
@@ -88,15 +89,22 @@ class Bench:
         data, machine, seed = self.recipe.data, self.recipe.machine, self.recipe.seed
         threads = machine.loader_threads or min(8, worlds.cores_per_rank(self.engine.local_size))
         largest = self.recipe.batch.samples_per_worker * machine.workers_per_pass
-        shared = (threads, machine.prefetch, self.replica.channels_last, self.device, machine.prefetch_mb)
+        shared = (
+            threads,
+            machine.prefetch,
+            self.replica.channels_last,
+            self.device,
+            machine.prefetch_mb,
+            machine.loader_processes,
+        )
         return loaders.create(data, found, seed, True, largest, *shared)
 
     def _own(self) -> dict[int, Batch]:
         """A batch of each size that the first step has."""
         kept: dict[int, Batch] = {}
         for images, labels, _ in self.real(1):
-            if len(labels) not in kept:
-                kept[len(labels)] = Batch(images.clone(), labels.clone())
+            if len(images) not in kept:
+                kept[len(images)] = Batch(images.clone(), each_tensor(torch.clone, labels))
         return kept
 
     def _noise(self, classes: int) -> dict[int, Batch]:
