@@ -99,10 +99,11 @@ class Recipe(Section):
             if self.wire != "fp32":
                 raise ValueError(f"wire = {self.wire}: determinism any-ranks sends int64; allowed: fp32")
         if self.fixed_point == "int32":
-            for key, value, allowed in (("determinism", self.determinism, "any-ranks"),
-                                        ("precision", self.precision, "float32, tf32, bf16")):  # fmt: skip
-                if value not in allowed.split(", "):
-                    raise ValueError(f"fixed_point = int32 with {key} = {value}; allowed with {key} = {allowed}")
+            for key, allowed in (("determinism", "any-ranks"), ("precision", "float32, tf32, bf16")):
+                if getattr(self, key) not in allowed.split(", "):
+                    raise ValueError(
+                        f"fixed_point = int32 with {key} = {getattr(self, key)}; allowed with {key} = {allowed}"
+                    )
         if self.determinism == "same-ranks" and self.machine.reduction == "fusion":
             raise ValueError(
                 "machine.reduction = fusion: run-time fusion changes the summation order from run to run; "

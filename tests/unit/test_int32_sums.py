@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_workers import CPU, batches, engine, point_of, small_recipe  # noqa: F401
 
+from hpc_lbsgd import plan
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel.buckets import Buckets, plan_layouts
@@ -159,6 +160,47 @@ def test_int32_stays_near_int64(engine):  # noqa: F811
     assert any(not torch.equal(a[name], b[name]) for name in a)
     sent = [found["int32"].buckets.fixed.sums(i) for i in range(len(found["int32"].buckets.buckets))]
     assert [t.dtype for t in sent] == [torch.int32] * (len(sent) - 1) + [torch.int64]  # statistics
+
+
+class ByOrder:
+    """An engine that matches sums by order."""
+
+    rank, size, sums_gradients, named_sums = 0, 1, False, False
+
+    def __init__(self):
+        self.begun = []
+
+    def start_sum(self, tensor, name):
+        self.begun.append((name, tensor.dtype))
+
+
+@pytest.mark.parametrize("narrow, dtype", [({"int32": True, "bits": 40}, torch.int32),
+                                           ({"wire": (torch.bfloat16, 1.0)}, torch.bfloat16)])  # fmt: skip
+def test_sums_in_few_bits_begin_while_backward_goes_on(narrow, dtype):
+    """Statistics travel apart; on an engine that matches sums by order they must not hold up what is there before."""
+    model, sums = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), ByOrder()
+    layouts = plan_layouts(model.named_parameters(), set(), 16, 100, 100, narrow=True)
+    buckets = Buckets(layouts, sums, CPU, torch.float32, **narrow)
+    assert len(buckets.statistics) == 16
+    if buckets.scales:
+        buckets.scales.exponents = dict.fromkeys(buckets.scales.names, 20)
+    buckets.begin(1)
+    buckets.arm(last_pass=True)
+    model(torch.randn(3, 8)).sum().backward()
+    assert sums.begun == [(f"bucket.{i}", dtype) for i in range(len(layouts) - 1)]
+    buckets.end_pass()
+    assert sums.begun[len(layouts) - 1 :] == [
+        (f"bucket.{len(layouts) - 1}", torch.int64 if buckets.fixed else torch.float32)
+    ]
+
+
+def test_a_plan_counts_bytes():
+    found = [
+        plan.demands(recipes.read("goyal-resnet50", settings), 1000, None)
+        for settings in ([], ["determinism=any-ranks"], ["determinism=any-ranks", "fixed_point=int32"])
+    ]
+    off, wide, narrow = (d["required_gbit_per_s"] for d in found)
+    assert wide == 2 * off and narrow == off
 
 
 def test_what_int32_needs():

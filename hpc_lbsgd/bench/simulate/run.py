@@ -17,8 +17,8 @@ METRIC = "step time (s) and weak-scaling efficiency, predicted"
 def choose(preset: str, run: str | None = None, **changes) -> Preset:
     """A preset, with a measured run's numbers in it, and with single fields changed.
 
-    changes: ranks_per_node, network_gbit, input_images_per_s (a node), cores, wire (int64, int32, fp32, fp16), algorithm,
-    bucket_mb; None leaves the preset's.
+    changes: ranks_per_node, network_gbit, input_images_per_s (a node), cores, wire (int64, int32, fp32, fp16),
+    algorithm, bucket_mb; None leaves the preset's.
     """
     if preset not in PRESETS:
         raise RequestError(f"preset {preset}: allowed are {', '.join(PRESETS)}")
