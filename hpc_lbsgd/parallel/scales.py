@@ -1,6 +1,6 @@
 """A unit for each parameter tensor, from its last sum: what int32 needs to hold sums over workers.
 
-How units follow from S, and why nothing wraps unseen: theory/fixed_point.py.
+How units follow from S, and why nothing wraps unseen: theory/units.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hpc_lbsgd.theory import fixed_point as theory
+from hpc_lbsgd.theory import units
 
 if TYPE_CHECKING:
     from hpc_lbsgd.parallel.buckets import Layout
@@ -80,14 +80,14 @@ class Scales:
 
     def overflow(self, bounds: Sequence[int]) -> list[str]:
         """Tensors whose sums may have wrapped."""
-        return [n for n, bound in zip(self.names, bounds, strict=True) if self.narrow and not theory.fits(bound)]
+        return [n for n, bound in zip(self.names, bounds, strict=True) if self.narrow and not units.fits(bound)]
 
     def settle(self, bounds: Sequence[int] | None, again: bool) -> None:
         """After a step. bounds: S of one that was taken. again: it is to be computed once more."""
         self.again = again
         if bounds is not None:
             found = zip(self.names, bounds, self._now, strict=True)
-            self.exponents = {name: theory.next_exponent(bound, exponent) for name, bound, exponent in found}
+            self.exponents = {name: units.next_exponent(bound, exponent) for name, bound, exponent in found}
 
 
 def halves(value: torch.Tensor) -> torch.Tensor:
