@@ -40,7 +40,7 @@ def signs_of(kind, k):
             "idle between": -1.0 * (turn % 3 == 0)}[kind]  # fmt: skip
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.sampled_from([1, 2, 3, 37, 256, 4096]), st.sampled_from([0.3, 1 - 2e-6, 1.001, 1.5, 40.0]),
     st.sampled_from(["same", "turns", "one worker", "idle between"]), st.integers(-60, 60), st.integers(0, 99),
