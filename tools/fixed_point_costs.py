@@ -1,15 +1,17 @@
-"""How far sums of gradients over workers are from exact ones: int64, int32 and float32.
+"""How far sums of gradients over workers are from exact ones, and what they take: int64, int32 and float32.
 
-python tools/fixed_point_error.py [--workers 256] [--elements 100000]
+python tools/fixed_point_costs.py [--workers 256] [--elements 100000]
 
 Gradients are normal, their sizes log-uniform over four decades inside one tensor. int32 has the unit that follows from
 a step before, of the same sizes. Errors are relative: the root mean square of the error over that of the sums (norm);
-of each element, its median and the mean square over the elements of the smallest decade.
+of each element, its median; and norm over the elements of the smallest decade alone. Costs are processor seconds of one
+thread, the fastest of several times, which other processes disturb less than the clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 
 import torch
 
@@ -60,6 +62,26 @@ def row(found: torch.Tensor, exact: torch.Tensor, smallest: torch.Tensor) -> str
     return f"{norm:11.1e} {of_each.abs().median():11.1e} {small:11.1e}"
 
 
+def cost(kind: str, elements: int, rounds: int = 9) -> str:
+    """Of a step with one worker on this rank, of a worker more, and bytes on the wire."""
+    sums = Sums(elements, kind == "int32")
+    values = torch.randn(elements) * 1e-3
+    sums.of(1, [values])
+    fixed, times = sums.buckets.fixed, {"one": [], "more": []}
+    for _ in range(rounds):
+        fixed.begin(2, None)
+        for what, first in (("one", True), ("more", False)):
+            sums.place.copy_(values)
+            start = time.process_time()
+            fixed.add(0, True, None, False)
+            if first:
+                fixed.end_pass()
+                fixed.take(0)
+            times[what].append(time.process_time() - start)
+    one, more = (min(t) / elements * 1e9 for t in times.values())
+    return f"  {kind:24}{one:11.2f} {more:11.2f} {fixed.sums(0).element_size():11d}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=256, help="k")
@@ -82,6 +104,9 @@ def main() -> None:
             sums.of(k, gradients(k, sizes, signal, 3))
             found, lost = sums.of(k, gradients(k, sizes, signal, 2))
             print(f"  {kind:24}{row(found, exact, smallest)} {lost:9.3%}")
+    print(f"\n{'ns an element':26}{'step':>11} {'worker more':>11} {'bytes':>11}")
+    for kind in ("int64", "int32"):
+        print(cost(kind, 10_000_000))
 
 
 if __name__ == "__main__":
