@@ -27,7 +27,7 @@ from hpc_lbsgd.train.workers import groups_in_step
 # even a log depends on the rank count.
 COUNT, BAD_RANKS, BAD_RANK_SUM, STOP, CHECKPOINT, REPLACED, NONZERO, FLUSHED, WORKERS = range(9)
 
-COUNT_FLUSHED_EVERY = 100  # steps, and at the one after: a run's first is in int64. Two more passes over gradients
+COUNT_FLUSHED_EVERY = 100  # steps; it takes two more passes over the gradients
 
 
 class Pass(NamedTuple):
@@ -142,7 +142,8 @@ class Stepper:
         if pair:
             self.slots.write(control[end:times], self.engine.rank, replica.digest())
         data_wait_s, replaced = 0.0, 0
-        buckets.begin(k, count_flushed=point.step % COUNT_FLUSHED_EVERY < 2)
+        # with int32 at the step after, too: a run's first is in int64
+        buckets.begin(k, count_flushed=point.step % COUNT_FLUSHED_EVERY in ((0, 1) if scales else (0,)))
         for i, (workers, counts, again) in enumerate(work):
             before = time.perf_counter()
             self.mark("data", point.step)
