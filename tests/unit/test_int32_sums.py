@@ -149,7 +149,9 @@ def test_int32_stays_near_int64(engine):  # noqa: F811
         recipe = small_recipe(determinism="any-ranks", fixed_point=kind, model__zero_gamma=False)
         replica = Replica(recipe, 5, engine, CPU)
         outcomes = [run(replica, recipe, number, seed=0) for number in range(6)]
-        assert all(o.finite for o in outcomes) and all(o.flushed is not None for o in outcomes[:2])
+        assert all(o.finite for o in outcomes) and all(
+            o.flushed is not None for o in outcomes[: 2 if kind == "int32" else 1]
+        )
         found[kind] = replica
     a, b = (found[kind].model.state_dict() for kind in ("int64", "int32"))
     for name, value in a.items():
