@@ -189,7 +189,7 @@ def demands(recipe: Recipe, classes: int, images_per_s: float | None) -> dict:
     # the last pass of a step is the one whose backward can hide the sum
     last_pass = recipe.batch.samples_per_worker * recipe.machine.workers_per_pass
     item_bytes = {"fp32": 4, "fp16": 2, "bf16": 2}[recipe.wire]
-    if recipe.precision == "float64" or recipe.determinism == "any-ranks":
+    if recipe.precision == "float64" or (recipe.determinism == "any-ranks" and recipe.fixed_point == "int64"):
         item_bytes = 8
     gradient_bytes = parameters * item_bytes
     return {

@@ -69,8 +69,11 @@ class Recipe(Section):
     """gradients on the wire; fp32 means as computed (float64 runs send float64); bf16: machine.engine torch only"""
     wire_scale_bits: Annotated[int, Field(ge=0, le=24)] = 10
     """wire fp16: gradients times 2**bits before the cast"""
+    fixed_point: Literal["int64", "int32"] = "int64"
+    """any-ranks: what sums are taken in; int32: gradients at float32's bytes, each tensor in a unit that follows from
+    its last sum; a step that int32 cannot hold is computed again in int64"""
     fixed_point_bits: Annotated[int, Field(ge=8, le=52)] = 40
-    """any-ranks: sums are taken in int64 units of 2**-bits"""
+    """any-ranks: int64's unit is 2**-bits"""
     model: Model = Model()
     data: Data = Data()
     batch: Batch = Batch()
@@ -95,6 +98,12 @@ class Recipe(Section):
                 )
             if self.wire != "fp32":
                 raise ValueError(f"wire = {self.wire}: determinism any-ranks sends int64; allowed: fp32")
+        if self.fixed_point == "int32":
+            for key, allowed in (("determinism", "any-ranks"), ("precision", "float32, tf32, bf16")):
+                if getattr(self, key) not in allowed.split(", "):
+                    raise ValueError(
+                        f"fixed_point = int32 with {key} = {getattr(self, key)}; allowed with {key} = {allowed}"
+                    )
         if self.determinism == "same-ranks" and self.machine.reduction == "fusion":
             raise ValueError(
                 "machine.reduction = fusion: run-time fusion changes the summation order from run to run; "

@@ -254,14 +254,18 @@ def record_of(line: bytes) -> dict | None:
     return record if known else None
 
 
+EVENTS_OF_A_STEP = ("skipped", "overflow", "underflow")  # and a resume before it meets them again
+
+
 def cut_metrics(folder: RunFolder, step: int) -> int:
     """Go back to the state after `step` steps: later records move to metrics.lost.jsonl. Returns how many moved.
 
-    A step record numbers the step it reports, the others count steps done.
+    A step record numbers the step it reports, as events of that step do; the others count steps done.
     """
     kept, lost = [], []
     for record in read_metrics(folder.metrics):
-        after = record.get("step", -1) >= step if record["kind"] == "step" else record.get("step", -1) > step
+        of_step = record["kind"] == "step" or record.get("event") in EVENTS_OF_A_STEP
+        after = record.get("step", -1) >= step if of_step else record.get("step", -1) > step
         (lost if after or record["kind"] == "end" else kept).append(record)
     if lost:
         with open(folder.lost, "a", encoding="utf-8") as f:

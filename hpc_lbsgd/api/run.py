@@ -176,8 +176,8 @@ class Run:
         if not self._passes:
             buckets.join_idle()
         bad = ~torch.isfinite(self._losses.sum())
-        if buckets.bits is not None:
-            bad |= buckets.out_of_range
+        if buckets.fixed:
+            bad |= buckets.fixed.out_of_range
         control[COUNT] = sum(stop - start for start, stop in map(point.worker_range, step.mine))
         control[BAD_RANKS] = bad
         control[BAD_RANK_SUM] = bad * engine.rank

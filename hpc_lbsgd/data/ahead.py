@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
 from typing import TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+class Cut:
+    """Items that end early once `over` is set: whoever takes them ahead of time comes to an end, and may begin anew."""
+
+    def __init__(self, items: Iterable[Item]):
+        self.items, self.over = items, False
+
+    def __iter__(self) -> Iterator[Item]:
+        return takewhile(lambda item: not self.over, self.items)
 
 
 def ahead(function: Callable[[Item], Result], items: Iterable[Item], depth: int, threads: int) -> Iterator[Result]:

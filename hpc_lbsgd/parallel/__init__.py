@@ -2,10 +2,10 @@
 
 engine.py      what an engine promises, and the choice of one; *_engine.py are the engines, each alone with its library
 buckets.py     gradients and weights as views of a few flat buffers, each summed as soon as it is full;
-               kernels.py: fixed point on GPUs, fixed_point.py: whether a rank has them
+fixed_point.py sums as whole numbers; scales.py: their units in int32, kernels.py: int64 on GPUs
 agree.py       one verdict for all ranks
 world.py       what a rank can know before MPI starts; launchers.py: what each mpirun wants to be told
 
 May be imported by: train, bench, reproduce, plan, cluster, trained, api, cli.
-May import: sections, recipe, errors.
+May import: sections, recipe, theory, errors.
 """

@@ -7,20 +7,18 @@ or out of a fusion buffer, no negotiation by tensor, and the optimizer runs over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from hpc_lbsgd.errors import RunError
-from hpc_lbsgd.parallel import fixed_point
 from hpc_lbsgd.parallel.engine import Engine
+from hpc_lbsgd.parallel.fixed_point import Digest, FixedPoint
+from hpc_lbsgd.parallel.scales import Scales
 
 ALIGN_BYTES = 64  # of every view: vector loads and MPI's copies want it
-STATISTICS_BITS = 30  # under any-ranks, BatchNorm's statistics are summed in units of 2**-bits of at least so many bits
-
-Digest = Callable[[int, torch.Tensor], None]  # of a bucket's number and values
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Layout:
     views: tuple[View, ...]
     decay_end: int  # [statistics, decay_end) get weight decay, [decay_end, size) do not
     size: int
-    compress: bool  # may travel in 16 bits
+    narrow: bool  # may travel in fewer bits than others
 
 
 def aligned(elements: int, itemsize: int) -> int:
@@ -60,12 +58,13 @@ def plan_layouts(
     statistics: int,
     bucket_bytes: float,
     first_bucket_bytes: float,
-    compress: bool = False,
+    narrow: bool = False,
 ) -> list[Layout]:
     """Cut parameters, in the order backward meets them (last first), into buckets of about `bucket_bytes`.
 
-    `statistics` elements ride at the start of the first bucket; with `compress` they travel apart, for variances
-    fit neither float16's range nor bfloat16's digits.
+    `statistics` elements ride at the start of the first bucket; with `narrow` they travel apart, for variances fit
+    neither float16's range, nor bfloat16's digits, nor a unit that follows gradients. Then they come last, for they are
+    there when backward ends, and on some engines what is full waits for the buckets before it.
     """
     groups: list[list[tuple[str, nn.Parameter]]] = [[]]
     used = 0
@@ -77,11 +76,9 @@ def plan_layouts(
             used = 0
         groups[-1].append((name, parameter))
         used += size
-    layouts = []
-    if compress and statistics:
-        layouts.append(Layout(statistics, (), statistics, statistics, False))
+    layouts: list[Layout] = []
     for group in groups:
-        head = 0 if layouts else statistics
+        head = 0 if layouts or narrow else statistics
         offset, views = head, []
         for decayed in (True, False):
             for name, parameter in group:
@@ -90,7 +87,9 @@ def plan_layouts(
                     offset = aligned(offset + parameter.numel(), parameter.element_size())
             if decayed:
                 decay_end = offset
-        layouts.append(Layout(head, tuple(views), decay_end, offset, compress))
+        layouts.append(Layout(head, tuple(views), decay_end, offset, narrow))
+    if narrow and statistics:
+        layouts.append(Layout(statistics, (), statistics, statistics, False))
     return layouts
 
 
@@ -116,8 +115,8 @@ class Bucket:
 class Buckets:
     """All buckets of a model: armed before each backward, finished after the last of a step.
 
-    bits        None: floating-point sums. Else sums over workers are int64 in units of 2**-bits (`any-ranks`);
-                BatchNorm's statistics in units of at most 2**-STATISTICS_BITS
+    bits        None: floating-point sums. Else sums over workers are whole numbers of units (`any-ranks`): int64 and
+                2**-bits, or (int32) as `FixedPoint` has it
     wire        None: gradients travel as computed. Else in this type, times this power of two
 
     Where the engine's own model sums gradients (`engine.sums_gradients`), only BatchNorm's statistics and the sums of
@@ -132,20 +131,17 @@ class Buckets:
         dtype: torch.dtype,
         bits: int | None = None,
         wire: tuple[torch.dtype, float] | None = None,
+        int32: bool = False,
     ):
         self.engine, self.device, self.dtype = engine, device, dtype
         self.buckets = [Bucket(i, layout, device, dtype) for i, layout in enumerate(layouts)]
-        self.bits = bits
-        if bits is not None:
-            # statistics hold counts in units of 2^-ceil(log2 groups), which a coarse unit would make zero
-            self._finer = 2.0 ** max(0, STATISTICS_BITS - bits)
-            self.totals = [torch.zeros(b.layout.size, dtype=torch.int64, device=device) for b in self.buckets]
-            self.kernels = fixed_point.kernels_for(device, dtype)
+        flats = [b.gradients for b in self.buckets]
+        self.fixed = FixedPoint(flats, layouts, bits, int32) if bits is not None else None
         self.wires = None
         if wire is not None:
             wire_dtype, self.wire_scale = wire
             self.wires = [
-                torch.zeros(b.layout.size if b.layout.compress else 0, dtype=wire_dtype, device=device)
+                torch.zeros(b.layout.size if b.layout.narrow else 0, dtype=wire_dtype, device=device)
                 for b in self.buckets
             ]
         self.places = sorted((name, place) for b in self.buckets for name, place in b.places.items())
@@ -166,20 +162,17 @@ class Buckets:
         for bucket in self.buckets:
             bucket.gradients.zero_()
         self._ready, self._next = set(), 0
-        if self.bits is not None:
-            self._first_pass = True
-            # so that not even `workers` values of the largest size allowed could wrap
-            self._largest = 2.0**62 / workers
-            self.out_of_range = torch.zeros((), dtype=torch.bool, device=self.device)
         # gradients of this rank that are not zero, and those of them that fixed point or a float16 wire made zero
         narrow = self.wires is not None and self.wires[0].dtype == torch.float16  # bfloat16 has float32's range
-        count = count_flushed and (self.bits is not None or narrow)
+        count = count_flushed and (self.fixed is not None or narrow)
         self.flushed = torch.zeros(2, dtype=torch.float64, device=self.device) if count else None
+        if self.fixed:
+            self.fixed.begin(workers, self.flushed)
 
     def arm(self, last_pass: bool, measured: bool = False, digest: Digest | None = None, apart: bool = False) -> None:
         """Before each forward-backward; after the last one of the step, buckets leave as they fill.
 
-        digest: is called with each bucket's int64 values of this pass (any-ranks). apart: the pass adds nothing to the
+        digest: is called with each bucket's whole numbers of this pass (any-ranks). apart: the pass adds nothing to the
         step; it is computed for its digests.
 
         measured: `end_pass` is to return this pass's squared norm. Buckets then stay until it has been taken, and the
@@ -214,8 +207,8 @@ class Buckets:
 
     def _fill(self, bucket: Bucket) -> None:
         bucket.full = True
-        if self.bits is not None:
-            self._to_fixed_point(bucket)
+        if self.fixed:
+            self.fixed.add(bucket.index, self._last_pass, self._digest, self._apart)
         if self._last_pass:
             self._launch(bucket)
 
@@ -228,13 +221,13 @@ class Buckets:
             self._refuse_unused()
         self._armed = False
         square = self.square() if self._measured else None
-        if self._measured and self.bits is None:
+        if self._measured and not self.fixed:
             self._hold()
         for bucket in self.buckets:
             if not bucket.full:
                 self._fill(bucket)
-        if not self._apart:
-            self._first_pass = False
+        if self.fixed and not self._apart:
+            self.fixed.end_pass()
         return square
 
     def _refuse_unused(self) -> None:
@@ -269,55 +262,9 @@ class Buckets:
     def join_idle(self) -> None:
         """In place of passes, on a rank without workers: its zeros."""
         for bucket in self.buckets:
-            if self.bits is not None:
-                self.totals[bucket.index].zero_()
+            if self.fixed:
+                self.fixed.clear(bucket.index)
             self._launch(bucket)
-
-    def _to_fixed_point(self, bucket: Bucket) -> None:
-        """Add a worker's values to the int64 totals and clear them for the next. NaN and values that could wrap are
-        flagged."""
-        gradients = bucket.gradients[bucket.layout.statistics :]
-        counted = self.flushed is not None and not self._apart
-        if self.kernels and not (counted or self._apart or self._digest):
-            self._add_by_kernel(bucket)
-            return
-        if counted:
-            before = torch.count_nonzero(gradients)
-        self._scale_statistics(bucket, self._finer)
-        scaled, total = bucket.gradients.mul_(2.0**self.bits).round_(), self.totals[bucket.index]
-        if counted:
-            self.flushed += torch.stack([before, before - torch.count_nonzero(gradients)])
-        low, high = scaled.aminmax()
-        self.out_of_range |= ~((low >= -self._largest) & (high <= self._largest))
-        if self._digest is not None:
-            self._digest(bucket.index, scaled.to(torch.int64))
-        if self._apart:
-            bucket.gradients.zero_()
-            return
-        if self._first_pass:
-            total.copy_(scaled)
-        else:
-            total += scaled.to(torch.int64)
-        if not self._last_pass:
-            bucket.gradients.zero_()
-
-    def _add_by_kernel(self, bucket: Bucket) -> None:
-        to, scale = (self.totals[bucket.index], self.out_of_range), 2.0**self.bits
-        units = (bucket.layout.statistics, scale, scale * self._finer, self._largest)
-        self.kernels.add(bucket.gradients, *to, *units, first=self._first_pass, clear=not self._last_pass)
-
-    def _from_fixed_point(self, bucket: Bucket) -> None:
-        """The sums as gradients: one rounding, to the nearest float."""
-        total, unit = self.totals[bucket.index], 2.0**-self.bits
-        if self.kernels:
-            self.kernels.take(total, bucket.gradients, bucket.layout.statistics, unit, unit / self._finer)
-            return
-        bucket.gradients.copy_(total).mul_(unit)
-        self._scale_statistics(bucket, 1 / self._finer)
-
-    def _scale_statistics(self, bucket: Bucket, factor: float) -> None:
-        if factor != 1 and bucket.layout.statistics:
-            bucket.gradients[: bucket.layout.statistics].mul_(factor)
 
     def _launch(self, bucket: Bucket) -> None:
         """Begin the sum of a bucket that is complete.
@@ -339,9 +286,9 @@ class Buckets:
             tensor = tensor[: bucket.layout.statistics]
             if not len(tensor):
                 return
-        if self.bits is not None:
-            tensor = self.totals[bucket.index]
-        elif bucket.layout.compress:
+        if self.fixed:
+            tensor = self.fixed.sums(bucket.index)
+        elif bucket.layout.narrow:
             tensor = self.wires[bucket.index]
             torch.mul(bucket.gradients, self.wire_scale, out=bucket.gradients)
             tensor.copy_(bucket.gradients)
@@ -357,10 +304,10 @@ class Buckets:
             if bucket.handle is not None:
                 self.engine.wait(bucket.handle)
                 bucket.handle = None
-            if self.bits is not None:  # always finite
-                self._from_fixed_point(bucket)
+            if self.fixed:  # always finite
+                self.fixed.take(bucket.index)
                 continue
-            if bucket.layout.compress:
+            if bucket.layout.narrow:
                 bucket.gradients.copy_(self.wires[bucket.index]).mul_(1 / self.wire_scale)
             finite &= torch.isfinite(bucket.gradients.sum())
         return finite
@@ -368,12 +315,17 @@ class Buckets:
     # ---------------------------------------------------------------- beside the step
 
     def local_sums(self) -> list[torch.Tensor]:
-        """What this rank's passes of a step that has not left added up to: int64 totals, or statistics and gradients
-        apart."""
-        if self.bits is not None:
-            return [self.totals[b.index] for b in self.buckets]
+        """What this rank's passes of a step that has not left added up to: totals in fixed point, or statistics and
+        gradients apart."""
+        if self.fixed:
+            return [self.fixed.sums(b.index) for b in self.buckets]
         halves = ((b.gradients[: b.layout.statistics], b.gradients[b.layout.statistics :]) for b in self.buckets)
         return [part for both in halves for part in both if part.numel()]
+
+    @property
+    def scales(self) -> Scales | None:
+        """Of sums in int32."""
+        return self.fixed.scales if self.fixed else None
 
     def clear(self) -> None:
         """Leave no gradients behind."""
@@ -382,8 +334,9 @@ class Buckets:
 
     @property
     def statistics(self) -> torch.Tensor:
-        """The head of the first bucket, where BatchNorm's statistics ride."""
-        return self.buckets[0].gradients[: self.buckets[0].layout.statistics]
+        """Where BatchNorm's statistics ride: the head of the first bucket, or a bucket of their own."""
+        bucket = next((b for b in self.buckets if b.layout.statistics), self.buckets[0])
+        return bucket.gradients[: bucket.layout.statistics]
 
     def named(self, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Flat buffers of the buckets' sizes (momentum, say) by parameter name, as views."""

@@ -1,16 +1,141 @@
-"""Whether fixed point has kernels of its own on this rank. Bits are the same with and without."""
+"""Sums over workers in fixed point: whole numbers of a unit, whose sum has no order (`determinism: any-ranks`).
+
+int64, in one unit for all; or gradients in int32, each tensor in a unit of its own (scales.py). A value is rounded
+once, by its worker; what has been rounded is only added.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
+from hpc_lbsgd.parallel.scales import Scales
+
+if TYPE_CHECKING:
+    from hpc_lbsgd.parallel.buckets import Layout
+
+STATISTICS_BITS = 30  # BatchNorm's statistics are summed in units of 2**-bits of at least so many bits
+
+Digest = Callable[[int, torch.Tensor], None]  # of a bucket's number and whole numbers
+
+
+class FixedPoint:
+    """The totals of all buckets: first this rank's workers', then all ranks'.
+
+    flats    a bucket's floating-point values each, turned into whole numbers and back
+    bits     int64 is in units of 2**-bits; BatchNorm's statistics in units of at most 2**-STATISTICS_BITS
+    narrow   buckets that may (`Layout.narrow`) travel in int32, where steps before have shown in which units
+    """
+
+    def __init__(self, flats: Sequence[torch.Tensor], layouts: Sequence[Layout], bits: int, narrow: bool):
+        device, dtype = flats[0].device, flats[0].dtype
+        self.flats, self.layouts, self.bits = flats, layouts, bits
+        # statistics hold counts in units of 2^-ceil(log2 groups), which a coarse unit would make zero
+        self.finer = 2.0 ** max(0, STATISTICS_BITS - bits)
+        self.totals = [torch.zeros(len(flat), dtype=torch.int64, device=device) for flat in flats]
+        self.kernels = kernels_for(device, dtype)
+        self.scales = Scales(flats, layouts, bits) if narrow else None
+
+    def begin(self, workers: int, flushed: torch.Tensor | None) -> None:
+        """A step of `workers` over all ranks. flushed: where to count gradients that are not zero, and those of them
+        that rounding makes zero."""
+        self.flushed, self._first_pass = flushed, True
+        # so that not even `workers` values of the largest size allowed could wrap
+        self._largest = 2.0**62 / workers
+        self.out_of_range = torch.zeros((), dtype=torch.bool, device=self.flats[0].device)
+        if self.scales:
+            self.scales.begin(self._largest)
+
+    def sums(self, index: int) -> torch.Tensor:
+        """A bucket's totals, as they travel."""
+        return self._int32(index)[0] if self._is_narrow(index) else self.totals[index]
+
+    def _is_narrow(self, index: int) -> bool:
+        return self.scales is not None and self.scales.narrow and self.layouts[index].narrow
+
+    def _int32(self, index: int) -> tuple[torch.Tensor, ...]:
+        """Totals of int32 in the memory of those of int64, and room for a worker's values beside them."""
+        return self.totals[index].view(torch.int32).split(len(self.flats[index]))
+
+    def add(self, index: int, keep: bool, digest: Digest | None, apart: bool) -> None:
+        """Add a worker's values to the totals, and clear them for the next unless `keep`. What is not finite, and what
+        could wrap int64, is flagged. apart: only the digest is wanted."""
+        flat, statistics = self.flats[index], self.layouts[index].statistics
+        narrow, counted = self._is_narrow(index), self.flushed is not None and not apart
+        if self.scales:
+            self.out_of_range |= self.scales.measure(index, add=not apart)
+        if self.kernels and not (narrow or counted or apart or digest):
+            units = (statistics, 2.0**self.bits, 2.0**self.bits * self.finer, self._largest)
+            to = (self.totals[index], self.out_of_range)
+            self.kernels.add(flat, *to, *units, first=self._first_pass, clear=not keep)
+            return
+        if counted:
+            before = torch.count_nonzero(flat[statistics:])
+        self._round(index)
+        if counted:
+            self.flushed += torch.stack([before, before - torch.count_nonzero(flat[statistics:])])
+        if digest is not None:
+            digest(index, flat.to(self.sums(index).dtype))
+        if apart:
+            flat.zero_()
+            return
+        total = self.sums(index)
+        if self._first_pass:
+            total.copy_(flat)
+        elif narrow:
+            total += self._int32(index)[1].copy_(flat)
+        else:
+            total += flat.to(torch.int64)
+        if not keep:
+            flat.zero_()
+
+    def _round(self, index: int) -> None:
+        """A bucket's values to whole numbers of their units, in place."""
+        flat = self.flats[index]
+        if self._is_narrow(index):
+            self.scales.to_units(index)
+            flat.round_()
+            return
+        self._scale_statistics(index, self.finer)
+        low, high = flat.mul_(2.0**self.bits).round_().aminmax()
+        self.out_of_range |= ~((low >= -self._largest) & (high <= self._largest))
+
+    def end_pass(self) -> None:
+        """All buckets of a worker are in the totals."""
+        self._first_pass = False
+
+    def clear(self, index: int) -> None:
+        """The totals of a rank without workers."""
+        self.totals[index].zero_()
+
+    def take(self, index: int) -> None:
+        """The sums as floating-point values: one rounding, to the nearest."""
+        flat, unit, statistics = self.flats[index], 2.0**-self.bits, self.layouts[index].statistics
+        if self._is_narrow(index):
+            flat.copy_(self.sums(index))
+            self.scales.from_units(index)
+        elif self.kernels:
+            self.kernels.take(self.totals[index], flat, statistics, unit, unit / self.finer)
+        else:
+            flat.copy_(self.totals[index]).mul_(unit)
+            self._scale_statistics(index, 1 / self.finer)
+
+    def _scale_statistics(self, index: int, factor: float) -> None:
+        statistics = self.layouts[index].statistics
+        if factor != 1 and statistics:
+            self.flats[index][:statistics].mul_(factor)
+
+
+# ---------------------------------------------------------------- kernels
+
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """`kernels`, which do it in one pass over memory; None where torch's operations do. On a GPU that lacks them there
-    is a warning."""
+    """`kernels`, which do int64 in one pass over memory; None where torch's operations do. On a GPU that lacks them
+    there is a warning. Bits are the same with and without."""
     if device.type != "cuda" or dtype != torch.float32:
         return None
     try:

@@ -310,6 +310,8 @@ def what_if(system: System) -> dict[str, System]:
     """The same system with one choice changed, by what was changed."""
     m = system.method
     found = {}
+    if m.item_bytes == 8:
+        found["fixed_point int32"] = replace(system, method=replace(m, item_bytes=4))
     if m.item_bytes > 2:
         found["wire fp16"] = replace(system, method=replace(m, item_bytes=2))
     for algorithm in ALGORITHMS:

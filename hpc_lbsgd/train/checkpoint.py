@@ -46,6 +46,7 @@ class State:
     best_step: int | None = None
     decisions: list[list] = field(default_factory=list)  # adaptive batch: [epoch, workers, learning rate]
     skipped: list[int] = field(default_factory=list)  # steps that changed nothing (train.on_bad_step = skip)
+    exponents: dict[str, int] = field(default_factory=dict)  # fixed_point int32: of each parameter's unit
     noise: list[list[float]] = field(default_factory=list)  # the last measurements: [trace, square]
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 by file name
     rules: int = 1  # those it was trained by (RULES); the first ones were not written down

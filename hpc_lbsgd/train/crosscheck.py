@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from hpc_lbsgd.parallel.scales import halves
+
 _MIX = 0x9E3779B97F4A7C15 - 2**64  # odd
 
 
@@ -88,11 +90,6 @@ def mixed(digests: Iterable[torch.Tensor]) -> torch.Tensor:
     for found in digests:
         total = found if total is None else total * _MIX + found
     return total
-
-
-def halves(value: torch.Tensor) -> torch.Tensor:
-    """An int64 scalar as two float64 that are whole numbers below 2^32."""
-    return torch.stack([value >> 32 & 0xFFFFFFFF, value & 0xFFFFFFFF]).double()
 
 
 def number(value: torch.Tensor) -> int:

@@ -217,12 +217,12 @@ class Bench:
 
     def gradients(self, worker: int, batch: Batch) -> list[torch.Tensor]:
         """A worker's gradients as computed, by name: whatever the buckets and the fixed point."""
-        bits, self.replica.buckets.bits = self.replica.buckets.bits, None
+        fixed, self.replica.buckets.fixed = self.replica.buckets.fixed, None
         try:
             self._run([{worker: batch}])
             return [place.clone() for _, place in self.replica.buckets.places]
         finally:
-            self.replica.buckets.bits = bits
+            self.replica.buckets.fixed = fixed
 
     def _run(self, passes: list[Mapping[int, Batch]]) -> list[torch.Tensor]:
         replica, point = self.replica, self.point

@@ -25,7 +25,7 @@ class Distributed:
     """Any model, its parameters laid into buckets and its layers shown virtual workers, on this rank's device.
 
     dtype: of weights and statistics. bits: of fixed point (any-ranks), else None. bucket_bytes, first_bucket_bytes:
-    sizes of buckets; 0: one a tensor. wire: as for `Buckets`. calls: how often BatchNorm layers are called in a
+    sizes of buckets; 0: one a tensor. wire, int32: as for `Buckets`. calls: how often BatchNorm layers are called in a
     forward, where more than once (`preflight.before`). loss_decay: weight decay inside the loss. autocast: passes
     compute in bfloat16.
     """
@@ -43,6 +43,7 @@ class Distributed:
         bucket_bytes: float,
         first_bucket_bytes: float,
         wire: tuple[torch.dtype, float] | None = None,
+        int32: bool = False,
         calls: Mapping[str, int] | None = None,
         loss_decay: float = 0.0,
         autocast: bool = False,
@@ -59,9 +60,9 @@ class Distributed:
             self.running.size,
             bucket_bytes,
             min(bucket_bytes, first_bucket_bytes),
-            wire is not None,
+            wire is not None or int32,
         )
-        self.buckets = Buckets(layouts, engine, device, dtype, bits=bits, wire=wire)
+        self.buckets = Buckets(layouts, engine, device, dtype, bits=bits, wire=wire, int32=int32)
         self.training_model = self.model  # what a pass calls
 
     def begin_pass(self, step: int, workers: list[int], counts: list[int]) -> None:
@@ -218,6 +219,7 @@ class Replica(Distributed):
             bucket_bytes=limit,
             first_bucket_bytes=machine.first_bucket_mb * 2**20,
             wire=(WIRES[recipe.wire], scale) if recipe.wire in WIRES else None,
+            int32=recipe.fixed_point == "int32",
             calls=calls,
             loss_decay=recipe.optim.weight_decay if recipe.optim.decay_in == "loss" else 0.0,
             autocast=recipe.precision == "bf16",
@@ -242,6 +244,16 @@ class Replica(Distributed):
         self.running.update(self.buckets.statistics, point.share)
         if self.average:
             self.average.update()
+
+    @property
+    def exponents(self) -> dict[str, int]:
+        """Of the units of int32 sums, by parameter; empty where there are none."""
+        return self.buckets.scales.exponents if self.buckets.scales else {}
+
+    @exponents.setter
+    def exponents(self, exponents: dict[str, int]) -> None:
+        if self.buckets.scales:
+            self.buckets.scales.exponents = exponents
 
     def synchronise(self) -> None:
         """As `Distributed.synchronise`, and rank 0's optimizer state and averages on every rank."""

@@ -80,6 +80,7 @@ class Outcome:
     loss: float  # mean over the true global batch, without a decay term
     count: int
     finite: bool
+    overflow: list[str]  # tensors whose int32 sums may have wrapped; the step was not taken, and the next is to be it
     bad_ranks: int  # ranks whose own loss or gradients were not finite (or out of the fixed-point range)
     bad_rank: int  # that rank, if it is one
     stop: bool
@@ -134,13 +135,15 @@ class Stepper:
         groups, pair = groups_in_step(point, self.bn_group), self.passes.pair_at(point)
         end = WORKERS + 2 * k
         times = end + (self.slots.length if pair else 0)
-        control = torch.zeros(times + self.engine.size, dtype=torch.float64, device=replica.device)
+        bounds, scales = times + self.engine.size, buckets.scales
+        control = torch.zeros(bounds + (scales.length if scales else 0), dtype=torch.float64, device=replica.device)
         control[times + self.engine.rank] = self.own_s
         losses, squares = control[WORKERS : WORKERS + k], control[WORKERS + k : end]
         if pair:
             self.slots.write(control[end:times], self.engine.rank, replica.digest())
         data_wait_s, replaced = 0.0, 0
-        buckets.begin(k, count_flushed=point.step % COUNT_FLUSHED_EVERY == 0)
+        # with int32 at the step after, too: a run's first is in int64
+        buckets.begin(k, count_flushed=point.step % COUNT_FLUSHED_EVERY in ((0, 1) if scales else (0,)))
         for i, (workers, counts, again) in enumerate(work):
             before = time.perf_counter()
             self.mark("data", point.step)
@@ -172,8 +175,10 @@ class Stepper:
         if all(w.again for w in work):
             buckets.join_idle()
         bad = ~torch.isfinite(losses.sum())
-        if buckets.bits is not None:
-            bad |= buckets.out_of_range
+        if buckets.fixed:
+            bad |= buckets.fixed.out_of_range
+        if scales:
+            scales.write(control[bounds:])
         if buckets.flushed is not None:
             control[NONZERO : FLUSHED + 1] = buckets.flushed
         control[COUNT] = sum(sum(w.counts) for w in work if not w.again)
@@ -196,14 +201,20 @@ class Stepper:
         computed = sum(sum(w.counts) for w in work)
         self.own_s = (self.time.seconds() + ahead_s) / computed if computed else 0.0
         mismatch = self.slots.read(sums[end:times], pair) if pair else None
-        ok = bool(sums[-1]) and sums[BAD_RANKS] == 0 and mismatch is None
+        sound = bool(sums[-1]) and sums[BAD_RANKS] == 0 and mismatch is None
+        of_all = scales.read(sums[bounds : bounds + scales.length]) if scales else []
+        overflow = scales.overflow(of_all) if scales and sound else []
+        ok = sound and not overflow
         if ok:
             replica.update(point, previous_lr)
+        if scales and mismatch is None:
+            scales.settle(of_all if ok else None, again=bool(overflow))
         count, of_workers = round(sums[COUNT]), sums[WORKERS : WORKERS + k]
         return Outcome(
             loss=math.fsum(of_workers) / count if all(map(math.isfinite, of_workers)) else math.nan,
             count=count,
             finite=ok,
+            overflow=overflow,
             bad_ranks=round(sums[BAD_RANKS]),
             bad_rank=round(sums[BAD_RANK_SUM]),
             stop=sums[STOP] > 0,
@@ -214,7 +225,7 @@ class Stepper:
             mismatch=mismatch,
             data_wait_s=data_wait_s,
             exposed_comm_s=exposed_comm_s,
-            own_s=sums[times : times + self.engine.size],
+            own_s=sums[times:bounds],
         )
 
 

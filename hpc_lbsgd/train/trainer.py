@@ -13,6 +13,7 @@ import torch
 from hpc_lbsgd.amend import recipe_now, schedule_of
 from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import stage as stages
+from hpc_lbsgd.data.ahead import Cut
 from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError, RunError
 from hpc_lbsgd.parallel import world as worlds
@@ -135,6 +136,7 @@ class Trainer:
             agree(self.engine, lambda: checkpoint.load(Path(self.found.checkpoint), self.replica))
         self.replica.optimizer.skipped = len(self.state.skipped)
         self.replica.synchronise()
+        self.replica.exponents = self.state.exponents
         ranks = self.engine.gather(environment_facts(self.device))
         self.hosts, self.devices = [r["host"] for r in ranks], [r["device"] for r in ranks]
         self.slow = SlowRanks(self.hosts)
@@ -162,12 +164,17 @@ class Trainer:
             start, end = self.state.step, self.schedule.steps
             if self.adaptive:
                 end = min(end, self.schedule.first_step(self.schedule.at(start).epoch + 1))
-            batches = self.train_loader.batches(passes.requests(self.schedule, self.recipe.seed, start, end))
+            asked = Cut(passes.requests(self.schedule, self.recipe.seed, start, end))
+            batches = self.train_loader.batches(asked)
             stepper = Stepper(self.replica, self.recipe, batches, self._mark, partners)
             for number in range(start, end):
                 if self._step(stepper, number):
                     return True
-            next(batches, None)  # drains the loader
+                if self.state.step == number:  # the same one again, from its first batch
+                    asked.over = True
+                    break
+            for _ in batches:  # drains the loader
+                pass
         return False
 
     def _mark(self, phase: str, number: int) -> None:
@@ -183,6 +190,9 @@ class Trainer:
         outcome = stepper.run(point, self._previous_lr(number), self.stops.asked(), due)
         if outcome.mismatch:
             self._name_wrong_rank(point, outcome.mismatch)
+        if outcome.overflow:
+            self.journal.event("overflow", step=number, tensor=outcome.overflow[0], tensors=len(outcome.overflow))
+            return False
         if not outcome.finite:
             self._pass_over(point, outcome)
         # All that decides the next step is settled before a checkpoint of this one is written.
@@ -260,6 +270,7 @@ class Trainer:
         self.watchdog.enter("checkpoint", self.state.step)
         self.replica.check_others()
         self.replica.check_equal(f"checkpoint of step {self.state.step}")
+        self.state.exponents = self.replica.exponents
         if self.lead:
             path = self.folder.checkpoints / checkpoint.name_of(self.state.step)
             self.journal.write("checkpoint", step=self.state.step, path=str(path))
@@ -312,7 +323,7 @@ class Trainer:
 
     def _say_lost(self, point: Point, flushed: float) -> None:
         """Gradients below what the wire can hold are lost, and nothing else shows it."""
-        self.flushed_said, (key, bits) = flushed, verdict.unit(self.recipe)
+        self.flushed_said, (key, bits) = flushed, verdict.unit(self.recipe, point.step)
         self.journal.event("underflow", step=point.step, flushed=flushed, **{key: bits})
         if flushed > verdict.FLUSHED_STOP and point.step == 0:
             self._give_up(verdict.lost(self.recipe, flushed))

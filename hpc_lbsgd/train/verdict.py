@@ -58,15 +58,17 @@ def advice(recipe, point: Point, outcome: Outcome) -> str:
     return lower
 
 
-def unit(recipe) -> tuple[str, int]:
+def unit(recipe, step: int) -> tuple[str, int | str]:
     """The key, and its value, that says how small a gradient may be."""
     key = "fixed_point_bits" if recipe.determinism == "any-ranks" else "wire_scale_bits"
+    if recipe.fixed_point == "int32" and step:  # the first one is in int64
+        key = "fixed_point"
     return key, getattr(recipe, key)
 
 
 def lost(recipe, flushed: float) -> str:
     """Why a run is not begun whose gradients fixed point, or a float16 wire, makes zero."""
-    (key, bits), most = unit(recipe), 52
+    (key, bits), most = unit(recipe, 0), 52
     smallest, who = f"2^-{bits + 1}", "determinism any-ranks"
     if key == "wire_scale_bits":
         smallest, who, most = f"2^-{bits + 25}", "wire fp16", 24  # half of float16's smallest, 2^-24

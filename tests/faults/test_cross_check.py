@@ -13,20 +13,24 @@ EXACT = {"determinism": "any-ranks", "train__max_steps": 14, "batch__workers": 6
          "machine__cross_check_steps": 5, "checkpoint__steps": 6, "checkpoint__keep": 9}  # fmt: skip
 
 
-@pytest.mark.parametrize("engine, ranks, rank, what, step, says", [
+RANK_2 = (
+    r"rank 2 on \S+ \(cpu\) computed worker 2 to other bits than 4 computations elsewhere; computed again it was right"
+)
+
+
+@pytest.mark.parametrize("engine, kind, ranks, rank, what, step, says", [
     # step 10: worker 2, of rank 2, computed again by rank 0
-    ("horovod", 3, 2, "gradient", 10, r"rank 2 on \S+ \(cpu\) computed worker 2 to other bits than 4 computations "
-                                      "elsewhere; computed again it was right"),
-    ("horovod", 3, 0, "gradient", 10, "rank 0 on"),  # the checker
-    ("horovod", 3, 1, "weight", 9, "weights or buffers of rank 1 on"),
-    ("horovod", 2, 1, "weight", 9, "weights or buffers differ between rank 0 on"),
-    ("torch", 3, 2, "gradient", 10, r"rank 2 on \S+ \(cpu\) computed worker 2 to other bits"),
-    ("torch", 3, 1, "weight", 9, "weights or buffers of rank 1 on"),
+    ("horovod", "int64", 3, 2, "gradient", 10, RANK_2),
+    ("horovod", "int32", 3, 0, "gradient", 10, "rank 0 on"),  # the checker
+    ("horovod", "int64", 3, 1, "weight", 9, "weights or buffers of rank 1 on"),
+    ("horovod", "int64", 2, 1, "weight", 9, "weights or buffers differ between rank 0 on"),
+    ("torch", "int32", 3, 2, "gradient", 10, RANK_2),
+    ("torch", "int64", 3, 1, "weight", 9, "weights or buffers of rank 1 on"),
 ])  # fmt: skip
-def test_the_rank_is_named_and_the_step_not_taken(small_recipe, tmp_path, engine, ranks, rank, what, step, says):
+def test_the_rank_is_named_and_the_step_not_taken(small_recipe, tmp_path, engine, kind, ranks, rank, what, step, says):
     import re
 
-    recipe = write_recipe(tmp_path / "r.yaml", changed(small_recipe, **EXACT, machine__engine=engine))
+    recipe = write_recipe(tmp_path / "r.yaml", changed(small_recipe, **EXACT, machine__engine=engine, fixed_point=kind))
     result = mpirun(ranks, "tests/faults/wrong_rank.py", recipe, tmp_path / "run", rank, what, step)
     assert result.returncode == 1, result.stderr
     assert re.search(rf"step 10, cross-check: .*{says}", result.stderr), result.stderr

@@ -9,14 +9,14 @@ import torch
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.parallel import world
-from hpc_lbsgd.parallel.buckets import Buckets
+from hpc_lbsgd.parallel.fixed_point import FixedPoint
 from hpc_lbsgd.train.job import train
 from hpc_lbsgd.train.replica import Replica
 
 path, run, rank, what, step = sys.argv[1:]
 mine = world.from_environment().rank == int(rank)
 now = {"step": -1, "done": False}
-begin, to_fixed_point, update = Replica.begin_pass, Buckets._to_fixed_point, Replica.update
+begin, add, update = Replica.begin_pass, FixedPoint.add, Replica.update
 
 
 def flip(values: torch.Tensor) -> None:
@@ -29,10 +29,10 @@ def noticing(self, at, workers, counts):
     begin(self, at, workers, counts)
 
 
-def wrong_gradient(self, bucket):
-    if mine and now["step"] == int(step) and not now["done"] and bucket.index == 0:
-        flip(bucket.gradients[bucket.layout.statistics :])
-    to_fixed_point(self, bucket)
+def wrong_gradient(self, index, *how):
+    if mine and now["step"] == int(step) and not now["done"] and index == 0:
+        flip(self.flats[index][self.layouts[index].statistics :])
+    add(self, index, *how)
 
 
 def wrong_weight(self, point, previous_lr):
@@ -43,7 +43,7 @@ def wrong_weight(self, point, previous_lr):
 
 Replica.begin_pass = noticing
 if what == "gradient":
-    Buckets._to_fixed_point = wrong_gradient
+    FixedPoint.add = wrong_gradient
 else:
     Replica.update = wrong_weight
 sys.exit(train("wrong", recipes.read(path), run))

@@ -76,7 +76,7 @@ def kernels(bench):
     layouts, found = plan_layouts(torch.nn.Linear(10**6, 7).named_parameters(), set(), 64, 2**40, 2**40), []
     for chosen in (None, made):
         buckets = Buckets(layouts, bench.engine, bench.device, torch.float32, bits=40)
-        buckets.kernels = chosen
+        buckets.fixed.kernels = chosen
         buckets.begin(8)
         for last in (False, True):
             generator = torch.Generator(bench.device).manual_seed(int(last))
@@ -84,7 +84,7 @@ def kernels(bench):
             buckets.buckets[0].gradients.normal_(generator=generator)
             buckets.end_pass()
         buckets.finish()
-        found.append((buckets.totals[0], buckets.buckets[0].gradients))
+        found.append((buckets.fixed.totals[0], buckets.buckets[0].gradients))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), "they differ"
     return "equal to the bit, 7 million elements", {}
 
@@ -156,7 +156,7 @@ def one_hash(bench):
     recipe = bench.recipe("resnet50", 32, 2, **base) if bench.gpu else bench.recipe(SMALL, 8, 2, 16, **base)
 
     def plain(replica):
-        replica.buckets.kernels = None
+        replica.buckets.fixed.kernels = None
 
     ways = {"again": lambda replica: None, "by torch's operations": plain}
     first = weights_sha256(bench.train(recipe, 4)[0].model)

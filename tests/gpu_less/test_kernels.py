@@ -51,9 +51,9 @@ def test_kernels_round_as_torch_does(interpreted, bits):
     found = []
     for kernels in (None, interpreted):
         buckets = Buckets(layouts, Alone(), CPU, torch.float32, bits=bits)
-        buckets.kernels = kernels
+        buckets.fixed.kernels = kernels
         (bucket,) = buckets.buckets
-        assert buckets._finer == finer
+        assert buckets.fixed.finer == finer
         buckets.begin(3)
         for last in (False, False, True):
             buckets.arm(last)
@@ -63,9 +63,9 @@ def test_kernels_round_as_torch_does(interpreted, bits):
             buckets.end_pass()
             if not last:
                 assert not bucket.gradients.any()
-        total = buckets.totals[0].clone()
+        total = buckets.fixed.totals[0].clone()
         buckets.finish()
-        found.append((total, bucket.gradients.clone(), bool(buckets.out_of_range)))
+        found.append((total, bucket.gradients.clone(), bool(buckets.fixed.out_of_range)))
     (a, ga, bad_a), (b, gb, bad_b) = found
     assert torch.equal(a, b) and torch.equal(ga, gb) and a.unique().numel() > size // 3
     assert bad_a and bad_b
@@ -95,7 +95,7 @@ def test_a_run_with_kernels_has_the_bits_of_one_without(interpreted):
     for kernels in (None, interpreted):
         replica = Replica(recipe, 4, Alone(), CPU)
         if kernels:
-            replica.buckets.kernels = kernels
+            replica.buckets.fixed.kernels = kernels
             own = kernels.add
             kernels.add = lambda *a, own=own, **k: calls.append(1) or own(*a, **k)
         torch.manual_seed(0)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from hpc_lbsgd.data import augment, loader
 from hpc_lbsgd.data import tree as trees
+from hpc_lbsgd.data.ahead import Cut
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.recipe import Data
@@ -89,13 +90,20 @@ def test_a_batch_is_left_alone_until_the_next_is_asked_for(photos, train):
             assert torch.equal(images, before)
 
 
-def test_drained_loader_starts_again(photos):
-    data = Data(image_size=64)
-    for kind in ("dali", "torchvision"):
-        made = loader.create(data.model_copy(update={"loader": kind}), photos, 3, False, 8, 1, 2, False, CPU)
-        first = [x.clone() for x, _, _ in made.batches(requests_of([[1, 2], [3]]))]
-        again = [x.clone() for x, _, _ in made.batches(requests_of([[1, 2], [3]]))]
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+@pytest.mark.parametrize("kind, prefetch_mb", [("dali", None), ("torchvision", None), ("dali", 1.0)])
+def test_drained_loader_starts_again(photos, kind, prefetch_mb):
+    """After its last request, and where the requests were cut short with some batches made ahead."""
+    data, requests = Data(image_size=64, loader=kind), requests_of([[i, i + 1] for i in range(12)])
+    made = loader.create(data, photos, 3, False, 8, 1, 2, False, CPU, prefetch_mb)
+    first = [x.clone() for x, _, _ in made.batches(requests)]
+    for begin in (0, 5):
+        asked = Cut(requests[begin:])
+        again = made.batches(asked)
+        for i in range(begin, begin + 3):
+            assert torch.equal(next(again).images, first[i])
+        asked.over = True
+        assert len(list(again)) < 9  # no more than was made ahead
+    assert len(list(made.batches(Cut(requests)))) == 12
 
 
 @pytest.mark.parametrize("kind", ["dali", "torchvision"])

@@ -22,7 +22,8 @@ def recipe_of(task: dict, ranks: int, batch: int) -> Recipe:
             "optim": {"base_lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY},
             "train": {"noise_scale_steps": 0},
             "precision": task["precision"],
-            "determinism": "any-ranks" if mode == "any-ranks" else "off",
+            "determinism": "any-ranks" if mode.startswith("any-ranks") else "off",
+            "fixed_point": "int32" if mode == "any-ranks int32" else "int64",
             "wire": "fp16" if mode == "fp16" else "fp32",
             "machine": {
                 "engine": "torch" if mode == "torch" else "horovod",

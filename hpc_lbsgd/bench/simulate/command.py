@@ -41,7 +41,7 @@ def add(benches) -> None:
     p.add_argument("--network-gbit", type=positive_float, help="line rate of a node's network, Gbit/s")
     p.add_argument("--input-images-per-s", type=positive_float, help="what a node's input delivers (default: enough)")
     p.add_argument("--cores", type=positive, help="ranks that compute on CPUs: cores of a node, which they share")
-    p.add_argument("--wire", choices=["fp32", "fp16"], help="type in which gradients travel")
+    p.add_argument("--wire", choices=["int64", "int32", "fp32", "fp16"], help="type in which gradients travel")
     p.add_argument("--algorithm", choices=ALGORITHMS, metavar="NAME", help=f"of the sum: {', '.join(ALGORITHMS)}")
     p.add_argument("--bucket-mb", type=positive_float, help="size of a gradient bucket, MB")
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw it too (PNG, SVG or PDF)")

@@ -17,8 +17,8 @@ METRIC = "step time (s) and weak-scaling efficiency, predicted"
 def choose(preset: str, run: str | None = None, **changes) -> Preset:
     """A preset, with a measured run's numbers in it, and with single fields changed.
 
-    changes: ranks_per_node, network_gbit, input_images_per_s (a node), cores, wire (fp32, fp16), algorithm,
-    bucket_mb; None leaves the preset's.
+    changes: ranks_per_node, network_gbit, input_images_per_s (a node), cores, wire (int64, int32, fp32, fp16),
+    algorithm, bucket_mb; None leaves the preset's.
     """
     if preset not in PRESETS:
         raise RequestError(f"preset {preset}: allowed are {', '.join(PRESETS)}")
@@ -46,7 +46,7 @@ def changed(system: System, given: dict) -> System:
         elif key in ("ranks_per_node", "cores"):
             cluster = replace(cluster, **{key: value})
         elif key == "wire":
-            method = replace(method, item_bytes={"fp32": 4, "fp16": 2}[value])
+            method = replace(method, item_bytes={"int64": 8, "int32": 4, "fp32": 4, "fp16": 2}[value])
         elif key == "bucket_mb":
             method = replace(method, bucket_bytes=value * MB, first_bucket_bytes=min(value, 1.0) * MB, fusion_bytes=0)
         elif key == "algorithm":

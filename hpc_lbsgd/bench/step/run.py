@@ -21,13 +21,15 @@ WAYS = {
     "hpc_lbsgd-fusion": ("hpc_lbsgd", "fusion", False),
     "hpc_lbsgd-fp16": ("hpc_lbsgd", "fp16", False),
     "hpc_lbsgd-any-ranks": ("hpc_lbsgd", "any-ranks", False),
+    "hpc_lbsgd-int32": ("hpc_lbsgd", "any-ranks int32", False),
     "hpc_lbsgd-torch": ("hpc_lbsgd", "torch", False),
     "horovod-stock": ("horovod-stock", "as shipped", True),
     "horovod-tuned": ("horovod-tuned", "our settings", False),
     "ddp": ("ddp", "as shipped", True),
     "none": ("none", "one process", True),
 }
-DEFAULT_WAYS = [way for way in WAYS if way not in ("hpc_lbsgd-fp16", "hpc_lbsgd-any-ranks", "hpc_lbsgd-torch")]
+ON_REQUEST = ("hpc_lbsgd-fp16", "hpc_lbsgd-any-ranks", "hpc_lbsgd-int32", "hpc_lbsgd-torch")
+DEFAULT_WAYS = [way for way in WAYS if way not in ON_REQUEST]
 
 
 def task_of(

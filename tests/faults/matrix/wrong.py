@@ -12,7 +12,7 @@ import torch
 from core import Injection, Row, hold, one_line
 from hurt import BAD, fail_at
 
-from hpc_lbsgd.parallel.buckets import Buckets
+from hpc_lbsgd.parallel.fixed_point import FixedPoint
 from hpc_lbsgd.records import read_metrics
 
 STEPS = 18
@@ -36,21 +36,21 @@ def gradient(rng: random.Random, folder: Path) -> Iterator[Injection]:
     worker = step % (3 if tail else 4)
     rank, bit = worker % ranks, rng.randrange(22, 30)
     place = rng.randrange(4)
-    plain = Buckets._to_fixed_point
+    plain = FixedPoint.add
 
-    def wrong(self, bucket):
+    def wrong(self, index, keep, digest, apart):
         import hurt
 
-        compared = self._digest is not None and not self._apart  # the worker whose turn it is
-        if hurt.fault.step == step and compared and bucket.index == 0 and not getattr(self, "hurt", False):
+        compared = digest is not None and not apart  # the worker whose turn it is
+        if hurt.fault.step == step and compared and index == 0 and not getattr(self, "hurt", False):
             self.hurt = True
-            values = bucket.gradients[bucket.layout.statistics :]
+            values = self.flats[index][self.layouts[index].statistics :]
             values.view(torch.int32)[place] ^= 1 << bit
-        plain(self, bucket)
+        plain(self, index, keep, digest, apart)
 
     def before(number):
         if number == rank:
-            Buckets._to_fixed_point = wrong
+            FixedPoint.add = wrong
 
     moment = f"bit {bit} of a gradient, worker of rank {rank} of {ranks}, step {step}"
     job = runs.train(ranks, path, run, before=before)

@@ -1,0 +1,103 @@
+"""A unit for each parameter tensor, from its last sum: what int32 needs to hold sums over workers.
+
+How units follow from S, and why nothing wraps unseen: theory/units.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from hpc_lbsgd.theory import units
+
+if TYPE_CHECKING:
+    from hpc_lbsgd.parallel.buckets import Layout
+
+
+class Scales:
+    """Exponents by parameter, and what a step measures for the next one's.
+
+    bits         a tensor whose gradients were all zero so far is in units of 2**-bits, as all are in int64
+    exponents    by name; empty before the first step that was taken, which is summed in int64
+    again        int32 could not hold this step: it is computed once more, and summed in int64
+    narrow       the step under way is summed in int32
+    """
+
+    def __init__(self, flats: Sequence[torch.Tensor], layouts: Sequence[Layout], bits: int):
+        self.bits, self.again, self.narrow = bits, False, False
+        self.exponents: dict[str, int] = {}
+        self.names: list[str] = []
+        self._tensors: list[list[torch.Tensor]] = []
+        self._slots: list[slice] = []  # of a bucket's tensors among all
+        for flat, layout in zip(flats, layouts, strict=True):
+            views = [view for view in layout.views if view.parameter.numel()]
+            self._tensors.append([flat[v.offset : v.offset + v.parameter.numel()] for v in views])
+            self._slots.append(slice(len(self.names), len(self.names) + len(views)))
+            self.names += [view.name for view in views]
+        self.bounds = torch.zeros(len(self.names), dtype=torch.int64, device=flats[0].device)  # S of this rank's part
+
+    def begin(self, largest: float) -> None:
+        """A step. largest: in units, what one worker adds to S at most."""
+        self.narrow, self._largest = bool(self.exponents) and not self.again, largest
+        self._now = [self.exponents[name] if self.narrow else self.bits for name in self.names]
+        self._factors = torch.tensor([2.0**e for e in self._now], dtype=torch.float64, device=self.bounds.device)
+        self.bounds.zero_()
+
+    def measure(self, index: int, add: bool) -> torch.Tensor:
+        """Before a worker's values of a bucket are rounded: add their largest to S. Returns a bool scalar: one is not
+        finite."""
+        slots, tensors = self._slots[index], self._tensors[index]
+        if not tensors:  # statistics
+            return self.bounds.new_zeros((), dtype=torch.bool)
+        largest = largest_of(tensors).double()
+        if add:
+            self.bounds[slots] += (largest * self._factors[slots]).ceil_().clamp_(max=self._largest).long()
+        return ~torch.isfinite(largest).all()
+
+    def to_units(self, index: int) -> None:
+        torch._foreach_mul_(self._tensors[index], [2.0**e for e in self._now[self._slots[index]]])
+
+    def from_units(self, index: int) -> None:
+        torch._foreach_mul_(self._tensors[index], [2.0**-e for e in self._now[self._slots[index]]])
+
+    # ---------------------------------------------------------------- S over ranks
+
+    @property
+    def length(self) -> int:
+        """Of S in a control vector."""
+        return 2 * len(self.names)
+
+    def write(self, tail: torch.Tensor) -> None:
+        """As 32-bit halves, which a float64 sum keeps."""
+        tail.view(2, -1).copy_(halves(self.bounds))
+
+    def read(self, sums: Sequence[float]) -> list[int]:
+        """S by tensor."""
+        half = len(self.names)
+        return [(int(high) << 32) + int(low) for high, low in zip(sums[:half], sums[half:], strict=True)]
+
+    def overflow(self, bounds: Sequence[int]) -> list[str]:
+        """Tensors whose sums may have wrapped."""
+        return [n for n, bound in zip(self.names, bounds, strict=True) if self.narrow and not units.fits(bound)]
+
+    def settle(self, bounds: Sequence[int] | None, again: bool) -> None:
+        """After a step. bounds: S of one that was taken. again: it is to be computed once more."""
+        self.again = again
+        if bounds is not None:
+            found = zip(self.names, bounds, self._now, strict=True)
+            self.exponents = {name: units.next_exponent(bound, exponent) for name, bound, exponent in found}
+
+
+def halves(value: torch.Tensor) -> torch.Tensor:
+    """int64 as two float64 that are whole numbers below 2^32, stacked."""
+    return torch.stack([value >> 32 & 0xFFFFFFFF, value & 0xFFFFFFFF]).double()
+
+
+def largest_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """max |x| of each, a vector; NaN where one is in it."""
+    if tensors[0].is_cuda:
+        return torch.stack(torch._foreach_norm(tensors, float("inf")))
+    low, high = (torch.stack(found) for found in zip(*(t.aminmax() for t in tensors), strict=True))
+    return torch.maximum(-low, high)

@@ -1,0 +1,209 @@
+"""Sums in int32: what they hold, how their units follow, and a step that they cannot hold."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_workers import CPU, batches, engine, point_of, small_recipe  # noqa: F401
+
+from hpc_lbsgd import plan
+from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.parallel.buckets import Buckets, plan_layouts
+from hpc_lbsgd.parallel.scales import halves
+from hpc_lbsgd.theory import units
+from hpc_lbsgd.train import step
+from hpc_lbsgd.train.replica import Replica, weights_sha256
+
+
+class Layers(torch.nn.Module):
+    """Three tensors, one of them of one element, one empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.one = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(1))
+        self.none = torch.nn.Parameter(torch.zeros(0))
+
+
+def buckets_of(exponents):
+    layouts = plan_layouts(Layers().named_parameters(), set(), 0, 2**20, 2**20, narrow=True)
+    buckets = Buckets(layouts, None, CPU, torch.float32, bits=40, int32=True)
+    buckets.scales.exponents = exponents
+    return buckets
+
+
+def signs_of(kind, k):
+    """(k, 6), as bad as can be."""
+    turn = np.arange(k)[:, None] * np.ones(6)
+    return {"same": turn * 0 + 1, "turns": (-1.0) ** turn, "one worker": np.where(turn == k // 2, -1.0, 1e-3),
+            "idle between": -1.0 * (turn % 3 == 0)}[kind]  # fmt: skip
+
+
+@settings(max_examples=15)
+@given(
+    st.sampled_from([1, 2, 3, 37, 256, 4096]), st.sampled_from([0.3, 1 - 2e-6, 1.001, 1.5, 40.0]),
+    st.sampled_from(["same", "turns", "one worker", "idle between"]), st.integers(-60, 60), st.integers(0, 99),
+)  # fmt: skip
+def test_what_passes_the_test_has_not_wrapped(k, share, signs, exponent, seed):
+    """S is `share` of int32's range, or beyond it. Where the test holds, totals are the exact sums of what each worker
+    rounded: of all of them, and of the first few, as a rank adds them up."""
+    rng = np.random.default_rng(seed)
+    values = rng.uniform(0.25, 1, (k, 6)) * signs_of(signs, k) * 2.0 ** rng.integers(-3, 1, (k, 1))
+    values = np.float32(values * share * 2.0**31 / np.abs(values).max(1).sum() * 2.0**-exponent)
+    scaled = values.astype(np.float64) * 2.0**exponent
+    buckets = buckets_of({"weight": exponent, "one": 0})
+    buckets.begin(k)
+    (bucket,) = buckets.buckets
+    start = next(view.offset for view in bucket.layout.views if view.name == "weight")
+    totals, slot = buckets.fixed.sums(0)[start : start + 6], buckets.scales.names.index("weight")
+    exact, expected = np.zeros(6, np.int64), 0
+    for i, (worker, whole) in enumerate(zip(values, scaled, strict=True)):
+        bucket.places["weight"].copy_(torch.from_numpy(worker).view(2, 3))
+        buckets.fixed.add(0, False, None, False)
+        buckets.fixed.end_pass()
+        exact += np.rint(whole).astype(np.int64)
+        expected += int(np.ceil(np.abs(whole).max()))
+        if i % 64 in (0, (k - 1) % 64) and units.fits(expected):
+            assert totals.tolist() == exact.tolist()
+    assert totals.dtype == torch.int32 and not buckets.fixed.out_of_range
+    assert buckets.scales.bounds[slot] == expected
+    assert buckets.scales.overflow(buckets.scales.bounds.tolist()) == (["weight"] if expected > 2**31 - 1 else [])
+    assert (expected > 2**31 - 1) == (share > 1)
+
+
+@given(st.integers(1, 2**62), st.integers(-100, 100))
+def test_the_next_unit_leaves_six_bits(bound, exponent):
+    """S in its new unit is below 2^25 and, but for the last bit and the ends of the range, above 2^24."""
+    following = units.next_exponent(bound, exponent)
+    assert -100 <= following <= 100
+    if -100 < following < 100:
+        scaled = bound * 2.0 ** (following - exponent)
+        assert 2.0**24 < scaled <= 2.0**25
+    assert units.next_exponent(0, exponent) == exponent
+
+
+def test_halves_add_up_exactly():
+    values = torch.tensor([2**62 - 1, 2**32 - 1, 5, 0])
+    buckets = buckets_of({"weight": 0, "one": 0})
+    many = (halves(values) * 4096).tolist()  # ranks
+    assert [int(h) * 2**32 + int(low) for h, low in zip(*many, strict=True)] == [4096 * v for v in values.tolist()]
+    assert buckets.scales.names == ["one", "weight"] and buckets.scales.length == 4  # an empty tensor has no unit
+
+
+def run(replica, recipe, number, factor=1.0, seed=None, lr=0.1):
+    """A step; factor: of its inputs."""
+    point = point_of(number=number, lr=lr)
+    made = [(x * factor, y, n) for x, y, n in batches(recipe, point, number if seed is None else seed)]
+    return step.Stepper(replica, recipe, iter(made)).run(point)
+
+
+def test_a_step_that_int32_cannot_hold_is_summed_in_int64(engine):  # noqa: F811
+    """Inputs x 2^20: flagged by all, nothing moves, computed again in int64, and the next step is in int32 again."""
+    recipe = small_recipe(determinism="any-ranks", fixed_point="int32", model={"name": "test_workers:plain_net"})
+    replica = Replica(recipe, 5, engine, CPU)
+    assert replica.exponents == {}
+    assert run(replica, recipe, 0).finite and not replica.buckets.scales.narrow
+    before, known = weights_sha256(replica.model), replica.exponents
+    assert set(known) == {name for name, _ in replica.model.named_parameters()}
+    outcome = run(replica, recipe, 1, 2.0**20, lr=1e-9)
+    assert outcome.overflow and not outcome.finite and outcome.bad_ranks == 0
+    assert weights_sha256(replica.model) == before and replica.exponents == known
+    outcome = run(replica, recipe, 1, 2.0**20, lr=1e-9)
+    assert outcome.finite and not outcome.overflow and weights_sha256(replica.model) != before
+    assert all(replica.exponents[n] < known[n] for n in ("0.weight", "3.weight"))
+    assert run(replica, recipe, 2, 2.0**20, lr=1e-9).finite and replica.buckets.scales.narrow
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+def test_a_bad_step_is_not_tried_again_and_moves_no_unit(engine, poison):  # noqa: F811
+    recipe = small_recipe(determinism="any-ranks", fixed_point="int32", model={"name": "test_workers:plain_net"})
+    replica = Replica(recipe, 5, engine, CPU)
+    assert run(replica, recipe, 0).finite and run(replica, recipe, 1).finite
+    known, before = replica.exponents, weights_sha256(replica.model)
+    outcome = run(replica, recipe, 2, poison)
+    if poison == 1e30:  # finite, beyond int32's range, and int64's
+        assert outcome.overflow
+        outcome = run(replica, recipe, 2, poison)
+    assert not outcome.finite and not outcome.overflow and outcome.bad_ranks == 1
+    assert replica.exponents == known and weights_sha256(replica.model) == before
+    assert run(replica, recipe, 2).finite and replica.buckets.scales.narrow
+
+
+def test_a_gradient_that_was_zero_so_far_is_in_int64s_unit(engine):  # noqa: F811
+    """zero_gamma: at step 0 whole branches have no gradient; what they get later is held, or computed again."""
+    recipe = small_recipe(determinism="any-ranks", fixed_point="int32", fixed_point_bits=30)
+    replica = Replica(recipe, 5, engine, CPU)
+    run(replica, recipe, 0)
+    unknown = {n for n, e in replica.exponents.items() if e == 30}
+    assert any("conv" in n for n in unknown) and len(unknown) < len(replica.exponents)
+    for number in (1, 1, 2, 2):
+        run(replica, recipe, number)
+    assert not any(replica.exponents[n] == 30 for n in unknown)
+
+
+def test_int32_stays_near_int64(engine):  # noqa: F811
+    """And is no int64 under another name: other bits, units finer than 2^-40 where gradients are small."""
+    found = {}
+    for kind in ("int64", "int32"):
+        recipe = small_recipe(determinism="any-ranks", fixed_point=kind, model__zero_gamma=False)
+        replica = Replica(recipe, 5, engine, CPU)
+        outcomes = [run(replica, recipe, number, seed=0) for number in range(6)]
+        assert all(o.finite for o in outcomes) and all(
+            o.flushed is not None for o in outcomes[: 2 if kind == "int32" else 1]
+        )
+        found[kind] = replica
+    a, b = (found[kind].model.state_dict() for kind in ("int64", "int32"))
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4)
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+    sent = [found["int32"].buckets.fixed.sums(i) for i in range(len(found["int32"].buckets.buckets))]
+    assert [t.dtype for t in sent] == [torch.int32] * (len(sent) - 1) + [torch.int64]  # statistics
+
+
+class ByOrder:
+    """An engine that matches sums by order."""
+
+    rank, size, sums_gradients, named_sums = 0, 1, False, False
+
+    def __init__(self):
+        self.begun = []
+
+    def start_sum(self, tensor, name):
+        self.begun.append((name, tensor.dtype))
+
+
+@pytest.mark.parametrize("narrow, dtype", [({"int32": True, "bits": 40}, torch.int32),
+                                           ({"wire": (torch.bfloat16, 1.0)}, torch.bfloat16)])  # fmt: skip
+def test_sums_in_few_bits_begin_while_backward_goes_on(narrow, dtype):
+    """Statistics travel apart; on an engine that matches sums by order they must not hold up what is there before."""
+    model, sums = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), ByOrder()
+    layouts = plan_layouts(model.named_parameters(), set(), 16, 100, 100, narrow=True)
+    buckets = Buckets(layouts, sums, CPU, torch.float32, **narrow)
+    assert len(buckets.statistics) == 16
+    if buckets.scales:
+        buckets.scales.exponents = dict.fromkeys(buckets.scales.names, 20)
+    buckets.begin(1)
+    buckets.arm(last_pass=True)
+    model(torch.randn(3, 8)).sum().backward()
+    assert sums.begun == [(f"bucket.{i}", dtype) for i in range(len(layouts) - 1)]
+    buckets.end_pass()
+    assert sums.begun[len(layouts) - 1 :] == [
+        (f"bucket.{len(layouts) - 1}", torch.int64 if buckets.fixed else torch.float32)
+    ]
+
+
+def test_a_plan_counts_bytes():
+    found = [
+        plan.demands(recipes.read("goyal-resnet50", settings), 1000, None)
+        for settings in ([], ["determinism=any-ranks"], ["determinism=any-ranks", "fixed_point=int32"])
+    ]
+    off, wide, narrow = (d["required_gbit_per_s"] for d in found)
+    assert wide == 2 * off and narrow == off
+
+
+def test_what_int32_needs():
+    for changes, says in ((["determinism=off"], "fixed_point = int32 with determinism = off"),
+                          (["determinism=any-ranks", "precision=float64"], "with precision = float64")):  # fmt: skip
+        with pytest.raises(RequestError, match=says):
+            recipes.read("goyal-resnet50", ["fixed_point=int32", *changes])
