@@ -183,6 +183,8 @@ class Recipe(Section):
             },
         )
         part["batch"]["bn_group"] = self.batch.group
+        if not self.optim.options:  # runs from before there were any have none in theirs
+            del part["optim"]["options"]
         part["machine"] = {key: getattr(self.machine, key) for key in BIT_KEYS[self.determinism]}
         return part
 

@@ -3,7 +3,7 @@ docs/recipe.md is made from this file."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -14,6 +14,7 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Own = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # package.module:function, from the folder of the start
 T = TypeVar("T")
 Pair = Annotated[tuple[T, T], Field(strict=False)]  # YAML and JSON have lists; the items stay strict
 
@@ -33,10 +34,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    name: (
-        Literal["resnet50", "resnet101", "inception-resnet-v2", "resnet20", "resnet8", "wrn-16-4"]
-        | Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
-    ) = "resnet50"
+    name: Literal["resnet50", "resnet101", "inception-resnet-v2", "resnet20", "resnet8", "wrn-16-4"] | Own = "resnet50"
     """resnet50, resnet101, inception-resnet-v2 (ImageNet shapes); resnet20, resnet8, wrn-16-4 (28-32 pixels); or
     package.module:function, which is called with (channels, classes) and returns a torch module"""
     widths: list[Count] | None = None
@@ -53,7 +51,7 @@ class Model(Section):
 
 
 class Data(Section):
-    dataset: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    dataset: Own | None = None
     """package.module:function in place of train and eval; called with "train" and "eval" (see docs/your-model.md)"""
     train: str | None = None
     """a folder of class folders, or a manifest"""
@@ -134,15 +132,27 @@ class Batch(Section):
         return self.k * self.samples_per_worker
 
 
+OPTIMIZERS = ("sgd", "adam", "lars")  # ours, over flat buckets; others step parameters
+
+
+def _lower(name: object) -> object:
+    return name.lower() if isinstance(name, str) and ":" not in name else name
+
+
 class Optim(Section):
-    name: Literal["sgd", "adam", "lars"] = "sgd"
-    """sgd: (Nesterov) momentum; lars: layer-wise rates, for batches above 8k"""
+    name: Annotated[Literal["sgd", "adam", "lars"] | Annotated[str, Field(pattern=r"^\w+$")] | Own,
+                    BeforeValidator(_lower)] = "sgd"  # fmt: skip
+    """sgd: (Nesterov) momentum; lars: layer-wise rates, for batches above 8k; the name of any other class in
+    torch.optim (adamw, rmsprop, ...), in any case; or package.module:function, called with groups of parameters, `lr`
+    and what of weight_decay, momentum, betas and options it takes, which returns a torch optimizer (see
+    docs/own-code.md)"""
     base_lr: Positive = 0.1
     """learning rate that is right at base_batch"""
     base_batch: Count = 256
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """adam: beta1"""
+    """adam: beta1; of other optimizers `momentum`, or the first of `betas`, where they have it"""
     nesterov: bool = True
+    """sgd"""
     form: Literal["u", "v"] = "u"
     """sgd: u keeps the learning rate out of the momentum buffer (torch's); v absorbs it (Goyal et al. 2017, eq. 10)"""
     momentum_correction: bool = True
@@ -150,13 +160,25 @@ class Optim(Section):
     weight_decay: NotNegative = 1e-4
     """not on BatchNorm's parameters and biases"""
     decay_in: Literal["gradient", "loss"] = "gradient"
-    """where weight decay enters: added to the reduced gradient, or as a term of the loss"""
+    """where weight decay enters: added to the reduced gradient (adamw and others that are not ours: as they decay), or
+    as a term of the loss"""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """adam: decay of the second moment"""
+    """adam: decay of the second moment; of other optimizers the second of `betas`, where they have them"""
     epsilon: Positive = 1e-8
     """adam: added to the root of the second moment"""
     trust: Positive = 0.001
     """lars: trust coefficient"""
+    options: dict[str, Any] = {}
+    """keyword arguments of an optimizer that is not sgd, adam or lars, beside lr, weight_decay, momentum and betas"""
+
+    @model_validator(mode="after")
+    def _options_belong_to_others(self) -> Optim:
+        if self.options and self.name in OPTIMIZERS:
+            raise ValueError(
+                f"optim.options = {self.options}: {self.name} has keys of its own; allowed with the other optimizers "
+                "(torch.optim:SGD is torch's)"
+            )
+        return self
 
 
 GROWING = ("hybrid", "increasing-batch", "adaptive-batch")  # schedules whose batch changes

@@ -224,7 +224,7 @@ class Replica(Distributed):
             memory_format=memory_format,
         )
         self.bucket_mb = machine.bucket_mb
-        self.optimizer = optim.create(self.buckets, recipe.optim)
+        self.optimizer = optim.create(self.buckets, recipe.optim, model)
         decay = recipe.train.ema_decay
         averaged = [*(b.weights for b in self.buckets.buckets), self.running.flat]
         self.average = optim.Average(averaged, decay) if decay else None
@@ -245,9 +245,7 @@ class Replica(Distributed):
 
     def synchronise(self) -> None:
         """As `Distributed.synchronise`, and rank 0's optimizer state and averages on every rank."""
-        for kind, kept in self.optimizer.flats.items():
-            for i, flat in enumerate(kept):
-                self.engine.broadcast(flat, f"optimizer.{kind}.{i}")
+        self.optimizer.synchronise(self.engine, self.device)
         for i, flat in enumerate(self.average.flats if self.average else ()):
             self.engine.broadcast(flat, f"average.{i}")
         super().synchronise()
