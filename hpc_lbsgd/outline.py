@@ -80,7 +80,7 @@ def outline(recipe, schedule: Schedule, ranks: int, critical_batch: float | None
                 "workers": stage.workers,
                 "lr": stage.lr,
                 "momentum": stage.momentum,
-                "shape": stage.shape,
+                "shape": stage.shape if isinstance(stage.shape, str) else recipe.schedule.kind,
                 "noise_scale": noise_scale(*noise),
                 "noise_scale_exact": noise_scale_exact(*noise),
             }

@@ -185,11 +185,16 @@ GROWING = ("hybrid", "increasing-batch", "adaptive-batch")  # schedules whose ba
 
 
 class ScheduleSection(Section):
-    kind: Literal[
-        "constant", "decaying-lr", "hybrid", "increasing-batch", "adaptive-batch", "cosine", "polynomial", "slow-start"
-    ] = "decaying-lr"
+    kind: (
+        Literal[
+            "constant", "decaying-lr", "hybrid", "increasing-batch", "adaptive-batch", "cosine", "polynomial",
+            "slow-start",
+        ]
+        | Own
+    ) = "decaying-lr"  # fmt: skip
     """decaying-lr, hybrid, increasing-batch: Smith et al. 2018, at milestones; adaptive-batch: McCandlish et al. 2018;
-    slow-start: Akiba et al. 2017"""
+    slow-start: Akiba et al. 2017; or package.module:function, which is called with (workers, lr, momentum, epochs) and
+    returns stages (see docs/own-code.md)"""
     scaling: Literal["linear", "sqrt", "none"] = "linear"
     """how the learning rate follows the global batch that the run starts with"""
     warmup: Literal["gradual", "constant", "none"] = "gradual"
@@ -230,6 +235,14 @@ class Train(Section):
     """evaluate every so many epochs, and at the end"""
     loss: Annotated[str, Field(pattern=r"^(cross-entropy|[\w.]+:\w+)$")] = "cross-entropy"
     """or package.module:function, which takes (outputs, labels) and returns a loss a sample, shape (B,)"""
+    metrics: list[Own] = []
+    """package.module:function, each takes (outputs, labels) in evaluations and returns a value a sample, shape (B,), or
+    a sum and a count; the mean is in records by the function's name. Not part of the fingerprint"""
+    callbacks: list[Own] = []
+    """package.module:Class or :function, told of start, steps, evaluations, checkpoints and end, on rank 0 (see
+    docs/own-code.md); not part of the fingerprint"""
+    loggers: list[Literal["wandb", "mlflow"]] = []
+    """who keeps records beside TensorBoard, through packages of their own; not part of the fingerprint"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     preflight: bool = True
     """before the first step, check model, data and ranks against what the run promises (see docs/runs.md); not part of

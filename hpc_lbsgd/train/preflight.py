@@ -29,7 +29,7 @@ from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import together
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train import models, own_optim, probe
+from hpc_lbsgd.train import metrics, models, own_optim, probe
 from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.optim import Optimizer
 from hpc_lbsgd.train.replica import DTYPES, Replica, outputs, weights_sha256
@@ -82,6 +82,7 @@ def before(
             kept = probe.remembers(build, call)
         if recipe.data.eval or recipe.data.dataset:
             probe.refuse_state(own, probe.changed_by_evaluation(own, call), "an evaluation")
+            probe.try_metrics(own, call, metrics.load_all(recipe.train.metrics))
     except (RequestError, RunError):
         raise
     except Exception as problem:  # a model, a loss and data that anyone may have written

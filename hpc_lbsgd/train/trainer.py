@@ -20,12 +20,11 @@ from hpc_lbsgd.parallel.agree import agree, together
 from hpc_lbsgd.recipe import Decision, Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train import alike, checkpoint, crosscheck, decide, verdict
+from hpc_lbsgd.train import alike, checkpoint, crosscheck, decide, metrics, verdict
 from hpc_lbsgd.train.evaluate import evaluate
 from hpc_lbsgd.train.interval import Interval
 from hpc_lbsgd.train.journal import Journal
 from hpc_lbsgd.train.laps import Laps
-from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.parts import build, recompute
 from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, stage_folder
 from hpc_lbsgd.train.replica import weights_sha256
@@ -138,6 +137,7 @@ class Trainer:
         ranks = self.engine.gather(environment_facts(self.device))
         self.hosts, self.devices = [r["host"] for r in ranks], [r["device"] for r in ranks]
         self.slow = SlowRanks(self.hosts)
+        agree(self.engine, lambda: self.journal.listen(self.recipe, self.replica, self.stops.ask))
         if self.lead:
             if parts.facts and not begun and not self.found.start_gone:
                 self.folder.write_preflight(parts.facts)
@@ -235,17 +235,17 @@ class Trainer:
         """Evaluate after `epochs` epochs; True if it is the best so far."""
         self.watchdog.enter("evaluation", self.state.step)
         recipe = self.recipe
-        loss = loss_function(recipe.train.model_copy(update={"label_smoothing": 0.0}))
+        measured = metrics.of_recipe(recipe.train)
 
         def measure() -> dict:
-            return evaluate(self.replica, self.eval_loader, len(self.eval_set), recipe.machine.eval_batch, loss)
+            return evaluate(self.replica, self.eval_loader, len(self.eval_set), recipe.machine.eval_batch, measured)
 
         result = measure()
         if self.replica.average:
             self.replica.average.swap()
             average = measure()
             self.replica.average.swap()
-            result |= {"ema_loss": average["loss"], "ema_accuracy": average["accuracy"]}
+            result |= {f"ema_{name}": value for name, value in average.items() if name != "samples"}
         self.last_eval = result
         self.journal.write("eval", step=self.state.step, epoch=epochs, **result)
         accuracy = result.get("ema_accuracy", result["accuracy"])
@@ -362,11 +362,14 @@ class Trainer:
         self.watchdog.enter("end", self.state.step)
         self.replica.check_others()
         self.replica.check_equal("end")
+        finished = self._refuse_fault()
+        stopped = stopped and not finished
         digest = weights_sha256(self.replica.model) if self.lead else None
         status = "stopped" if stopped else "done"
         facts = {"weights_sha256": digest, **self.last_eval}
         self.journal.write("end", step=self.state.step, steps=self.state.step, seconds=seconds, status=status, **facts)
         self.engine.barrier()
+        self._refuse_fault()
         if self.lead:
             self.folder.write_status(status, step=self.state.step, **facts)
             self.journal.close()
@@ -374,6 +377,13 @@ class Trainer:
         self.watchdog.stop()
         # srun and mpirun kill the other ranks when one exits non-zero; `launch` turns `stopped` into 75
         return EXIT_STOPPED if stopped and self.engine.size == 1 else EXIT_DONE
+
+    def _refuse_fault(self) -> bool:
+        """End as failed where a callback has; True if one has asked for the run to be done. Collective."""
+        fault, finished = self.engine.share(self.journal.asked())
+        if fault:
+            self._give_up(fault)
+        return finished
 
     def _say_end(self, stopped: bool, seconds: float) -> None:
         what = "stopped at a safe point; start it again with --resume" if stopped else "done"
