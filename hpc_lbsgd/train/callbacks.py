@@ -1,7 +1,8 @@
 """Callbacks of the user's own (`train.callbacks`): they are told what the records say, and may ask the run to end.
 
 Rank 0 alone has them, so that nothing they do meets other ranks, and they are given no handle on model, optimizer or
-data: what they see are records and copies. One that fails is named, and ends the run at its next safe point.
+data: what they see are records and copies. One that fails is named, and ends the run at its next safe point; one that
+changes the model by other ways, or torch's settings, ends it at once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from hpc_lbsgd.errors import RequestError, did_you_mean
+from hpc_lbsgd.errors import RequestError, RunError, did_you_mean
 from hpc_lbsgd.imports import load, place_of
 
 HOOKS = {  # by kind of record
@@ -73,12 +74,14 @@ class Callbacks:
                 hook(dict(record), self.view)
             except (Exception, SystemExit) as problem:
                 self._fail(f"{name}: {type(problem).__name__}: {problem}{place_of(problem)}")
-            if settings() != before:
-                self._fail(
-                    f"{name} changed torch's {changed(before, settings())}, which decides bits of the steps after"
-                )
+            if (after := settings()) != before:  # at once: no later step, and no checkpoint of one
+                what = next(key for key in before if before[key] != after[key])
+                raise RunError(f"train.callbacks = {name}: changed torch's {what}, which decides bits of later steps")
             if digest is not None and int(self.view._replica.digest()) != digest:
-                self._fail(f"{name} changed the model: the result is no longer the recipe's; go back to a checkpoint")
+                raise RunError(
+                    f"train.callbacks = {name}: changed the model, whose weights are no longer the recipe's; take that "
+                    "out, and start again with --resume"
+                )
 
     def _fail(self, what: str) -> None:
         if self.fault is None:
@@ -128,7 +131,3 @@ def settings() -> dict[str, object]:
         "precision of products": torch.get_float32_matmul_precision(),
         "gradient mode": torch.is_grad_enabled(),
     }
-
-
-def changed(before: dict[str, object], after: dict[str, object]) -> str:
-    return next(key for key in before if before[key] != after[key])

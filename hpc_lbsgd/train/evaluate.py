@@ -24,8 +24,8 @@ def requests(samples: int, batch: int, rank: int, size: int) -> Iterator[Request
 def evaluate(
     replica: Distributed, loader: Loader, samples: int, batch: int, metrics: Mapping[str, Metric]
 ) -> dict[str, Any]:
-    """Means of metrics by name over all samples, with accuracy, equal on all ranks. Accuracy is None where labels are no
-    classes; a metric that counted nothing, too.
+    """Means of metrics by name over all samples, with accuracy, equal on all ranks. Accuracy is None where labels are
+    no classes; a metric that counted nothing, too.
 
     Running statistics are the same on all ranks at every step, so there is nothing to gather first.
     """

@@ -62,8 +62,9 @@ class Logger(ABC):
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Keep values by name, such as train/loss."""
 
+    @abstractmethod
     def text(self, name: str, text: str, step: int | None) -> None:
-        """Keep an event, where the service has a place for it."""
+        """Keep an event."""
 
     def close(self) -> None:
         """No record comes after this."""
@@ -108,6 +109,9 @@ class Wandb(Logger):
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
+
+    def text(self, name: str, text: str, step: int | None) -> None:
+        self.run.log({name: text}, step=step)
 
     def end(self) -> None:
         self.run.finish()

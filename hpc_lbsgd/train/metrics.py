@@ -1,5 +1,5 @@
-"""Metrics of the user's own (`train.metrics`), and how they are summed: a sum and a count a batch of an evaluation, each
-in a slot of its own, so that no number of ranks changes a bit."""
+"""Metrics of the user's own (`train.metrics`). Each gives a sum and a count a batch of an evaluation, which have slots
+of their own there, so that no number of ranks changes a bit."""
 
 from __future__ import annotations
 

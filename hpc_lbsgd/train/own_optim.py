@@ -37,7 +37,7 @@ def found(name: str) -> Callable[..., torch.optim.Optimizer]:
     everything = (c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer))
     classes = {c.__name__.lower(): c for c in everything if c is not torch.optim.Optimizer}
     if name not in classes:
-        known = sorted({"lars", *classes})
+        known = sorted({"lars", *classes} - {"lbfgs", "sparseadam"})
         raise RequestError(
             f"optim.name = {name}: not an optimizer; allowed: {', '.join(known)}, or package.module:function"
             + did_you_mean(name, known)

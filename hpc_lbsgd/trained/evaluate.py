@@ -31,7 +31,8 @@ class OnRank(Trained):
 
 
 def evaluate(run: str, data: str | None, at: str, plain: bool) -> dict | None:
-    """{run, step, averaged, data, loss, accuracy, samples} and own metrics; None on ranks that have nothing to say. Collective.
+    """{run, step, averaged, data, loss, accuracy, samples} with own metrics; None on ranks that have nothing to say.
+    Collective.
 
     data: a folder or manifest with the run's classes (default: the recipe's data.eval).
     """
