@@ -35,7 +35,7 @@ class Journal:
         plain = recipe.model_dump(mode="json")
         view = View(self.folder.path, plain, replica, ask)
         self.callbacks = Callbacks(recipe.train.callbacks, view)
-        self.listeners = [*open_all(recipe.train.loggers, self.folder, plain), self.callbacks]
+        self.listeners = [open_all(recipe.train.loggers, self.folder, plain), self.callbacks]
 
     def asked(self) -> tuple[str | None, bool]:
         """(what went wrong in a callback, one has asked for the run to be done), on rank 0."""

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from hpc_lbsgd.amend import flatten
 from hpc_lbsgd.errors import RequestError
@@ -21,12 +21,30 @@ EVERY_S = 1.0  # what each step has, for events cost time
 
 
 class Logger(ABC):
-    """Listens to metrics records. One that fails in mid-run is left out: the records are in the run folder anyway."""
+    """Where scalars and events are kept."""
 
     name: str
+    lost = False  # it failed, and is left out
 
-    def __init__(self) -> None:
-        self._next, self._lost = 0.0, False
+    @abstractmethod
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Keep values by name, such as train/loss."""
+
+    @abstractmethod
+    def text(self, name: str, text: str, step: int | None) -> None:
+        """Keep an event."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Nothing comes after this."""
+
+
+class Loggers:
+    """Listens to metrics records, and hands all loggers the same. One that fails in mid-run is left out: the records
+    are in the run folder anyway."""
+
+    def __init__(self, loggers: Sequence[Logger]):
+        self.loggers, self._next = loggers, 0.0
 
     def __call__(self, record: dict) -> None:
         step, kind = record.get("step"), record["kind"]
@@ -40,45 +58,32 @@ class Logger(ABC):
         elif kind == "epoch":
             self._send("epoch", record, ("loss", "images_per_s"))
         elif kind == "event":
-            rest = {k: v for k, v in record.items() if k not in ("kind", "time", "event", "step")}
-            self._try(lambda: self.text(f"event/{record['event']}", json.dumps(rest), step))
+            rest = json.dumps({k: v for k, v in record.items() if k not in ("kind", "time", "event", "step")})
+            self._each(lambda logger: logger.text(f"event/{record['event']}", rest, step))
 
     def _send(self, group: str, record: dict, keys: Iterable[str]) -> None:
         values = {f"{group}/{key}": float(record[key]) for key in keys if record.get(key) is not None}
         if values:
-            self._try(lambda: self.scalars(values, record["step"]))
+            self._each(lambda logger: logger.scalars(values, record["step"]))
 
-    def _try(self, work) -> None:
-        if self._lost:
-            return
-        try:
-            work()
-        except Exception as problem:  # a service that is away must not end a run
-            self._lost = True
-            said = f"{self.name} is left out from here on: {type(problem).__name__}: {problem}"
-            print(f"hpc-lbsgd: {said}", file=sys.stderr, flush=True)
-
-    @abstractmethod
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Keep values by name, such as train/loss."""
-
-    @abstractmethod
-    def text(self, name: str, text: str, step: int | None) -> None:
-        """Keep an event."""
+    def _each(self, work: Callable[[Logger], None]) -> None:
+        for logger in self.loggers:
+            try:
+                if not logger.lost:
+                    work(logger)
+            except Exception as problem:  # a service that is away must not end a run
+                logger.lost = True
+                said = f"{logger.name} is left out from here on: {type(problem).__name__}: {problem}"
+                print(f"hpc-lbsgd: {said}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """No record comes after this."""
-        self._try(self.end)
-
-    @abstractmethod
-    def end(self) -> None: ...
+        self._each(lambda logger: logger.end())
 
 
 class TensorBoard(Logger):
     name = "TensorBoard"
 
     def __init__(self, folder):
-        super().__init__()
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder))
@@ -100,7 +105,6 @@ class Wandb(Logger):
     name = "wandb"
 
     def __init__(self, folder: RunFolder, recipe: dict):
-        super().__init__()
         import wandb
 
         where = {"dir": str(folder.path), "name": folder.path.name, "resume": "allow"}
@@ -123,7 +127,6 @@ class Mlflow(Logger):
     name = "mlflow"
 
     def __init__(self, folder: RunFolder, recipe: dict):
-        super().__init__()
         import mlflow
 
         self.mlflow, before = mlflow, known(folder, self.name)
@@ -161,14 +164,13 @@ def refuse_missing(names: Iterable[str]) -> None:
             raise RequestError(f"train.loggers = {name}: not installed (pip install {name})")
 
 
-def open_all(names: Iterable[str], folder: RunFolder, recipe: dict) -> list[Logger]:
+def open_all(names: Iterable[str], folder: RunFolder, recipe: dict) -> Loggers:
     """TensorBoard and those named. Raises RequestError for one that cannot start."""
     found: list[Logger] = [TensorBoard(folder.path / "tensorboard")]
     for name in names:
         try:
             found.append(LOGGERS[name](folder, recipe))
         except Exception as problem:  # whatever a package does where nobody has logged in, or no service answers
-            for logger in found:
-                logger.close()
+            Loggers(found).close()
             raise RequestError(f"train.loggers = {name}: {type(problem).__name__}: {problem}") from None
-    return found
+    return Loggers(found)

@@ -1,4 +1,4 @@
-"""What is a user's own, on real ranks: every optimizer of torch, and docs/examples/own_code.py by recipe and by script."""
+"""What is a user's own, on real ranks: every optimizer of torch; docs/examples/own_code.py by recipe and by script."""
 
 import json
 import os
@@ -59,7 +59,8 @@ def here(tmp_path_factory):
 def test_a_failing_callback_is_named_and_the_run_goes_on_elsewhere_to_the_bits_of_a_script(here):
     """Three ranks by recipe to step 20, one rank to the end; and the same by a loop of one's own on three ranks."""
     failing = ["--set", "train.callbacks=[own_fail:fail]", "--run", "run"]
-    first = command(*"launch --np 3 --oversubscribe -- train own_code.yaml".split(), *failing, cwd=here)
+    ranks = ["launch", "--np", "3", "--oversubscribe"]
+    first = command(*ranks, "--", "train", "own_code.yaml", *failing, cwd=here)
     assert first.returncode == 1, first.stderr
     assert "own_fail:fail: KeyError: 'no such column'" in first.stderr and "own_fail.py:4" in first.stderr
     status = json.loads((here / "run/status.json").read_text())

@@ -281,7 +281,7 @@ def test_a_run_with_all_of_it_ends_early_as_done_and_services_get_what_tensorboa
     lines = [json.loads(line) for line in said.read_text().splitlines()]
     assert lines[0][0] == "init" and lines[0][1]["config"]["optim"]["name"] == "own_code:Lion"
     assert lines[-1] == ["finish", None]
-    logged = [(name, value, step) for kind, (values, step) in (x for x in lines if x[0] == "log")
+    logged = [(name, torch.tensor(value).item(), step) for kind, (values, step) in (x for x in lines if x[0] == "log")
               for name, value in values.items() if isinstance(value, float)]  # fmt: skip
     assert sorted(logged) == sorted(scalars_of(run / "tensorboard"))
     assert json.loads((run / "loggers.json").read_text()) == {"wandb": "abc", "mlflow": "1"}
