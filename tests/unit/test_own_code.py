@@ -1,5 +1,5 @@
 """A user's own optimizer, schedule, metrics, callbacks and loggers: what is taken, and what is refused by name before
-work starts. On ranks: tests/mpi/test_own_code.py."""
+work starts. On ranks: tests/mpi/test_own_on_ranks.py."""
 
 import json
 import os
