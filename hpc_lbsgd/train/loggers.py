@@ -17,6 +17,7 @@ from hpc_lbsgd.records import RunFolder, metrics_of
 OFTEN = ("loss", "lr", "global_batch", "images_per_s", "data_wait_s", "exposed_comm_s", "step_s")
 RARE = ("noise_scale", "noise_scale_low", "noise_scale_high", "flushed", "replaced", "skipped")
 EVAL = ("loss", "accuracy", "ema_loss", "ema_accuracy")
+MLFLOW_PARAMS = 100  # it takes so many at once
 EVERY_S = 1.0  # what each step has, for events cost time
 
 
@@ -107,8 +108,9 @@ class Wandb(Logger):
     def __init__(self, folder: RunFolder, recipe: dict):
         import wandb
 
-        where = {"dir": str(folder.path), "name": folder.path.name, "resume": "allow"}
-        self.run = wandb.init(id=known(folder, self.name), config=recipe, **where)
+        where = {"dir": str(folder.path.absolute()), "name": folder.path.absolute().name}
+        again = {"id": known(folder, self.name), "resume": "allow", "allow_val_change": True}
+        self.run = wandb.init(config=recipe, **where, **again)
         remember(folder, self.name, self.run.id)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -130,10 +132,11 @@ class Mlflow(Logger):
         import mlflow
 
         self.mlflow, before = mlflow, known(folder, self.name)
-        run = mlflow.start_run(run_id=before) if before else mlflow.start_run(run_name=folder.path.name)
+        run = mlflow.start_run(run_id=before) if before else mlflow.start_run(run_name=folder.path.absolute().name)
         remember(folder, self.name, run.info.run_id)
-        if not before:
-            mlflow.log_params(flatten(recipe))
+        params = list(flatten(recipe).items()) if not before else []
+        for i in range(0, len(params), MLFLOW_PARAMS):
+            mlflow.log_params(dict(params[i : i + MLFLOW_PARAMS]))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.mlflow.log_metrics(values, step=step)

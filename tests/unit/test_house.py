@@ -196,7 +196,7 @@ def says(path: Path, subject: str, words: set[str]) -> bool:
         (
             "a schedule",
             r"^(kind|shape|GROWING)$",
-            set(get_args(ScheduleSection.model_fields["kind"].annotation)) - {"constant"},
+            set(get_args(get_args(ScheduleSection.model_fields["kind"].annotation)[0])) - {"constant"},
         ),
         ("a launcher", r"^(mpi|flavour|name)$", set(FLAVOURS)),
     ],

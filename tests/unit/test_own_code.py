@@ -243,7 +243,7 @@ MLFLOW = """
 class Info: run_id = "1"
 class Run: info = Info
 def start_run(**words): return Run
-def log_params(params): assert params["train.epochs"] == 4
+def log_params(params): assert len(params) <= 100
 def log_metrics(values, step): raise ConnectionError("no server")
 def end_run(): pass
 def set_tag(name, text): raise ConnectionError("no server")
