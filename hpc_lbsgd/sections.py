@@ -163,13 +163,13 @@ class Optim(Section):
     """where weight decay enters: added to the reduced gradient (adamw and others that are not ours: as they decay), or
     as a term of the loss"""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """adam: decay of the second moment; of other optimizers the second of `betas`, where they have them"""
+    """adam: decay of the second moment"""
     epsilon: Positive = 1e-8
     """adam: added to the root of the second moment"""
     trust: Positive = 0.001
     """lars: trust coefficient"""
     options: dict[str, Any] = {}
-    """keyword arguments of an optimizer that is not sgd, adam or lars, beside lr, weight_decay, momentum and betas"""
+    """keyword arguments of an optimizer that is not sgd, adam or lars, beside lr, weight_decay and momentum"""
 
     @model_validator(mode="after")
     def _options_belong_to_others(self) -> Optim:
@@ -178,6 +178,10 @@ class Optim(Section):
                 f"optim.options = {self.options}: {self.name} has keys of its own; allowed with the other optimizers "
                 "(torch.optim:SGD is torch's)"
             )
+        for key in ("nesterov", "form", "momentum_correction", "beta2", "epsilon", "trust"):
+            value = getattr(self, key)
+            if self.name not in OPTIMIZERS and value != type(self).model_fields[key].default:
+                raise ValueError(f"optim.{key} = {value}: of sgd, adam or lars; {self.name} has optim.options")
         return self
 
 

@@ -163,7 +163,8 @@ def remember(folder: RunFolder, name: str, theirs: str) -> None:
 def refuse_missing(names: Iterable[str]) -> None:
     """Raise RequestError for a logger whose package is not installed."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of that name, which such packages leave behind
             raise RequestError(f"train.loggers = {name}: not installed (pip install {name})")
 
 

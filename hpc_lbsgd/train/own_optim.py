@@ -26,7 +26,6 @@ DECIDED = {
     "lr": "optim.base_lr and the schedule",
     "weight_decay": "optim.weight_decay",
     "momentum": "optim.momentum",
-    "betas": "optim.momentum and optim.beta2",
 }
 
 
@@ -73,7 +72,7 @@ def arguments(make: Callable, section) -> dict[str, Any]:
     names = [p.name for p in list(taken.values())[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if "lr" not in names and not anything:
         raise RequestError(f"{what}: takes no lr, and the schedule decides it")
-    own = [n for n in names if n not in DECIDED]
+    own, m = [n for n in names if n not in DECIDED], section.momentum
     for key, value in section.options.items():
         if key in DECIDED:
             raise RequestError(f"optim.options.{key} = {value}: decided by {DECIDED[key]}")
@@ -82,10 +81,14 @@ def arguments(make: Callable, section) -> dict[str, Any]:
                 f"optim.options.{key} = {value}: {section.name} takes {', '.join(own) or 'no options'}"
                 + did_you_mean(key, own)
             )
+        if key == "betas" and key in names and isinstance(value, list) and value[:1] != [m]:
+            raise RequestError(f"optim.options.betas = {value}: the first is optim.momentum = {m}; set both alike")
     given: dict[str, Any] = {"lr": section.base_lr}
     decay = section.weight_decay if section.decay_in == "gradient" else 0.0
-    mapped = {"weight_decay": decay, "momentum": section.momentum, "betas": (section.momentum, section.beta2)}
-    given |= {key: value for key, value in mapped.items() if key in names}
+    betas = taken["betas"].default if "betas" in names else ()
+    others = betas[1:] if isinstance(betas, (tuple, list)) else (section.beta2,)
+    decided = {"weight_decay": decay, "momentum": m, "betas": (m, *others)}
+    given |= {key: value for key, value in decided.items() if key in names}
     given |= {key: tuple(v) if isinstance(v, list) else v for key, v in section.options.items()}
     if missing := [n for n in names if taken[n].default is inspect.Parameter.empty and n not in given]:
         raise RequestError(f"{what}: needs optim.options.{missing[0]}")

@@ -46,7 +46,8 @@ def optim(**keys):
         ({"name": "sparseadam"}, "wants sparse gradients"),
         ({"name": "adamw", "options": {"ep": 1}}, "optim.options.ep = 1: adamw takes eps, .*did you mean eps?"),
         ({"name": "adamw", "options": {"lr": 1}}, "optim.options.lr = 1: decided by optim.base_lr and the schedule"),
-        ({"name": "adamw", "options": {"betas": [0.9, 0.9]}}, "decided by optim.momentum and optim.beta2"),
+        ({"name": "adamw", "options": {"betas": [0.8, 0.9]}}, "the first is optim.momentum = 0.9; set both alike"),
+        ({"name": "adamw", "beta2": 0.9}, "optim.beta2 = 0.9: of sgd, adam or lars; adamw has optim.options"),
         ({"name": "adamw", "options": {"eps": -1.0}}, "optim.name = adamw: ValueError: Invalid epsilon value"),
         ({"name": "rprop"}, "optim.weight_decay = 0.0001: rprop has no weight decay"),
         ({"name": "own_parts:no_rate"}, "takes no lr"),
@@ -69,7 +70,8 @@ def test_options_are_for_others_than_ours():
 def test_it_is_torchs_own_with_the_schedules_rate_and_no_decay_on_vectors(name, decay):
     start = [torch.randn(3, 2), torch.randn(3)]
     ours, theirs = ([nn.Parameter(t.clone()) for t in start] for _ in range(2))
-    section = optim(name=name, weight_decay=decay, momentum=0.8, beta2=0.9, base_lr=0.5)
+    options = {"options": {"betas": [0.8, 0.9]}} if name == "adamw" else {}
+    section = optim(name=name, weight_decay=decay, momentum=0.8, base_lr=0.5, **options)
     optimizer = own_optim.ByParameter(list(zip("wb", ours, strict=True)), section)
     kind = {"adamw": torch.optim.AdamW, "RMSprop": torch.optim.RMSprop}.get(name, torch.optim.SGD)
     more = {"betas": (0.8, 0.9)} if name == "adamw" else {"momentum": 0.8}
@@ -250,11 +252,13 @@ def set_tag(name, text): raise ConnectionError("no server")
 """
 
 
-def test_a_logger_without_its_package_is_refused_with_what_to_install():
-    for name in loggers.LOGGERS:
-        if not any((Path(p) / name).exists() for p in sys.path):
-            with pytest.raises(RequestError, match=f"train.loggers = {name}: not installed .pip install {name}."):
-                loggers.refuse_missing([name])
+def test_a_logger_without_its_package_is_refused_with_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "nowhere").mkdir()  # a folder of the name is no package
+    for name in ("nowhere", "nowhere_at_all"):
+        with pytest.raises(RequestError, match=f"train.loggers = {name}: not installed .pip install {name}."):
+            loggers.refuse_missing([name])
+    loggers.refuse_missing(["tensorboard"])
 
 
 def test_a_run_with_all_of_it_ends_early_as_done_and_services_get_what_tensorboard_gets(tmp_path):
