@@ -270,7 +270,7 @@ def record_of(line: bytes) -> dict | None:
 
 def metrics_of(record: dict) -> dict[str, float]:
     """The user's own metrics in an `eval` record, by name."""
-    return {k: v for k, v in record.items() if k not in EVALUATED and isinstance(v, (int, float))}
+    return {k: v for k, v in record.items() if k not in EVALUATED and type(v) in (int, float)}
 
 
 def cut_metrics(folder: RunFolder, step: int) -> int:

@@ -12,6 +12,9 @@ from hpc_lbsgd.imports import load
 from hpc_lbsgd.records import EVALUATED
 from hpc_lbsgd.train.losses import loss_function
 
+# what records have beside an evaluation that they hold
+BESIDE = ("steps", "seconds", "status", "weights_sha256", "run", "averaged", "data")
+
 Metric = Callable[[object, torch.Tensor], tuple[torch.Tensor, torch.Tensor | int]]  # of outputs, labels: sum, count
 
 
@@ -27,7 +30,7 @@ def load_all(names: Sequence[str]) -> dict[str, Metric]:
     found: dict[str, Metric] = {}
     for name in names:
         called = name.partition(":")[2]
-        if called in found or called in EVALUATED or called.startswith("ema_"):
+        if called in found or called in (*EVALUATED, *BESIDE) or called.startswith("ema_"):
             raise RequestError(f"train.metrics = {name}: records have another {called}; give the function another name")
         found[called] = summed(load(name, "train.metrics"), f"train.metrics = {name}")
     return found
