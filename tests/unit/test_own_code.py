@@ -15,6 +15,8 @@ from torch import nn
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.records import RunFolder, metrics_of
+from hpc_lbsgd.report import curves, watch
+from hpc_lbsgd.report.facts import facts
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import callbacks, loggers, metrics, own_optim
 from hpc_lbsgd.train.prepare import refuse_other_rates
@@ -282,6 +284,10 @@ def test_a_run_with_all_of_it_ends_early_as_done_and_services_get_what_tensorboa
         "margin", "worst_class"}  # fmt: skip
     assert len((run / "evaluations.csv").read_text().splitlines()) == 1
     assert job.stderr.count("mlflow is left out from here on: ConnectionError: no server") == 1
+    live = watch.Live(RunFolder(run))
+    live.look()
+    assert f"margin {evaluations[0]['margin']:.4g}" in "\n".join(watch.lines(live.facts(), [], 120))
+    assert [line.get_label() for line in curves.own([facts(run)], "black").axis.lines] == ["margin", "worst_class"]
     lines = [json.loads(line) for line in said.read_text().splitlines()]
     assert lines[0][0] == "init" and lines[0][1]["config"]["optim"]["name"] == "own_code:Lion"
     assert lines[-1] == ["finish", None]
