@@ -237,7 +237,7 @@ class Train(Section):
     """a cap for this start; not part of the fingerprint"""
     eval_epochs: Count = 1
     """evaluate every so many epochs, and at the end"""
-    loss: Annotated[str, Field(pattern=r"^(cross-entropy|[\w.]+:\w+)$")] = "cross-entropy"
+    loss: Literal["cross-entropy"] | Own = "cross-entropy"
     """or package.module:function, which takes (outputs, labels) and returns a loss a sample, shape (B,)"""
     metrics: list[Own] = []
     """package.module:function, each takes (outputs, labels) in evaluations and returns a value a sample, shape (B,), or

@@ -135,7 +135,8 @@ def check_own(recipe: Recipe) -> None:
     if recipe.optim.name not in OPTIMIZERS:
         own_optim.check(recipe.optim)
     loss_function(recipe.train)
-    metrics.load_all(recipe.train.metrics)
+    if metrics.load_all(recipe.train.metrics) and not (recipe.data.eval or recipe.data.dataset):
+        raise RequestError(f"train.metrics = {recipe.train.metrics}: nothing to measure them on; set data.eval")
     for name in recipe.train.callbacks:
         load(name, "train.callbacks")
     loggers.refuse_missing(recipe.train.loggers)
