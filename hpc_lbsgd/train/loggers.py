@@ -170,11 +170,11 @@ def refuse_missing(names: Iterable[str]) -> None:
 
 def open_all(names: Iterable[str], folder: RunFolder, recipe: dict) -> Loggers:
     """TensorBoard and those named. Raises RequestError for one that cannot start."""
-    found: list[Logger] = [TensorBoard(folder.path / "tensorboard")]
+    found: list[Logger] = []
     for name in names:
         try:
             found.append(LOGGERS[name](folder, recipe))
         except Exception as problem:  # whatever a package does where nobody has logged in, or no service answers
             Loggers(found).close()
             raise RequestError(f"train.loggers = {name}: {type(problem).__name__}: {problem}") from None
-    return Loggers(found)
+    return Loggers([TensorBoard(folder.path / "tensorboard"), *found])
