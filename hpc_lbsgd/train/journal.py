@@ -74,6 +74,7 @@ class Journal:
             attempt=found.attempt,
             global_batch=plan["global_batch"],
             workers=plan["workers"],
+            steps=schedule.steps,
             device=ranks[0]["device"],
             recipe_fingerprint=state.recipe_fingerprint,
             data_fingerprint=state.data_fingerprint,

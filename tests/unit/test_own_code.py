@@ -46,7 +46,7 @@ def optim(**keys):
         ({"name": "own_parts:math"}, "module, not a function"),
         ({"name": "LBFGS"}, "optim.name = lbfgs: steps by closures"),
         ({"name": "sparseadam"}, "wants sparse gradients"),
-        ({"name": "adamw", "options": {"ep": 1}}, "optim.options.ep = 1: adamw takes eps, .*did you mean eps?"),
+        ({"name": "adamw", "options": {"ep": 1}}, "optim.options.ep = 1: adamw takes .*did you mean eps?"),
         ({"name": "adamw", "options": {"lr": 1}}, "optim.options.lr = 1: decided by optim.base_lr and the schedule"),
         ({"name": "adamw", "options": {"betas": [0.8, 0.9]}}, "the first is optim.momentum = 0.9; set both alike"),
         ({"name": "adamw", "beta2": 0.9}, "optim.beta2 = 0.9: of sgd, adam or lars; adamw has optim.options"),
@@ -286,6 +286,7 @@ def test_a_run_with_all_of_it_ends_early_as_done_and_services_get_what_tensorboa
     assert job.stderr.count("mlflow is left out from here on: ConnectionError: no server") == 1
     live = watch.Live(RunFolder(run))
     live.look()
+    assert (live.facts()["steps"], live.facts()["step"]) == (30, 11)  # own_code is not imported for it
     assert f"margin {evaluations[0]['margin']:.4g}" in "\n".join(watch.lines(live.facts(), [], 120))
     assert [line.get_label() for line in curves.own([facts(run)], "black").axis.lines] == ["margin", "worst_class"]
     lines = [json.loads(line) for line in said.read_text().splitlines()]
