@@ -12,7 +12,7 @@ from hpc_lbsgd.api.run import Run
 from hpc_lbsgd.data.place import on_device
 from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.storage import Request
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.train import evaluate as evaluations
 from hpc_lbsgd.train.metrics import summed
 
@@ -44,8 +44,10 @@ def evaluate(
     metrics    functions of (outputs, labels) that return a value a sample, shape (B,), or a sum and a count
     batch      samples in one forward; a constant of the result, whatever the ranks
 
-    Raises RequestError, with the name, for another shape.
+    Raises RequestError, with the name, for another shape; RunError inside a step.
     """
+    if not run.between_steps:
+        raise RunError("lb.evaluate: inside a step; evaluate after optimizer.step()")
     if taken := metrics.keys() & {"accuracy", "samples"}:
         raise RequestError(f"lb.evaluate: {min(taken)} is there already; give the metric another name")
     if batch < 1 or not len(data):
