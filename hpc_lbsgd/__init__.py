@@ -15,22 +15,27 @@ API = (
     "Run",
     "RunError",
     "Schedule",
+    "Stage",
     "Step",
     "Verdict",
     "World",
     "close",
     "distribute",
+    "evaluate",
     "init",
     "load",
     "save",
 )
 
 
+LIGHT = {"Stage": "hpc_lbsgd.theory.schedule"}  # a recipe's schedule of one's own is planned without torch
+
+
 def __getattr__(name: str):
     if name in API:
         from importlib import import_module
 
-        return getattr(import_module("hpc_lbsgd.api"), name)
+        return getattr(import_module(LIGHT.get(name, "hpc_lbsgd.api")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

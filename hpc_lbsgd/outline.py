@@ -8,6 +8,9 @@ from hpc_lbsgd.theory.schedule import Schedule
 
 GOYALS_LIMIT = 8192  # Goyal et al. 2017, figure 1: above it accuracy falls on ImageNet
 
+# Malladi et al. 2022 (on the SDEs and scaling rules of adaptive gradient algorithms) show it for Adam and RMSprop
+ADAPTIVE = ("adam", "adamw", "adamax", "nadam", "radam", "rmsprop")
+
 FAR = 32  # 8192 of 256, figure 1: as far as linear scaling was shown to hold
 
 
@@ -42,6 +45,11 @@ def warnings(recipe, schedule: Schedule, critical_batch: float | None = None) ->
         found.append(
             f"the run starts at kn = {start}, {far:.3g} times optim.base_batch = {recipe.optim.base_batch}: scaling "
             f"was not tried that far (Goyal et al. 2017: up to {FAR} times); find base_lr at a nearer base_batch"
+        )
+    if recipe.optim.name in ADAPTIVE and recipe.schedule.scaling == "linear" and far != 1:
+        found.append(
+            f"optim.name = {recipe.optim.name} with schedule.scaling = linear, at {far:.3g} times optim.base_batch: "
+            "adaptive rates follow the square root of the batch (Malladi et al. 2022); schedule.scaling = sqrt"
         )
     if largest == n and recipe.train.noise_scale_steps:
         found.append("k = 1: the noise scale is not measured (train.noise_scale_steps), it takes two workers")
@@ -80,7 +88,7 @@ def outline(recipe, schedule: Schedule, ranks: int, critical_batch: float | None
                 "workers": stage.workers,
                 "lr": stage.lr,
                 "momentum": stage.momentum,
-                "shape": stage.shape,
+                "shape": stage.shape if isinstance(stage.shape, str) else recipe.schedule.kind,
                 "noise_scale": noise_scale(*noise),
                 "noise_scale_exact": noise_scale_exact(*noise),
             }

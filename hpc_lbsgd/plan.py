@@ -14,6 +14,7 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.recipe import Decision, Recipe, load_resolved
 from hpc_lbsgd.records import RunFolder, read_metrics
+from hpc_lbsgd.sections import OPTIMIZERS
 from hpc_lbsgd.theory.scaling import required_gbit_per_s
 from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.theory.tradeoff import Tradeoff
@@ -88,6 +89,10 @@ def plan(
     steps: (a, b) adds a table of steps a..b-1. critical_batch: B_crit (or B_simple, its predictor) adds a table of
     batches with a recommendation. system: a preset of `bench simulate`, whose cluster the run is predicted on.
     """
+    if recipe.optim.name not in OPTIMIZERS:
+        from hpc_lbsgd.train import own_optim  # with torch
+
+        own_optim.check(recipe.optim)
     ranks = nodes * gpus_per_node
     settled = recipe.with_workers(ranks)
     samples, classes = samples_and_classes(settled)

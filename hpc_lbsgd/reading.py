@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
 M = TypeVar("M", bound=BaseModel)
+# what a person calls the patterns of words that name code
+PATTERNS = {r"^[\w.]+:\w+$": "package.module:function", r"^\w+$": "a class of torch.optim"}
 ALLOWED = {"bool_type": "; allowed: true, false", "string_type": "; put it in quotes"}  # by pydantic's kind of error
 
 
@@ -102,6 +104,8 @@ def explain(errors: list[ErrorDetails], model: type[BaseModel]) -> list[str]:
     """One sentence a wrong key: the key, the value, and what is allowed."""
     sentences: dict[str, str] = {}
     for error in errors:
+        if error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] in PATTERNS:
+            error["msg"] = f"Input should be {PATTERNS[error['ctx']['pattern']]}"
         # pydantic reports the alternatives of `INT | per_rank` apart; the key is what the user typed
         location = [str(p) for p in error["loc"] if not re.match(r"(int|float|str)$|constrained-|.*\[", str(p))]
         key = ".".join(location)

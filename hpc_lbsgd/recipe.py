@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from hpc_lbsgd import reading, yaml12
+from hpc_lbsgd import own_schedule, reading, yaml12
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.reading import flatten, override, shipped
 from hpc_lbsgd.sections import Batch, Checkpoint, Data, Machine, Model, Optim, ScheduleSection, Section, Train
@@ -191,12 +191,14 @@ class Recipe(Section):
             exclude={
                 "machine": True,
                 "checkpoint": True,
-                "train": {"max_steps", "preflight", "eval_epochs"},
+                "train": {"max_steps", "preflight", "eval_epochs", "metrics", "callbacks", "loggers"},
                 "data": {"train", "eval", "samples", "classes"},
                 "model": {"init_from"},
             },
         )
         part["batch"]["bn_group"] = self.batch.group
+        if not self.optim.options:  # runs from before there were any have none in theirs
+            del part["optim"]["options"]
         part["machine"] = {key: getattr(self.machine, key) for key in BIT_KEYS[self.determinism]}
         return part
 
@@ -234,6 +236,8 @@ class Recipe(Section):
     def _stages(self) -> list[schedules.Stage]:
         s, lr = self.schedule, self.peak_lr()
         first = (self.batch.k, lr, self.optim.momentum)
+        if ":" in s.kind:
+            return own_schedule.stages(s.kind, *first, self.train.epochs)
         if s.kind == "decaying-lr":
             return schedules.step_decay(*first, s.milestones, s.factor)
         if s.kind in ("hybrid", "increasing-batch"):

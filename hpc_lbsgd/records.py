@@ -5,6 +5,7 @@ benchmarks all read these.
     environment.json    versions, hosts, devices, job id; one entry a start
     classes.json        names of the classes, by label
     amendments.json     what `--amend` changed, by step; written before it takes effect
+    loggers.json        what the services of `train.loggers` call this run
     preflight.json      digests of the first start's first batch and gradient; a resume must compute the same
     metrics.jsonl       one JSON object a line: kind = start|step|epoch|eval|checkpoint|event|end
     metrics.lost.jsonl  lines after the checkpoint that a resume went back to
@@ -30,6 +31,8 @@ from pathlib import Path
 from hpc_lbsgd.errors import RequestError, RunError
 
 FLUSH_S = 1.0
+# of an `eval` record; what else it has are metrics of the user's own
+EVALUATED = ("kind", "time", "step", "epoch", "loss", "accuracy", "samples", "ema_loss", "ema_accuracy")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -90,6 +93,7 @@ class RunFolder:
         self.preflight = self.path / "preflight.json"
         self.classes = self.path / "classes.json"
         self.amendments = self.path / "amendments.json"
+        self.loggers = self.path / "loggers.json"
         self.checkpoints = self.path / "checkpoints"
         self.heartbeats = self.path / "heartbeats"
         self.stop_file = self.path / "stop"
@@ -143,6 +147,16 @@ class RunFolder:
 
     def write_amendments(self, amendments: list[list]) -> None:
         write_atomically(self.amendments, json.dumps(amendments, indent=1) + "\n")
+
+    def read_loggers(self) -> dict:
+        """What each service calls this run."""
+        try:
+            return dict(json.loads(self.loggers.read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def write_loggers(self, theirs: dict) -> None:
+        write_atomically(self.loggers, json.dumps(theirs, indent=1) + "\n")
 
     def read_preflight(self) -> dict | None:
         """What the first start's preflight computed, or None."""
@@ -255,6 +269,11 @@ def record_of(line: bytes) -> dict | None:
 
 
 EVENTS_OF_A_STEP = ("skipped", "overflow", "underflow")  # and a resume before it meets them again
+
+
+def metrics_of(record: dict) -> dict[str, float]:
+    """The user's own metrics in an `eval` record, by name."""
+    return {k: v for k, v in record.items() if k not in EVALUATED and type(v) in (int, float)}
 
 
 def cut_metrics(folder: RunFolder, step: int) -> int:

@@ -3,7 +3,7 @@ docs/recipe.md is made from this file."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -14,6 +14,7 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Own = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # package.module:function, from the folder of the start
 T = TypeVar("T")
 Pair = Annotated[tuple[T, T], Field(strict=False)]  # YAML and JSON have lists; the items stay strict
 
@@ -33,10 +34,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    name: (
-        Literal["resnet50", "resnet101", "inception-resnet-v2", "resnet20", "resnet8", "wrn-16-4"]
-        | Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
-    ) = "resnet50"
+    name: Literal["resnet50", "resnet101", "inception-resnet-v2", "resnet20", "resnet8", "wrn-16-4"] | Own = "resnet50"
     """resnet50, resnet101, inception-resnet-v2 (ImageNet shapes); resnet20, resnet8, wrn-16-4 (28-32 pixels); or
     package.module:function, which is called with (channels, classes) and returns a torch module"""
     widths: list[Count] | None = None
@@ -53,7 +51,7 @@ class Model(Section):
 
 
 class Data(Section):
-    dataset: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    dataset: Own | None = None
     """package.module:function in place of train and eval; called with "train" and "eval" (see docs/your-model.md)"""
     train: str | None = None
     """a folder of class folders, or a manifest"""
@@ -146,15 +144,27 @@ class Batch(Section):
         return self.k * self.samples_per_worker
 
 
+OPTIMIZERS = ("sgd", "adam", "lars")  # ours, over flat buckets; others step parameters
+
+
+def _lower(name: object) -> object:
+    return name.lower() if isinstance(name, str) and ":" not in name else name
+
+
 class Optim(Section):
-    name: Literal["sgd", "adam", "lars"] = "sgd"
-    """sgd: (Nesterov) momentum; lars: layer-wise rates, for batches above 8k"""
+    name: Annotated[Literal["sgd", "adam", "lars"] | Annotated[str, Field(pattern=r"^\w+$")] | Own,
+                    BeforeValidator(_lower)] = "sgd"  # fmt: skip
+    """sgd: (Nesterov) momentum; lars: layer-wise rates, for batches above 8k; the name of any other class in
+    torch.optim (adamw, rmsprop, ...), in any case; or package.module:function, called with groups of parameters, `lr`
+    and what of weight_decay, momentum, betas and options it takes, which returns a torch optimizer (see
+    docs/own-code.md)"""
     base_lr: Positive = 0.1
     """learning rate that is right at base_batch"""
     base_batch: Count = 256
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """adam: beta1"""
+    """adam: beta1; of other optimizers `momentum`, or the first of `betas`, where they have it"""
     nesterov: bool = True
+    """sgd"""
     form: Literal["u", "v"] = "u"
     """sgd: u keeps the learning rate out of the momentum buffer (torch's); v absorbs it (Goyal et al. 2017, eq. 10)"""
     momentum_correction: bool = True
@@ -162,24 +172,45 @@ class Optim(Section):
     weight_decay: NotNegative = 1e-4
     """not on BatchNorm's parameters and biases"""
     decay_in: Literal["gradient", "loss"] = "gradient"
-    """where weight decay enters: added to the reduced gradient, or as a term of the loss"""
+    """where weight decay enters: added to the reduced gradient (adamw and others that are not ours: as they decay), or
+    as a term of the loss"""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """adam: decay of the second moment"""
     epsilon: Positive = 1e-8
     """adam: added to the root of the second moment"""
     trust: Positive = 0.001
     """lars: trust coefficient"""
+    options: dict[str, Any] = {}
+    """keyword arguments of an optimizer that is not sgd, adam or lars, beside lr, weight_decay and momentum"""
+
+    @model_validator(mode="after")
+    def _options_belong_to_others(self) -> Optim:
+        if self.options and self.name in OPTIMIZERS:
+            raise ValueError(
+                f"optim.options = {self.options}: {self.name} has keys of its own; allowed with the other optimizers "
+                "(torch.optim:SGD is torch's)"
+            )
+        for key in ("nesterov", "form", "momentum_correction", "beta2", "epsilon", "trust"):
+            value = getattr(self, key)
+            if self.name not in OPTIMIZERS and value != type(self).model_fields[key].default:
+                raise ValueError(f"optim.{key} = {value}: of sgd, adam or lars; {self.name} has optim.options")
+        return self
 
 
 GROWING = ("hybrid", "increasing-batch", "adaptive-batch")  # schedules whose batch changes
 
 
 class ScheduleSection(Section):
-    kind: Literal[
-        "constant", "decaying-lr", "hybrid", "increasing-batch", "adaptive-batch", "cosine", "polynomial", "slow-start"
-    ] = "decaying-lr"
+    kind: (
+        Literal[
+            "constant", "decaying-lr", "hybrid", "increasing-batch", "adaptive-batch", "cosine", "polynomial",
+            "slow-start",
+        ]
+        | Own
+    ) = "decaying-lr"  # fmt: skip
     """decaying-lr, hybrid, increasing-batch: Smith et al. 2018, at milestones; adaptive-batch: McCandlish et al. 2018;
-    slow-start: Akiba et al. 2017"""
+    slow-start: Akiba et al. 2017; or package.module:function, which is called with (workers, lr, momentum, epochs) and
+    returns stages (see docs/own-code.md)"""
     scaling: Literal["linear", "sqrt", "none"] = "linear"
     """how the learning rate follows the global batch that the run starts with"""
     warmup: Literal["gradual", "constant", "none"] = "gradual"
@@ -218,9 +249,17 @@ class Train(Section):
     """a cap for this start; not part of the fingerprint"""
     eval_epochs: Count = 1
     """evaluate every so many epochs, and at the end"""
-    loss: Annotated[str, Field(pattern=r"^(cross-entropy|mse|binary-cross-entropy|[\w.]+:\w+)$")] = "cross-entropy"
+    loss: Literal["cross-entropy", "mse", "binary-cross-entropy"] | Own = "cross-entropy"
     """mse, binary-cross-entropy (of outputs before the sigmoid): mean over a sample's targets; or
     package.module:function, which takes (outputs, labels) and returns a loss a sample, shape (B,)"""
+    metrics: list[Own] = []
+    """package.module:function, each takes (outputs, labels) in evaluations and returns a value a sample, shape (B,), or
+    a sum and a count; the mean is in records by the function's name. Not part of the fingerprint"""
+    callbacks: list[Own] = []
+    """package.module:Class or :function, told of start, steps, evaluations, checkpoints and end, on rank 0 (see
+    docs/own-code.md); not part of the fingerprint"""
+    loggers: list[Literal["wandb", "mlflow"]] = []
+    """who keeps records beside TensorBoard, through packages of their own; not part of the fingerprint"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     preflight: bool = True
     """before the first step, check model, data and ranks against what the run promises (see docs/runs.md); not part of

@@ -15,7 +15,8 @@ import time
 
 import torch
 
-from hpc_lbsgd.parallel.buckets import Buckets, plan_layouts
+from hpc_lbsgd.parallel.buckets import Buckets
+from hpc_lbsgd.parallel.layout import plan_layouts
 
 DECADES = 4
 

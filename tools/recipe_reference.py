@@ -17,7 +17,8 @@ from hpc_lbsgd import amend, recipe
 HEAD = """# Recipe reference
 
 A recipe is a YAML file. The *result part* decides the weights and is fingerprinted: everything but `machine`,
-`checkpoint`, `train.max_steps`, `train.preflight` and the paths of data (what the data holds is fingerprinted apart).
+`checkpoint`, `train.max_steps`, `preflight`, `eval_epochs`, `metrics`, `callbacks` and `loggers`, and the paths of data
+(what the data holds is fingerprinted apart).
 {bits}
 
 A resume with another result part is refused. {amendable}
@@ -62,10 +63,12 @@ def type_of(annotation: object) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{a}`" for a in typing.get_args(annotation))
     arguments = [a for a in typing.get_args(annotation) if a is not type(None)]
+    if typing.get_origin(annotation) is dict:
+        return "keys and values"
     if typing.get_origin(annotation) in (list, tuple):
         return f"list of {type_of(arguments[0])}"
     if arguments:
-        return " or ".join(type_of(a) for a in arguments)
+        return " or ".join(dict.fromkeys(type_of(a) for a in arguments))
     return getattr(annotation, "__name__", str(annotation))
 
 

@@ -6,6 +6,7 @@ shuffle.py     whose samples come when: a batch sampler, and steps of parts
 loader.py      the trainer's loader, over a manifest
 keyed.py       random transforms that do not depend on who draws
 run.py         a model and an optimizer under the trainer's buckets and virtual workers
+measure.py     evaluation over all ranks
 noise.py       the gradient's noise scale
 state.py       save and load
 
@@ -15,6 +16,7 @@ May import: train, parallel, data, recipe, sections, reading, records, theory, e
 
 from hpc_lbsgd.api.keyed import Keyed
 from hpc_lbsgd.api.loader import Loader
+from hpc_lbsgd.api.measure import evaluate
 from hpc_lbsgd.api.noise import NoiseScale
 from hpc_lbsgd.api.run import Run, Verdict, distribute
 from hpc_lbsgd.api.schedule import Schedule
@@ -22,6 +24,7 @@ from hpc_lbsgd.api.shuffle import GlobalShuffle, Part, Step
 from hpc_lbsgd.api.state import load, save
 from hpc_lbsgd.api.world import World, close, init
 from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.theory.schedule import Stage
 
 __all__ = [
     "GlobalShuffle",
@@ -33,11 +36,13 @@ __all__ = [
     "Run",
     "RunError",
     "Schedule",
+    "Stage",
     "Step",
     "Verdict",
     "World",
     "close",
     "distribute",
+    "evaluate",
     "init",
     "load",
     "save",

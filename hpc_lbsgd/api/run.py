@@ -15,6 +15,7 @@ from hpc_lbsgd.api.shuffle import Part, Step
 from hpc_lbsgd.api.world import Determinism, World, current
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.theory import noise
+from hpc_lbsgd.train.own_optim import refuse_closure, refuse_sparse
 from hpc_lbsgd.train.replica import Distributed, unfold_expanded
 from hpc_lbsgd.train.step import measurement_of
 from hpc_lbsgd.train.workers import groups_in_step
@@ -302,8 +303,8 @@ def distribute(
 
 
 def _refuse_unfit(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise RequestError("lb.distribute: LBFGS steps by closures, which compute outside of the parts that are summed")
+    refuse_closure(optimizer, f"lb.distribute: {type(optimizer).__name__}")
+    refuse_sparse(optimizer, f"lb.distribute: {type(optimizer).__name__}")
     wrapped = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     if isinstance(model, wrapped) or any("DistributedOptimizer" in c.__name__ for c in type(optimizer).__mro__):
         raise RequestError("lb.distribute: takes the bare model and optimizer; it sums gradients itself")

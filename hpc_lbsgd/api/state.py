@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from hpc_lbsgd.api.run import Run
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel.agree import agree, together
 from hpc_lbsgd.records import write_atomically
+from hpc_lbsgd.train.own_optim import by_name, load_by_name
 
 FORMAT = "hpc_lbsgd.api 1"
 
@@ -31,14 +31,13 @@ def save(path: str | os.PathLike[str], run: Run) -> None:
     run.replica.check_equal("save")
 
     def write() -> None:
-        names = _names(run)
-        state = run.optimizer.state_dict()
+        state, groups = by_name(run.optimizer, list(run.model.named_parameters()))
         content = {
             "format": FORMAT,
             "step": run.step,
             "model": run.model.state_dict(),
-            "groups": [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]],
-            "optimizer": {names[i]: value for i, value in state["state"].items()},
+            "groups": groups,
+            "optimizer": state,
         }
         whole = io.BytesIO()
         torch.save(content, whole)
@@ -61,10 +60,7 @@ def load(path: str | os.PathLike[str], run: Run) -> int:
     """
     content = together(run.world.engine, lambda: _read(Path(path), run))
     run.model.load_state_dict(content["model"])
-    numbers = {name: i for i, name in _names(run).items()}
-    groups = [{**group, "params": [numbers[n] for n in group["params"]]} for group in content["groups"]]
-    state = {numbers[name]: value for name, value in content["optimizer"].items()}
-    run.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    load_by_name(run.optimizer, list(run.model.named_parameters()), content["optimizer"], content["groups"])
     run.replica.others = run.replica.digests_of_others()
     run.replica.check_equal("load")
     run.step = int(content["step"])
@@ -90,19 +86,7 @@ def _read(path: Path, run: Run) -> dict[str, Any]:
                 f"{where}: {name} is {tuple(found[name].shape)} of {found[name].dtype}, in the model "
                 f"{tuple(tensor.shape)} of {tensor.dtype}"
             )
-    groups = [group["params"] for group in content["groups"]]
-    names = _names(run)
-    if groups != [[names[i] for i in group["params"]] for group in run.optimizer.state_dict()["param_groups"]]:
+    _, groups = by_name(run.optimizer, list(run.model.named_parameters()))
+    if [group["params"] for group in content["groups"]] != [group["params"] for group in groups]:
         raise RequestError(f"{where}: the optimizer's groups hold other parameters than the file's")
     return content
-
-
-def _names(run: Run) -> dict[int, str]:
-    """Parameters' names by their number in the optimizer's state dict."""
-    by_place = {id(p): name for name, p in run.model.named_parameters()}
-    return dict(enumerate(by_place[id(p)] for p in _stepped(run)))
-
-
-def _stepped(run: Run) -> Iterator[torch.nn.Parameter]:
-    for group in run.optimizer.param_groups:
-        yield from group["params"]

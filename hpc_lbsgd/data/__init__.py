@@ -12,7 +12,7 @@ source.py      the seam: what a loader is asked for, and a Batch; orientation.py
                loss gets
 loader.py      the choice of one; dali.py and torchvision.py decode, finish.py does the rest on CPUs, bounded.py asks
                for as much as memory may hold, place.py brings batches to a GPU
-user.py        sets of a user's own; maker.py makes their samples in processes
+user.py        sets of a user's own; user_loader.py their batches, maker.py makes them in processes
 
 May be imported by: outline, train, bench, reproduce, plan, cluster, trained, first_recipe, api, cli.
 May import: recipe, arguments, owner, records, signals, imports, theory, errors.

@@ -9,7 +9,8 @@ import torch
 from hpc_lbsgd.data.bounded import UNDER_WAY, Bounded
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.source import Loader, Source
-from hpc_lbsgd.data.user import PREFIX, UserLoader, UserSet
+from hpc_lbsgd.data.user import PREFIX, UserSet
+from hpc_lbsgd.data.user_loader import UserLoader
 from hpc_lbsgd.errors import RequestError
 
 

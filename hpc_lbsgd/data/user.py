@@ -11,15 +11,11 @@ by (seed, epoch, sample), so that it does not depend on ranks. Optional attribut
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from queue import SimpleQueue
 
 import numpy as np
 import torch
 
-from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.order import stream_key
-from hpc_lbsgd.data.place import on_device, pinned
 from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.data.targets import Targets, each
@@ -57,43 +53,6 @@ class UserSet:
         else:
             found = self.dataset[index]
         return torch.as_tensor(found[0]), each(torch.as_tensor, found[1])
-
-
-class UserLoader:
-    """Collects a user's samples into batches, in threads, or in as many processes as `processes` says, `prefetch`
-    batches ahead."""
-
-    def __init__(
-        self,
-        data: UserSet,
-        seed: int,
-        threads: int,
-        prefetch: int,
-        channels_last: bool,
-        device: torch.device,
-        processes: int | None = None,
-    ):
-        self.data, self.seed, self.threads, self.device = data, seed, processes or threads, device
-        self.ahead, self.channels_last = max(prefetch, self.threads), channels_last
-        self._idle: SimpleQueue | None = SimpleQueue() if processes else None
-        for _ in range(processes or 0):
-            self._idle.put(None)  # not started yet
-
-    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        for batch in ahead(self._make, requests, self.ahead, self.threads):
-            yield on_device(batch, self.device, self.channels_last)
-
-    def _make(self, request: Request) -> Batch:
-        if self._idle is None:
-            return pinned(collected(self.data, self.seed, request), self.device)
-        from hpc_lbsgd.data.maker import Maker
-
-        maker = self._idle.get()
-        try:
-            maker = maker or Maker(self.data, self.seed)
-            return pinned(maker.make(request), self.device)
-        finally:
-            self._idle.put(maker)
 
 
 def collected(data: UserSet, seed: int, request: Request) -> Batch:

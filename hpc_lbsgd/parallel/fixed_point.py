@@ -9,14 +9,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 
+from hpc_lbsgd.parallel.layout import Layout
 from hpc_lbsgd.parallel.scales import Scales
-
-if TYPE_CHECKING:
-    from hpc_lbsgd.parallel.buckets import Layout
 
 STATISTICS_BITS = 30  # BatchNorm's statistics are summed in units of 2**-bits of at least so many bits
 

@@ -6,14 +6,11 @@ How units follow from S, and why nothing wraps unseen: theory/units.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from hpc_lbsgd.parallel.layout import Layout
 from hpc_lbsgd.theory import units
-
-if TYPE_CHECKING:
-    from hpc_lbsgd.parallel.buckets import Layout
 
 
 class Scales:

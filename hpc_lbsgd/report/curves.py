@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hpc_lbsgd.records import metrics_of
 from hpc_lbsgd.report.facts import SECONDS, Facts, by_batch, by_ranks, thin
 from hpc_lbsgd.report.figures import DPI
 
@@ -130,6 +131,21 @@ def accuracy(runs: Sequence[Facts], ink: str) -> Canvas | None:
     return canvas
 
 
+def own(runs: Sequence[Facts], ink: str) -> Canvas | None:
+    """The users' metrics after each evaluation, a line each; all on one axis."""
+    canvas = None
+    for i, run in enumerate(runs):
+        for j, name in enumerate(dict.fromkeys(k for r in run.evaluations for k in metrics_of(r))):
+            canvas = canvas or Canvas("epochs", "", ink=ink)
+            rows = [r for r in run.evaluations if r.get(name) is not None]
+            label = name if len(runs) == 1 else f"{short(run.name)}: {name}"
+            look = {"color": colour(j if len(runs) == 1 else i), "marker": mark(j), "markersize": 4, "label": label}
+            canvas.axis.plot(run.epochs(rows), [r[name] for r in rows], "-", **look)
+    if canvas:
+        canvas.legend()
+    return canvas
+
+
 def noise(runs: Sequence[Facts], ink: str) -> Canvas | None:
     """The noise scale with its interval, and the batch that was used (McCandlish et al. 2018)."""
     if not any(run.noise() for run in runs):
@@ -201,6 +217,7 @@ def error(runs: Sequence[Facts], ink: str) -> Canvas | None:
 FIGURES: dict[str, tuple[str, str, Figure]] = {
     "loss": ("Loss", "Training loss a step, averaged where steps are many; marks: evaluations.", loss),
     "accuracy": ("Test accuracy", "After each evaluation.", accuracy),
+    "metrics": ("Own metrics", "After each evaluation (train.metrics).", own),
     "lr": ("Learning rate", "As the schedule had it, decisions and amendments included.",
            lambda runs, ink: curve(runs, ink, "lr", "learning rate", log=True)),
     "batch": ("Global batch kn", "Images a step.", lambda runs, ink: curve(runs, ink, "global_batch", "images")),

@@ -16,7 +16,7 @@ from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.owner import queue
 from hpc_lbsgd.recipe import Decision
-from hpc_lbsgd.records import RunFolder, record_of
+from hpc_lbsgd.records import RunFolder, metrics_of, record_of
 from hpc_lbsgd.report.facts import QUIET, seconds_of, whole
 from hpc_lbsgd.train.display import duration
 
@@ -126,6 +126,7 @@ class Live:
             "eta_s": left / mean["samples"] if mean["samples"] and left is not None and not status else None,
             "accuracy": evaluated.get("ema_accuracy", evaluated.get("accuracy")),
             "best_accuracy": self.best,
+            "metrics": metrics_of(evaluated),
             "checkpoint_step": self.newest.get("checkpoint", {}).get("step"),
             "ranks": self.newest.get("start", {}).get("ranks"),
             "attempt": self.newest.get("start", {}).get("attempt"),
@@ -141,6 +142,10 @@ class Live:
         samples = recipe.data.samples
         if not samples or not isinstance(recipe.batch.workers, int):
             return None, recipe.train.epochs, None
+        if ":" in recipe.schedule.kind:  # the code of whoever trains is not run by who looks on
+            steps = self.newest.get("start", {}).get("steps")
+            left = steps and samples * recipe.train.epochs * max(0.0, 1 - self.done / steps)
+            return steps, recipe.train.epochs, left
         schedule = amend.schedule_of(recipe, samples, [Decision(*d) for d in self.decisions], amendments)
         return schedule.steps, schedule.epochs, schedule.samples_ahead(self.done)
 
@@ -203,6 +208,7 @@ def lines(f: dict, losses: list[float], width: int) -> list[str]:
             some("sums {:.1%}", "exposed_comm_share"),
         ),
         row(some("test accuracy {:.2%}", "accuracy"), some("best {:.2%}", "best_accuracy")),
+        row(*(f"{name} {value:.4g}" for name, value in f["metrics"].items())),
         some("last checkpoint: step {}", "checkpoint_step"),
         f["slurm"] or "",
         f"no record for {duration(silent)}" if f["status"] == "running" and silent > SILENT_S else "",

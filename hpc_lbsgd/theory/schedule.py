@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -16,14 +17,15 @@ class Stage:
     """From `first_epoch` on: `workers` workers, this learning rate (after warm-up) and momentum.
 
     `shape` says how the learning rate goes on from the end of warm-up (or from the stage's first epoch, if that is
-    later) to the end of the run: 'constant', 'cosine' to zero, or 'polynomial', (1 - progress)^power.
+    later) to the end of the run: 'constant', 'cosine' to zero, or 'polynomial', (1 - progress)^power; or a function of
+    the epoch, in fractions since the start of the run, that returns the share of `lr`.
     """
 
     first_epoch: int
     workers: int
     lr: float
     momentum: float
-    shape: str = "constant"
+    shape: str | Callable[[float], float] = "constant"
     power: float = 2.0
 
 
@@ -179,6 +181,8 @@ class Schedule:
             return start + (stage.lr - start) * step / self.warmup_steps
         if stage.shape == "constant":
             return stage.lr
+        if callable(stage.shape):
+            return stage.lr * float(stage.shape(epoch))
         begin = max(self.warmup.epochs, stage.first_epoch)
         progress = max(0.0, epoch - begin) / (self.epochs - begin)  # a warm-up is rounded to whole steps
         if stage.shape == "cosine":

@@ -2,7 +2,8 @@
 
     checkpoints/step-00012345/weights.pt      a plain state dict, BatchNorm statistics in it
                               weights_ema.pt  the same with averaged weights, if the recipe has train.ema_decay
-                              optimizer.pt    {"momentum": {parameter name: tensor}, ...}
+                              optimizer.pt    {"momentum": {parameter name: tensor}, ...}; of optimizers that are not
+                                              ours {"state": {parameter name: ...}, "groups": [...]}
                               state.json      step, fingerprints, decisions, noise, SHA-256 of the files and of this one
     checkpoints/LATEST                      the name of the newest
 No data state: the order of samples is a function of the step.
@@ -252,11 +253,7 @@ def load(path: Path, replica: Replica) -> None:
     with torch.no_grad():
         for name, value in own.items():  # in place: parameters are views into the buckets
             value.copy_(weights[name])
-        for kind, named in replica.optimizer.state().items():
-            if kind not in moments:
-                raise RequestError(f"{path}: no {kind} in it; the checkpoint is of another optimizer")
-            for name, value in named.items():
-                value.copy_(moments[kind][name])
+        replica.optimizer.load(moments, str(path))
         if replica.average:
             averaged = read(path / AVERAGE)
             for name, value in replica.averaged().items():

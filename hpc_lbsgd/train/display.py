@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
 from shutil import get_terminal_size
 
 from tqdm import tqdm
 
+from hpc_lbsgd.records import metrics_of
 from hpc_lbsgd.theory.schedule import Schedule
 
 LINE_EVERY_S = 10.0
@@ -91,6 +90,7 @@ class Display:
         accuracy = "" if r["accuracy"] is None else f"test accuracy {r['accuracy']:.2%}  "
         if r.get("ema_accuracy") is not None:
             accuracy += f"of averaged weights {r['ema_accuracy']:.2%}  "
+        accuracy += "".join(f"{name} {value:.4g}  " for name, value in metrics_of(r).items())
         self._say(f"epoch {r['epoch']}/{self.epochs}  test loss {r['loss']:.4f}  {accuracy}({r['samples']} samples)")
 
     def _epoch(self, r: dict) -> None:
@@ -107,39 +107,3 @@ class Display:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-OFTEN = ("loss", "lr", "global_batch", "images_per_s", "data_wait_s", "exposed_comm_s", "step_s")
-RARE = ("noise_scale", "noise_scale_low", "noise_scale_high", "flushed", "replaced", "skipped")
-
-
-class TensorBoard:
-    """Listens to metrics records and writes scalars; what each step has at most once a second, for events cost time."""
-
-    def __init__(self, folder):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder))
-        self._next = 0.0
-
-    def __call__(self, record: dict) -> None:
-        if record["kind"] == "step":
-            due = time.monotonic() >= self._next
-            if due:
-                self._next = time.monotonic() + 1.0
-            self._scalars("train", (*OFTEN, *RARE) if due else RARE, record)
-        elif record["kind"] == "eval":
-            self._scalars("eval", ("loss", "accuracy", "ema_loss", "ema_accuracy"), record)
-        elif record["kind"] == "epoch":
-            self._scalars("epoch", ("loss", "images_per_s"), record)
-        elif record["kind"] == "event":
-            rest = {k: v for k, v in record.items() if k not in ("kind", "time", "event", "step")}
-            self.writer.add_text(f"event/{record['event']}", json.dumps(rest), record.get("step"))
-
-    def _scalars(self, group: str, keys: Iterable[str], record: dict) -> None:
-        for key in keys:
-            if record.get(key) is not None:
-                self.writer.add_scalar(f"{group}/{key}", record[key], record["step"])
-
-    def close(self) -> None:
-        self.writer.close()

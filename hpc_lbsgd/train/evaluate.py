@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ import torch
 from hpc_lbsgd.data.source import Loader
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.data.targets import rows
-from hpc_lbsgd.train.losses import Loss
-from hpc_lbsgd.train.replica import Replica
+from hpc_lbsgd.train.metrics import Metric
+from hpc_lbsgd.train.replica import Distributed
 
 
 def requests(samples: int, batch: int, rank: int, size: int) -> Iterator[Request]:
@@ -21,31 +22,44 @@ def requests(samples: int, batch: int, rank: int, size: int) -> Iterator[Request
         yield Request(0, np.arange(start, min(start + batch, samples)))
 
 
-def evaluate(replica: Replica, loader: Loader, samples: int, batch: int, loss: Loss) -> dict:
-    """Mean loss and accuracy over all samples, equal on all ranks. Accuracy is None where labels are no classes.
+def evaluate(
+    replica: Distributed, loader: Loader, samples: int, batch: int, metrics: Mapping[str, Metric]
+) -> dict[str, Any]:
+    """Means of metrics by name over all samples, with accuracy, equal on all ranks. Accuracy is None where labels are
+    no classes; a metric that counted nothing, too.
 
     Running statistics are the same on all ranks at every step, so there is nothing to gather first.
     """
     engine, model = replica.engine, replica.model
-    # right answers, samples, classified; then a slot a batch for its loss: x + 0 is exact, in any order
-    sums = torch.zeros(3 - (-samples // batch), dtype=torch.float64, device=replica.device)
+    # right answers, samples, classified; then a slot a batch for each metric's sum, and one for its count: x + 0 is
+    # exact, in any order
+    batches_in_all = -(-samples // batch)
+    sums = torch.zeros(3, dtype=torch.float64, device=replica.device)
+    slots = torch.zeros(2 * len(metrics), batches_in_all, dtype=torch.float64, device=replica.device)
     model.eval()
     with torch.no_grad():
-        mine = range(engine.rank, -(-samples // batch), engine.size)
+        mine = range(engine.rank, batches_in_all, engine.size)
         batches = loader.batches(requests(samples, batch, engine.rank, engine.size))
         for number, (images, labels, _) in zip(mine, batches, strict=True):
             outputs = replica.outputs(images)
-            sums[3 + number] = loss(outputs, labels)
+            for i, metric in enumerate(metrics.values()):
+                slots[2 * i, number], slots[2 * i + 1, number] = metric(outputs, labels)
             if scores(outputs, labels):
                 sums[0] += (outputs.argmax(1) == labels).sum()
                 sums[2] += len(labels)
             sums[1] += rows(labels)
-    engine.wait(engine.start_sum(sums, "evaluation"))
-    right, count, classified, *losses = sums.tolist()
+    flat = torch.cat([sums, slots.flatten()])
+    engine.wait(engine.start_sum(flat, "evaluation"))
+    (right, count, classified), parts = flat[:3].tolist(), flat[3:].view_as(slots).tolist()
     if round(count) != samples:
         raise RuntimeError(f"evaluation counted {count:.0f} of {samples} samples")
-    total = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
-    return {"loss": total / samples, "accuracy": right / samples if classified else None, "samples": samples}
+    means = {name: total(values) / total(counts) if total(counts) else None
+             for name, values, counts in zip(metrics, parts[::2], parts[1::2], strict=True)}  # fmt: skip
+    return {**means, "accuracy": right / samples if classified else None, "samples": samples}
+
+
+def total(values: list[float]) -> float:
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def scores(outputs, labels) -> bool:

@@ -26,7 +26,7 @@ from hpc_lbsgd.train.alike import refuse_unlike
 from hpc_lbsgd.train.laps import Laps
 from hpc_lbsgd.train.parts import build
 from hpc_lbsgd.train.preflight import Check
-from hpc_lbsgd.train.prepare import Prepared, open_data, prepare, with_start_settled
+from hpc_lbsgd.train.prepare import Prepared, check_own, open_data, prepare, with_start_settled
 from hpc_lbsgd.train.stops import Stops
 from hpc_lbsgd.train.trainer import Trainer
 
@@ -118,6 +118,7 @@ def preflight(recipe: Recipe, as_json: bool = False) -> int:
 
     def request() -> tuple[dict, str, str | None]:
         # the folder is for manifests of data that cannot be written beside
+        check_own(recipe)
         asked = with_start_settled(recipe.with_workers(engine.size))
         train, evaluation, settled = open_data(asked, RunFolder(RUNS / "preflight"))
         content = settled.model_dump(mode="json")

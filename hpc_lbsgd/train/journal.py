@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 
 from hpc_lbsgd.amend import said
 from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.records import Metrics, RunFolder, now, read_metrics
+from hpc_lbsgd.sections import OPTIMIZERS
 from hpc_lbsgd.theory.schedule import Point, Schedule
-from hpc_lbsgd.train.display import Display, TensorBoard
+from hpc_lbsgd.train.callbacks import Callbacks, View
+from hpc_lbsgd.train.display import Display
 from hpc_lbsgd.train.laps import Laps
+from hpc_lbsgd.train.loggers import open_all
 from hpc_lbsgd.train.parts import Parts
 from hpc_lbsgd.train.prepare import Prepared, software_facts
 from hpc_lbsgd.train.step import Outcome
 
 
 class Journal:
-    """metrics.jsonl, with a display and TensorBoard that listen to it. `write` does nothing before `open`."""
+    """metrics.jsonl, with a display, loggers and callbacks that listen to it. `write` does nothing before `open`."""
 
     def __init__(self, folder: RunFolder):
-        self.folder, self.metrics = folder, None
+        self.folder, self.metrics, self.callbacks = folder, None, None
         self.steps: list[tuple] = []  # of the epoch under way: loss, samples, seconds, replaced
+
+    def listen(self, recipe, replica, ask: Callable[[], None]) -> None:
+        """Make those who will listen. Rank 0 only, before `open`. ask: for the run's end at its next safe point.
+
+        Raises RequestError for a logger or a callback that cannot start.
+        """
+        plain = recipe.model_dump(mode="json")
+        view = View(self.folder.path, plain, replica, ask)
+        self.callbacks = Callbacks(recipe.train.callbacks, view)
+        self.listeners = [open_all(recipe.train.loggers, self.folder, plain), self.callbacks]
+
+    def asked(self) -> tuple[str | None, bool]:
+        """(what went wrong in a callback, one has asked for the run to be done), on rank 0."""
+        return (self.callbacks.fault, self.callbacks.finished) if self.callbacks else (None, False)
 
     def open(
         self, name: str, found: Prepared, recipe, schedule: Schedule, state, engine, ranks, parts: Parts, laps: Laps
@@ -32,6 +50,8 @@ class Journal:
         lines = [render(name, plan, recipe), f"  run folder     {self.folder.path}{resumed}"]
         for step, changes in found.amendments:
             lines.append(f"  amended        {said(step, changes)}")
+        if recipe.optim.name not in OPTIMIZERS:
+            lines.append(f"  optimizer      {parts.replica.optimizer}")
         if parts.checks:
             lines.append(f"  preflight      {len(parts.checks)} checks in {parts.preflight_s:.1f} s: all hold")
         lines += [f"  passed over    {note}" for note in found.notes]
@@ -43,10 +63,7 @@ class Journal:
         self.steps = [
             (r["loss"], r["samples"], r["step_s"], r.get("replaced", 0)) for r in steps if not r.get("skipped")
         ]
-        self.listeners = [
-            Display(schedule, first, recipe.train.eval_epochs if found.eval_set else None),
-            TensorBoard(self.folder.path / "tensorboard"),
-        ]
+        self.listeners.insert(0, Display(schedule, first, recipe.train.eval_epochs if found.eval_set else None))
         self.metrics = Metrics(self.folder, self.listeners)
         laps.end("open")
         self.write(
@@ -57,6 +74,7 @@ class Journal:
             attempt=found.attempt,
             global_batch=plan["global_batch"],
             workers=plan["workers"],
+            steps=schedule.steps,
             device=ranks[0]["device"],
             recipe_fingerprint=state.recipe_fingerprint,
             data_fingerprint=state.data_fingerprint,

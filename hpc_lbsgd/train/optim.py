@@ -7,14 +7,18 @@ Each is a class of a few lines with the equation it computes. What they keep bet
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim.sgd import sgd
 
+from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel.buckets import Buckets
+from hpc_lbsgd.sections import OPTIMIZERS
 from hpc_lbsgd.theory.schedule import Point
+from hpc_lbsgd.train.own_optim import ByParameter
 
 
 def no_decay_names(model: nn.Module) -> set[str]:
@@ -64,6 +68,21 @@ class Optimizer(ABC):
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """By kind, then by parameter name: views, valid as long as the optimizer lives."""
         return {kind: self.buckets.named(flats) for kind, flats in self.flats.items()}
+
+    @torch.no_grad()
+    def load(self, content: Mapping[str, Any], where: str) -> None:
+        """Put `state()` back. Raises RequestError where it is another optimizer's."""
+        for kind, named in self.state().items():
+            if kind not in content:
+                raise RequestError(f"{where}: no {kind} in it; the checkpoint is of another optimizer")
+            for name, value in named.items():
+                value.copy_(content[kind][name])
+
+    def synchronise(self, engine, device: torch.device) -> None:
+        """Rank 0's state on every rank. Collective."""
+        for kind, kept in self.flats.items():
+            for i, flat in enumerate(kept):
+                engine.broadcast(flat, f"optimizer.{kind}.{i}")
 
 
 class Sgd(Optimizer):
@@ -176,8 +195,11 @@ class Lars(Optimizer):
             w.sub_(state["momentum"].mul_(point.momentum).add_(g, alpha=point.lr))
 
 
-def create(buckets: Buckets, optim) -> Optimizer:
-    """The optimizer of a recipe's `optim` section."""
+def create(buckets: Buckets, optim, model: nn.Module | None = None) -> Optimizer | ByParameter:
+    """The optimizer of a recipe's `optim` section. model: whose parameters are in the buckets, for those not ours."""
+    if optim.name not in OPTIMIZERS:
+        assert model is not None
+        return ByParameter([(n, p) for n, p in model.named_parameters() if p.requires_grad], optim)
     if optim.name == "sgd":
         return (Sgd if optim.form == "u" else AbsorbedSgd)(buckets, optim)
     return {"adam": Adam, "lars": Lars}[optim.name](buckets, optim)

@@ -6,6 +6,7 @@
     masks      dropout has its rate, and differs by call and worker
     groups     where a pass holds several BatchNorm groups: they do not meet
     workers    two workers computed apart add up to both in one step, here and over two ranks
+    optimizer  where it is not ours: all that its next step needs is in its state, and a checkpoint can hold that
     ranks      under any-ranks, every rank decodes and computes worker 0 to the same bits, as at the run's first start
 
 `before` runs without ranks and says how often BatchNorm layers are called; `after` runs on the replica, on all ranks.
@@ -27,9 +28,11 @@ from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.targets import joined, rows, tensors
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import world as worlds
+from hpc_lbsgd.parallel.agree import together
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train import models, probe
+from hpc_lbsgd.train import metrics, models, own_optim, probe
 from hpc_lbsgd.train.losses import loss_function
+from hpc_lbsgd.train.optim import Optimizer
 from hpc_lbsgd.train.replica import DTYPES, Replica, outputs, weights_sha256
 from hpc_lbsgd.train.workers import groups_in_step
 
@@ -81,6 +84,7 @@ def before(
             kept = probe.remembers(build, call)
         if recipe.data.eval or recipe.data.dataset:
             probe.refuse_state(own, probe.changed_by_evaluation(own, call), "an evaluation")
+            probe.try_metrics(own, call, metrics.load_all(recipe.train.metrics))
     except (RequestError, RunError):
         raise
     except Exception as problem:  # a model, a loss and data that anyone may have written
@@ -187,11 +191,22 @@ def after(
     facts = facts_of_rank(replica)
     shares = {worker: bench.share({worker: batch}) for worker, batch in worker_batches.items()}
     facts["batch"] = digest(parts_of(worker_batches[0]))
-    facts["gradient"] = digest(bench.gradients(0, worker_batches[0]))
+    gradients = bench.gradients(0, worker_batches[0])
+    facts["gradient"] = digest(gradients)
+    wrong = None
+    if not isinstance(replica.optimizer, Optimizer):
+        names = (name for name, _ in replica.buckets.places)
+        trial = (recipe.optim, replica.optimizer.named, dict(zip(names, gradients, strict=True)))
+        wrong, updated = together(engine, lambda: own_optim.trial(*trial))
+        facts["update"] = digest(updated)
     everyone = engine.gather(facts)
     checks = []
     if weights and everyone[0]["weights"] != weights:
         checks.append(Check("model", False, "its starting weights in buckets are not those that its author gave it"))
+    if "update" in facts:
+        wrong = next((w for w in engine.gather(wrong) if w), None)
+        what = f"{recipe.optim.name} goes on from its state to the bit"
+        checks.append(Check("optimizer", not wrong, f"optim.name = {recipe.optim.name}: {wrong}" if wrong else what))
     if len(worker_batches) > 1:
         checks.append(check_workers(bench, worker_batches, shares))
     if recipe.determinism == "any-ranks":
@@ -315,13 +330,14 @@ COMPARED = {
     "torch": "it has another torch",
     "batch": "it decodes worker 0's samples to other pixels (another decoder or library)",
     "gradient": "it computes another gradient from the same batch (other kernels, instruction set or library)",
+    "update": "its optimizer makes another step of the same gradient (other code, or a draw of its own)",
 }
 
 
 def check_ranks(everyone: list[dict], begun: dict | None) -> Check:
     for key, meaning in COMPARED.items():
-        common = Counter(facts[key] for facts in everyone).most_common(1)[0][0]
-        other = [rank for rank, facts in enumerate(everyone) if facts[key] != common]
+        common = Counter(facts.get(key) for facts in everyone).most_common(1)[0][0]
+        other = [rank for rank, facts in enumerate(everyone) if facts.get(key) != common]
         if other:
             facts = everyone[other[0]]
             named = ", ".join(f"{rank} on {everyone[rank]['host']}" for rank in other[:8])
@@ -332,8 +348,8 @@ def check_ranks(everyone: list[dict], begun: dict | None) -> Check:
                 f"rank {named}{more}: {meaning}; {key} {shown(facts[key])}, others {shown(common)} ({facts['cpu']})",
             )
     now = everyone[0]
-    for key in ("weights", "batch", "gradient"):
-        if begun and begun.get(key, now[key]) != now[key]:
+    for key in ("weights", "batch", "gradient", "update"):
+        if begun and begun.get(key, now.get(key)) != now.get(key):
             return Check(
                 "ranks",
                 False,

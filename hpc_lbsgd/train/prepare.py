@@ -23,12 +23,14 @@ from hpc_lbsgd.data.loader import check_sizes
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.user import UserSet
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.imports import load
 from hpc_lbsgd.owner import job_of
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.recipe import Decision, Recipe, flatten
 from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
+from hpc_lbsgd.sections import OPTIMIZERS
 from hpc_lbsgd.theory.schedule import Schedule
-from hpc_lbsgd.train import checkpoint, losses
+from hpc_lbsgd.train import checkpoint, loggers, losses, metrics, own_optim
 
 SETTINGS = ("HOROVOD_", "NCCL_", "OMPI_MCA_", "OMP_")
 # Open MPI hands the key of a job's network on in OMPI_MCA_orte_precondition_transports
@@ -58,6 +60,7 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = 
     Raises RequestError; nothing is written before everything has been checked.
     """
     notes: list[str] = []
+    check_own(recipe)
     if amend and not folder.exists():
         raise RequestError(f"--amend: no run in {folder.path} to amend; a run that starts has its recipe, and --set")
     if folder.exists():
@@ -95,6 +98,8 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = 
     schedule = amends.schedule_of(recipe, len(train), decisions, amendments)
     if now.machine.engine == "ddp":
         refuse_idle_ranks(now, schedule, ranks)
+    if ":" in recipe.schedule.kind:
+        refuse_other_rates(recipe, schedule, folder, step)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         attempt = sum(1 for r in read_metrics(folder.metrics) if r["kind"] == "start")
@@ -123,6 +128,31 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = 
         amendments != before,
         start_gone,
     )
+
+
+def check_own(recipe: Recipe) -> None:
+    """Raise RequestError for what a recipe names of the user's own or of other packages, and is not there."""
+    if recipe.optim.name not in OPTIMIZERS:
+        own_optim.check(recipe.optim)
+    losses.loss_function(recipe.train)
+    if metrics.load_all(recipe.train.metrics) and not (recipe.data.eval or recipe.data.dataset):
+        raise RequestError(f"train.metrics = {recipe.train.metrics}: nothing to measure them on; set data.eval")
+    for name in recipe.train.callbacks:
+        load(name, "train.callbacks")
+    loggers.refuse_missing(recipe.train.loggers)
+
+
+def refuse_other_rates(recipe: Recipe, schedule: Schedule, folder: RunFolder, step: int) -> None:
+    """The code of a schedule of the user's own may have been changed since: steps that were taken must not move."""
+    for r in read_metrics(folder.metrics):
+        if r["kind"] == "step" and r["step"] < step:
+            point = schedule.at(r["step"])
+            if (point.lr, point.global_batch) != (r.get("lr"), r.get("global_batch")):
+                raise RequestError(
+                    f"schedule.kind = {recipe.schedule.kind}: step {point.step} was taken at lr = {r.get('lr')}, kn = "
+                    f"{r.get('global_batch')}, and now it would have {point.lr}, {point.global_batch}: its code is not "
+                    "what the run was begun with"
+                )
 
 
 def refuse_idle_ranks(recipe: Recipe, schedule: Schedule, ranks: int) -> None:
@@ -214,8 +244,8 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
 
 
 def with_targets(recipe: Recipe, train: Manifest, evaluation: Manifest | None) -> Recipe:
-    """The recipe with N and the number of outputs settled. Refuses targets that both sets do not have alike, or that its
-    loss cannot be taken of."""
+    """The recipe with N and the number of outputs settled. Refuses targets that both sets do not have alike, or that
+    its loss cannot be taken of."""
     data, sets = recipe.data, [m for m in (train, evaluation) if m is not None]
     for m in sets:
         fields.refuse_unknown(data.targets, m.fields, str(m.path))

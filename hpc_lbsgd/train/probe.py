@@ -6,7 +6,7 @@ Runs on one rank before the first step, on a few samples. Imports no engine.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.train import models
 from hpc_lbsgd.train.attributes import snapshot
 from hpc_lbsgd.train.losses import Loss
+from hpc_lbsgd.train.metrics import Metric
 from hpc_lbsgd.train.statistics import RunningStatistics
 from hpc_lbsgd.train.workers import DROPOUTS, PassContext, VirtualDropout, make_virtual
 
@@ -110,6 +111,14 @@ def changed_by_evaluation(model: nn.Module, call: Call) -> list[str]:
     for module, mode in training.items():
         module.training = mode
     return [n for n, value in everything(model) if n not in state or not same(state[n], value)]
+
+
+def try_metrics(model: nn.Module, call: Call, metrics: Mapping[str, Metric]) -> None:
+    """Ask the user's metrics once, as an evaluation will: what they cannot do shows before the first step."""
+    with torch.no_grad():
+        outputs = call.outputs(model, call.images) if metrics else None
+        for metric in metrics.values():
+            metric(outputs, call.labels)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from hpc_lbsgd.errors import RunError
-from hpc_lbsgd.parallel.buckets import Buckets, plan_layouts
+from hpc_lbsgd.parallel.buckets import Buckets
 from hpc_lbsgd.parallel.engine import Engine
+from hpc_lbsgd.parallel.layout import plan_layouts
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import crosscheck, models, optim
 from hpc_lbsgd.train.statistics import RunningStatistics
@@ -226,7 +227,7 @@ class Replica(Distributed):
             memory_format=memory_format,
         )
         self.bucket_mb = machine.bucket_mb
-        self.optimizer = optim.create(self.buckets, recipe.optim)
+        self.optimizer = optim.create(self.buckets, recipe.optim, model)
         decay = recipe.train.ema_decay
         averaged = [*(b.weights for b in self.buckets.buckets), self.running.flat]
         self.average = optim.Average(averaged, decay) if decay else None
@@ -257,9 +258,7 @@ class Replica(Distributed):
 
     def synchronise(self) -> None:
         """As `Distributed.synchronise`, and rank 0's optimizer state and averages on every rank."""
-        for kind, kept in self.optimizer.flats.items():
-            for i, flat in enumerate(kept):
-                self.engine.broadcast(flat, f"optimizer.{kind}.{i}")
+        self.optimizer.synchronise(self.engine, self.device)
         for i, flat in enumerate(self.average.flats if self.average else ()):
             self.engine.broadcast(flat, f"average.{i}")
         super().synchronise()

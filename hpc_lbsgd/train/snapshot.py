@@ -13,8 +13,8 @@ from hpc_lbsgd.train.replica import Replica
 
 @dataclass
 class Snapshot:
-    """tensors: by part ("weights", "optimizer", "average") and name; those of "optimizer" are by kind, then name. They
-    may be read once `wait` has returned. state: a `checkpoint.State` of its own."""
+    """tensors: by part ("weights", "optimizer", "average") and name; those of "optimizer" are by kind, then name, or as
+    its state dict has them. They may be read once `wait` has returned. state: a `checkpoint.State` of its own."""
 
     state: Any
     tensors: dict[str, dict]
@@ -62,8 +62,13 @@ class HostCopy:
         return snapshot
 
     def _copied(self, value, place: tuple[str, ...]):
+        if isinstance(value, dict):
+            return {name: self._copied(inner, (*place, str(name))) for name, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            inside = [self._copied(inner, (*place, str(i))) for i, inner in enumerate(value)]
+            return inside if isinstance(value, list) else tuple(inside)
         if not isinstance(value, torch.Tensor):
-            return {name: self._copied(inner, (*place, name)) for name, inner in value.items()}
+            return copy.deepcopy(value)
         held = self._held.get(place)
         if held is None or (held.shape, held.dtype) != (value.shape, value.dtype):
             held = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from hpc_lbsgd.parallel.buckets import aligned
+from hpc_lbsgd.parallel.layout import aligned
 from hpc_lbsgd.train.workers import VirtualNorm
 
 

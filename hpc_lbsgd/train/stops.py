@@ -40,6 +40,10 @@ class Stops:
             say(ASKED)
         self._asked = True
 
+    def ask(self) -> None:
+        """From this process: a callback."""
+        self._asked = True
+
     def asked(self) -> bool:
         # not every launcher passes signals on to its ranks
         if self._lead and time.monotonic() - self._looked > LOOK_EVERY_S:

@@ -11,24 +11,19 @@ from pathlib import Path
 import torch
 
 from hpc_lbsgd.amend import recipe_now, schedule_of
-from hpc_lbsgd.data import loader as loaders
-from hpc_lbsgd.data import stage as stages
 from hpc_lbsgd.data.ahead import Cut
-from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError, RunError
-from hpc_lbsgd.parallel import world as worlds
-from hpc_lbsgd.parallel.agree import agree, together
+from hpc_lbsgd.parallel.agree import agree
 from hpc_lbsgd.recipe import Decision, Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train import alike, checkpoint, crosscheck, decide, verdict
+from hpc_lbsgd.train import checkpoint, crosscheck, decide, metrics, sets, verdict
 from hpc_lbsgd.train.evaluate import evaluate
 from hpc_lbsgd.train.interval import Interval
 from hpc_lbsgd.train.journal import Journal
 from hpc_lbsgd.train.laps import Laps
-from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.parts import build, recompute
-from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts, stage_folder
+from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts
 from hpc_lbsgd.train.replica import weights_sha256
 from hpc_lbsgd.train.slow import SlowRanks
 from hpc_lbsgd.train.step import Outcome, Passes, Stepper
@@ -53,9 +48,9 @@ class Trainer:
         self.folder = RunFolder(found.run)
         self.lead = engine.rank == 0
         self.journal = Journal(self.folder)
-        self._open_sets()
+        self.train_set, self.eval_set = sets.open_all(recipe, (found.train_set, found.eval_set), engine)
         data = data_fingerprint(self.train_set, self.eval_set)
-        self._refuse_other_data(data)
+        sets.refuse_other(data, engine)
         fresh = checkpoint.State(0, self.written.fingerprint(), data, rules=checkpoint.RULES)
         self.state = checkpoint.State(**found.state) if found.state else fresh
         self._schedule_from_decisions()
@@ -88,34 +83,6 @@ class Trainer:
 
     # ---------------------------------------------------------------- prepare
 
-    def _open_sets(self) -> None:
-        paths = (self.found.train_set, self.found.eval_set)
-        self.train_set, self.eval_set = together(
-            self.engine, lambda: [loaders.open_set(self.recipe, path) if path else None for path in paths]
-        )
-        folder = together(self.engine, lambda: stage_folder(self.recipe))
-        if folder:
-            self._stage(folder)
-
-    def _refuse_other_data(self, data: str) -> None:
-        """A set may lie on each node's own disk, and be an older copy there."""
-        found = self.engine.gather((socket.gethostname(), data))
-        alike.refuse_other([{"data": digest} for _, digest in found], [host for host, _ in found],
-                           "; copy the data there again")  # fmt: skip
-
-    def _stage(self, folder: str) -> None:
-        """Read packed sets from node-local copies: the first rank of each node makes them, the others wait."""
-        first = worlds.from_environment().local_rank == 0
-        sets = [self.train_set, self.eval_set]
-        staged = [i for i, s in enumerate(sets) if isinstance(s, Manifest) and s.shards]
-        if first:
-            for i in staged:
-                stages.stage(sets[i], folder, show=self.lead)
-        self.engine.barrier()
-        for i in staged:
-            sets[i] = Manifest(stages.folder_of(sets[i], folder) / FILE_NAME)
-        self.train_set, self.eval_set = sets
-
     def _schedule_from_decisions(self) -> None:
         decisions = [Decision(*d) for d in self.state.decisions]
         self.schedule = schedule_of(self.written, len(self.train_set), decisions, self.found.amendments)
@@ -140,6 +107,7 @@ class Trainer:
         ranks = self.engine.gather(environment_facts(self.device))
         self.hosts, self.devices = [r["host"] for r in ranks], [r["device"] for r in ranks]
         self.slow = SlowRanks(self.hosts)
+        agree(self.engine, lambda: self.journal.listen(self.recipe, self.replica, self.stops.ask))
         if self.lead:
             if parts.facts and not begun and not self.found.start_gone:
                 self.folder.write_preflight(parts.facts)
@@ -245,17 +213,17 @@ class Trainer:
         """Evaluate after `epochs` epochs; True if it is the best so far."""
         self.watchdog.enter("evaluation", self.state.step)
         recipe = self.recipe
-        loss = loss_function(recipe.train.model_copy(update={"label_smoothing": 0.0}))
+        measured = metrics.of_recipe(recipe.train)
 
         def measure() -> dict:
-            return evaluate(self.replica, self.eval_loader, len(self.eval_set), recipe.machine.eval_batch, loss)
+            return evaluate(self.replica, self.eval_loader, len(self.eval_set), recipe.machine.eval_batch, measured)
 
         result = measure()
         if self.replica.average:
             self.replica.average.swap()
             average = measure()
             self.replica.average.swap()
-            result |= {"ema_loss": average["loss"], "ema_accuracy": average["accuracy"]}
+            result |= {f"ema_{name}": value for name, value in average.items() if name != "samples"}
         self.last_eval = result
         self.journal.write("eval", step=self.state.step, epoch=epochs, **result)
         accuracy = result.get("ema_accuracy", result["accuracy"])
@@ -373,11 +341,14 @@ class Trainer:
         self.watchdog.enter("end", self.state.step)
         self.replica.check_others()
         self.replica.check_equal("end")
+        finished = self._refuse_fault()
+        stopped = stopped and not finished
         digest = weights_sha256(self.replica.model) if self.lead else None
         status = "stopped" if stopped else "done"
         facts = {"weights_sha256": digest, **self.last_eval}
         self.journal.write("end", step=self.state.step, steps=self.state.step, seconds=seconds, status=status, **facts)
         self.engine.barrier()
+        self._refuse_fault()
         if self.lead:
             self.folder.write_status(status, step=self.state.step, **facts)
             self.journal.close()
@@ -385,6 +356,13 @@ class Trainer:
         self.watchdog.stop()
         # srun and mpirun kill the other ranks when one exits non-zero; `launch` turns `stopped` into 75
         return EXIT_STOPPED if stopped and self.engine.size == 1 else EXIT_DONE
+
+    def _refuse_fault(self) -> bool:
+        """End as failed where a callback has; True if one has asked for the run to be done. Collective."""
+        fault, finished = self.engine.share(self.journal.asked())
+        if fault:
+            self._give_up(fault)
+        return finished
 
     def _say_end(self, stopped: bool, seconds: float) -> None:
         what = "stopped at a safe point; start it again with --resume" if stopped else "done"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hpc_lbsgd.arguments import positive, with_json
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED
+from hpc_lbsgd.records import metrics_of
 
 
 def add(command) -> None:
@@ -52,7 +53,8 @@ def evaluate(args) -> int:
         accuracy = "" if found["accuracy"] is None else f", accuracy {found['accuracy']:.2%}"
         averaged = ", averaged weights" if found["averaged"] else ""
         print(f"{found['run']}, step {found['step']}{averaged}, on {found['data']}:")
-        print(f"  loss {found['loss']:.4f}{accuracy}, {found['samples']} samples")
+        own = "".join(f", {name} {value:.4g}" for name, value in metrics_of(found).items())
+        print(f"  loss {found['loss']:.4f}{accuracy}{own}, {found['samples']} samples")
     return EXIT_DONE
 
 

@@ -16,9 +16,9 @@ from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import together
 from hpc_lbsgd.parallel.engine import Engine
+from hpc_lbsgd.train import metrics
 from hpc_lbsgd.train.evaluate import evaluate as measure
 from hpc_lbsgd.train.job import prepare_process
-from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.parts import make_loaders
 from hpc_lbsgd.train.prepare import check_targets, open_user_data
 from hpc_lbsgd.trained.opened import Trained, open_run
@@ -32,7 +32,8 @@ class OnRank(Trained):
 
 
 def evaluate(run: str, data: str | None, at: str, plain: bool) -> dict | None:
-    """{run, step, averaged, data, loss, accuracy, samples}; None on ranks that have nothing to say. Collective.
+    """{run, step, averaged, data, loss, accuracy, samples} with own metrics; None on ranks that have nothing to say.
+    Collective.
 
     data: a folder or manifest with the run's classes (default: the recipe's data.eval).
     """
@@ -49,8 +50,7 @@ def evaluate(run: str, data: str | None, at: str, plain: bool) -> dict | None:
         recipe, chosen = together(engine, lambda: open_set(found, data))
         memory_format = torch.channels_last if found.channels_last else torch.contiguous_format
         _, loader = together(engine, lambda: make_loaders(recipe, chosen, chosen, memory_format, engine, device))
-        loss = loss_function(recipe.train.model_copy(update={"label_smoothing": 0.0}))
-        result = measure(found, loader, len(chosen), recipe.machine.eval_batch, loss)
+        result = measure(found, loader, len(chosen), recipe.machine.eval_batch, metrics.of_recipe(recipe.train))
         what = {"run": run, "step": found.step, "averaged": found.averaged, "data": str(data or recipe.data.eval)}
         return what | result if engine.rank == 0 else None
     finally:

@@ -22,7 +22,8 @@ from hpc_lbsgd.data.dali import DaliLoader
 from hpc_lbsgd.data.source import Source
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.parallel import fixed_point
-from hpc_lbsgd.parallel.buckets import Buckets, plan_layouts
+from hpc_lbsgd.parallel.buckets import Buckets
+from hpc_lbsgd.parallel.layout import plan_layouts
 from hpc_lbsgd.train import step
 from hpc_lbsgd.train.replica import weights_sha256
 

@@ -10,7 +10,8 @@ from test_graphs import Alone
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.parallel import fixed_point
-from hpc_lbsgd.parallel.buckets import Buckets, plan_layouts
+from hpc_lbsgd.parallel.buckets import Buckets
+from hpc_lbsgd.parallel.layout import plan_layouts
 from hpc_lbsgd.train import step
 from hpc_lbsgd.train.replica import Replica, weights_sha256
 

@@ -7,7 +7,8 @@ import torch
 from test_graphs import Alone
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.parallel.buckets import Buckets, plan_layouts
+from hpc_lbsgd.parallel.buckets import Buckets
+from hpc_lbsgd.parallel.layout import plan_layouts
 from hpc_lbsgd.train import optim
 
 

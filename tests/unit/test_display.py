@@ -6,7 +6,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpc_lbsgd.theory.schedule import Schedule, Stage, Warmup
-from hpc_lbsgd.train.display import Display, TensorBoard
+from hpc_lbsgd.train.display import Display
+from hpc_lbsgd.train.loggers import Loggers, TensorBoard
 
 
 def step(number, **more):
@@ -15,7 +16,7 @@ def step(number, **more):
 
 
 def test_tensorboard_has_every_rare_record_and_not_every_step(tmp_path):
-    board = TensorBoard(tmp_path)
+    board = Loggers([TensorBoard(tmp_path)])
     for i in range(300):
         board(step(i, **({"noise_scale": float(i)} if i % 100 == 0 else {}), **({"skipped": True} if i == 7 else {})))
     board({"kind": "eval", "step": 300, "loss": 0.5, "accuracy": None, "samples": 8})

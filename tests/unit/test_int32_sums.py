@@ -10,7 +10,8 @@ from test_workers import CPU, batches, engine, point_of, small_recipe  # noqa: F
 from hpc_lbsgd import plan
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.parallel.buckets import Buckets, plan_layouts
+from hpc_lbsgd.parallel.buckets import Buckets
+from hpc_lbsgd.parallel.layout import plan_layouts
 from hpc_lbsgd.parallel.scales import halves
 from hpc_lbsgd.theory import units
 from hpc_lbsgd.train import step

@@ -11,7 +11,8 @@ import torch
 
 from hpc_lbsgd.data.maker import Maker
 from hpc_lbsgd.data.storage import Request
-from hpc_lbsgd.data.user import UserLoader, UserSet
+from hpc_lbsgd.data.user import UserSet
+from hpc_lbsgd.data.user_loader import UserLoader
 from hpc_lbsgd.errors import RunError
 
 HERE = os.path.dirname(__file__)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.parallel.buckets import Buckets, plan_layouts
+from hpc_lbsgd.parallel.buckets import Buckets
+from hpc_lbsgd.parallel.layout import plan_layouts
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import optim
 

@@ -11,10 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.parallel import engine as engines
-from hpc_lbsgd.parallel.buckets import plan_layouts
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import models, step
-from hpc_lbsgd.train.optim import no_decay_names
 from hpc_lbsgd.train.replica import Replica, weights_sha256
 from hpc_lbsgd.train.statistics import RunningStatistics
 from hpc_lbsgd.train.workers import PassContext, groups_in_step, make_virtual
@@ -341,23 +339,6 @@ def test_gradients_that_would_be_lost_are_refused_by_name(engine, monkeypatch, m
     point = point_of()
     with pytest.raises(RunError, match=says) if says else nullcontext():
         assert step.Stepper(replica, recipe, batches(recipe, point)).run(point).finite
-
-
-def test_layout_covers_every_parameter_aligned_and_in_backward_order():
-    model = models.build(recipes.Model(name="resnet20"), 3, 10, 0)
-    named = list(model.named_parameters())
-    layouts = plan_layouts(named, no_decay_names(model), 100, 200_000, 50_000)
-    assert layouts[0].statistics == 100 and all(x.statistics == 0 for x in layouts[1:])
-    names = [v.name for x in layouts for v in x.views]
-    assert sorted(names) == sorted(n for n, _ in named)
-    assert layouts[0].views[0].name == "fc.weight"
-    for x in layouts:
-        places = sorted((v.offset, v.offset + v.parameter.numel()) for v in x.views)
-        assert all(a_end <= b for (_, a_end), (b, _) in zip(places, places[1:], strict=False))
-        assert all(v.offset * 4 % 64 == 0 for v in x.views if v.offset != x.statistics)
-        assert all((v.offset < x.decay_end) == (v.parameter.dim() > 1) for v in x.views)
-    first_of = [min(names.index(v.name) for v in x.views) for x in layouts]
-    assert first_of == sorted(first_of)
 
 
 @pytest.mark.parametrize("changes", [{}, {"machine__workers_per_pass": 4}])

@@ -50,7 +50,7 @@ def choose(names: list[str], on_gpu: bool, nodes: int) -> dict[str, list[Setting
 
 def effect_of(task: dict, on_gpu: bool) -> Callable[[Setting], Hashable]:
     """What a setting does to the task's model: where its gradients are cut, and the values that hold."""
-    from hpc_lbsgd.parallel.buckets import plan_layouts
+    from hpc_lbsgd.parallel.layout import plan_layouts
     from hpc_lbsgd.train import models
 
     model = models.without_storage(recipe_of(task, 1, task["batches"][0]), CLASSES)

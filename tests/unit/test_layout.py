@@ -1,0 +1,23 @@
+"""How parameters lie in buckets."""
+
+from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.parallel.layout import plan_layouts
+from hpc_lbsgd.train import models
+from hpc_lbsgd.train.optim import no_decay_names
+
+
+def test_layout_covers_every_parameter_aligned_and_in_backward_order():
+    model = models.build(recipes.Model(name="resnet20"), 3, 10, 0)
+    named = list(model.named_parameters())
+    layouts = plan_layouts(named, no_decay_names(model), 100, 200_000, 50_000)
+    assert layouts[0].statistics == 100 and all(x.statistics == 0 for x in layouts[1:])
+    names = [v.name for x in layouts for v in x.views]
+    assert sorted(names) == sorted(n for n, _ in named)
+    assert layouts[0].views[0].name == "fc.weight"
+    for x in layouts:
+        places = sorted((v.offset, v.offset + v.parameter.numel()) for v in x.views)
+        assert all(a_end <= b for (_, a_end), (b, _) in zip(places, places[1:], strict=False))
+        assert all(v.offset * 4 % 64 == 0 for v in x.views if v.offset != x.statistics)
+        assert all((v.offset < x.decay_end) == (v.parameter.dim() > 1) for v in x.views)
+    first_of = [min(names.index(v.name) for v in x.views) for x in layouts]
+    assert first_of == sorted(first_of)
