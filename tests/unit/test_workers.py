@@ -13,6 +13,7 @@ from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import models, step
+from hpc_lbsgd.train.optim import no_decay_names
 from hpc_lbsgd.train.replica import Replica, weights_sha256
 from hpc_lbsgd.train.statistics import RunningStatistics
 from hpc_lbsgd.train.workers import PassContext, groups_in_step, make_virtual
