@@ -4,7 +4,8 @@ engine.py      what an engine promises, and the choice of one; *_engine.py are t
 buckets.py     gradients and weights as views of a few flat buffers, each summed as soon as it is full;
                kernels.py: fixed point on GPUs, fixed_point.py: whether a rank has them
 agree.py       one verdict for all ranks
-world.py       what a rank can know before MPI starts; launchers.py: what each mpirun wants to be told
+world.py       what a rank can know before MPI starts; launchers.py: what each mpirun wants to be told;
+               refusals.py: what one says where it starts nothing, in a line
 
 May be imported by: train, bench, reproduce, plan, cluster, trained, api, cli.
 May import: sections, recipe, errors.

@@ -15,8 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hpc_lbsgd.data import fetch, manifest
-from hpc_lbsgd.errors import EXIT_DONE, EXIT_STOPPED, RunError
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_STOPPED, RequestError, RunError
 from hpc_lbsgd.parallel.launchers import Layout, compose
+from hpc_lbsgd.parallel.refusals import refusal
 from hpc_lbsgd.parallel.world import cores
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import write_atomically
@@ -69,6 +70,7 @@ def run_cells(cells: list[Cell], ranks: int, jobs: int, oversubscribe: bool) -> 
                     done += 1
                     say_done(bar, cell)
                 elif not asked:
+                    refuse(cell, ranks)
                     raise RunError(
                         f"{cell.name}: train ended with {code}; see {log_of(cell)}. Finished runs are kept: start the "
                         "same command again"
@@ -96,6 +98,15 @@ def say_done(bar: tqdm, cell: Cell) -> None:
 
 def log_of(cell: Cell) -> Path:
     return cell.folder.path.with_suffix(".log")
+
+
+def refuse(cell: Cell, ranks: int) -> None:
+    """Raises RequestError where mpirun could not start the ranks: its words are the log's last."""
+    with open(log_of(cell), "rb") as log:
+        log.seek(max(0, log.seek(0, 2) - 4096))
+        problem = refusal(log.read().decode(errors="replace").rpartition("\n$ ")[2], Layout(ranks))
+    if problem:
+        raise RequestError(problem)
 
 
 def start(cell: Cell, ranks: int, jobs: int, oversubscribe: bool) -> subprocess.Popen:
