@@ -58,11 +58,12 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
     if dry_run:
         print(shlex.join([*launcher.line(path, layout, exported(layout)), *program]))
         return EXIT_DONE
+    asked = Asked(folder)
     folder, held = own_run(folder.path.name, str(folder.path), job.resume)
     try:
         os.environ[HANDED_ON] = held.lease.owner
         line = [*launcher.line(path, layout, exported(layout)), *program]
-        return run(launcher, layout, line, folder, flavour)
+        return run(launcher, layout, line, folder, asked, flavour)
     finally:
         held.release()
 
@@ -126,10 +127,12 @@ def wait(process: subprocess.Popen, folder: RunFolder, before: dict | None, aske
     return EXIT_FAILED if asked.end or status["status"] == "failed" else EXIT_DONE
 
 
-def run(launcher: Launcher, layout: Layout, line: list[str], folder: RunFolder, flavour: str | None = None) -> int:
+def run(
+    launcher: Launcher, layout: Layout, line: list[str], folder: RunFolder, asked: Asked, flavour: str | None = None
+) -> int:
     """Run a job to its end. Ctrl-C asks it to stop at a safe point; a second one ends it. Raises RequestError where
     the launcher could start nothing."""
-    before, asked, starts = folder.status(), Asked(folder), folder.starts()
+    before, starts = folder.status(), folder.starts()
     with undisturbed():  # until it has a session of its own: Ctrl-C would reach mpirun too, and end the ranks
         process, said = start(launcher, line, start_new_session=True)
     code = wait(process, folder, before, asked)
