@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
-from hpc_lbsgd import __version__
+from hpc_lbsgd import __version__, completion, progress
 from hpc_lbsgd.arguments import (
     add_command,
     nodes_sweep,
@@ -20,6 +22,7 @@ from hpc_lbsgd.arguments import (
     with_json,
     with_recipe,
     with_run,
+    with_say,
     with_set,
 )
 from hpc_lbsgd.bench import commands as bench
@@ -75,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 stopped at a safe point: "
         "start again, 130 ended by Ctrl-C.",
     )
+    with_say(top)
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -96,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
     add_jobs(command)
     bench.add(commands)
     add_reproduce(command)
+    p = command("completion", complete, help="what a shell reads to complete commands, flags, recipes and keys at TAB")
+    p.add_argument("shell", choices=completion.SHELLS, help='for bash: eval "$(hpc-lbsgd completion bash)"')
     return top
 
 
@@ -328,6 +334,7 @@ def launch(args) -> int:
             f"(got {' '.join(job) or 'nothing'})"
         )
     inner = parser().parse_args(job)
+    listen(inner)
     layout = Layout(args.ranks, args.hosts, args.hostfile, args.oversubscribe)
     return launches.launch(layout, inner, args.dry_run, args.mpi)
 
@@ -340,6 +347,11 @@ def submit(args) -> int:
     return submits.submit(args.recipe, args.settings, args.site, request, args.json)
 
 
+def complete(args) -> int:
+    print(completion.script(args.shell))
+    return EXIT_DONE
+
+
 def own(args) -> int:
     from hpc_lbsgd import owner
 
@@ -347,8 +359,16 @@ def own(args) -> int:
     return EXIT_DONE
 
 
+def listen(args) -> None:
+    """What -q and -v say holds for this process and all that it starts."""
+    os.environ.update({progress.SAY: args.say} if "say" in args else {})
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    commands = parser()
+    completion.answer(commands)
+    args = commands.parse_args(argv)
+    listen(args)
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have any bytes
     runs = args.command in ("train", "launch")
     if runs:  # what cannot be told any more must not end them
@@ -357,10 +377,10 @@ def main(argv: list[str] | None = None) -> int:
         return args.function(args)
     except RequestError as problem:
         if not leave_to_rank_0():
-            print(f"hpc-lbsgd: {problem}", file=sys.stderr)
+            complain(problem)
         return EXIT_REQUEST
     except RunError as problem:
-        print(f"hpc-lbsgd: {problem}", file=sys.stderr)
+        complain(problem)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("hpc-lbsgd: ended by Ctrl-C", file=sys.stderr)
@@ -368,6 +388,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return EXIT_FAILED if runs else EXIT_DONE
+
+
+def complain(problem: Exception) -> None:
+    if progress.verbose():
+        traceback.print_exception(problem)
+    print(f"hpc-lbsgd: {problem}", file=sys.stderr)
 
 
 if __name__ == "__main__":

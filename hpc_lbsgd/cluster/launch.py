@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from hpc_lbsgd import amend
+from hpc_lbsgd import amend, progress
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, EXIT_STOPPED, RequestError
 from hpc_lbsgd.owner import HANDED_ON
@@ -42,6 +42,7 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
         if dry_run:
             print(shlex.join(line))
             return EXIT_DONE
+        progress.running(line)
         process, said = start(launcher, line)
         try:
             code = process.wait()
@@ -132,6 +133,7 @@ def run(
 ) -> int:
     """Run a job to its end. Ctrl-C asks it to stop at a safe point; a second one ends it. Raises RequestError where
     the launcher could start nothing."""
+    progress.running(line)
     before, starts = folder.status(), folder.starts()
     with undisturbed():  # until it has a session of its own: Ctrl-C would reach mpirun too, and end the ranks
         process, said = start(launcher, line, start_new_session=True)

@@ -17,6 +17,7 @@ import time
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, exported, find_mpirun, slots_of
 from hpc_lbsgd.parallel.refusals import refusal
+from hpc_lbsgd.progress import running
 
 RANKS_PER_NODE = 2
 TIMEOUT_S = 120
@@ -54,6 +55,7 @@ def measure(hosts: str | None = None) -> dict:
 
 def run(line: list[str], layout: Layout) -> dict:
     """Rank 0's facts, or a problem. The launcher need not end in time once the facts are there."""
+    running(line)
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True)
         killer = threading.Timer(TIMEOUT_S, process.kill)

@@ -10,5 +10,5 @@ loader.py      the choice of one; dali.py and torchvision.py decode, finish.py d
                for as much as memory may hold, place.py brings batches to a GPU
 
 May be imported by: outline, train, bench, reproduce, plan, cluster, trained, first_recipe, api, cli.
-May import: recipe, arguments, owner, records, signals, imports, theory, errors.
+May import: recipe, arguments, owner, records, signals, imports, theory, progress, errors.
 """

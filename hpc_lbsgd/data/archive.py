@@ -16,8 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from tqdm import tqdm
-
+from hpc_lbsgd import progress
 from hpc_lbsgd.data import labels, parts, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, Row, listed
@@ -118,7 +117,7 @@ def samples_of(paths: list[Path], table: Path | None, ids: Path | None = None) -
     beside: dict[tuple[int, str], dict[str, str]] = {}  # (shard, key) -> label by the suffix of its file
     left_out: Counter[str] = Counter()
     known: set[tuple[int, str]] = set()
-    with tqdm(paths, desc="listing", unit="tar", disable=None) as bar:
+    with progress.bar(paths, desc="listing", unit="tar") as bar:
         for shard, path in enumerate(bar):
             with open(path, "rb") as file:
                 for member in members(path, shard):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
+from hpc_lbsgd import progress
 from hpc_lbsgd.errors import EXIT_DONE, RequestError
 from hpc_lbsgd.parallel.world import cores
 from hpc_lbsgd.recipe import Recipe
@@ -40,15 +40,13 @@ def reproduce(
         show_cells(cells, as_json)
         return EXIT_DONE
     check_data(cells[0].recipe)
-    print(
+    progress.note(
         f"{experiment.title}: {len(cells)} runs, {sum(c.finished for c in cells)} finished; {jobs} side by side of "
-        f"{ranks} rank{'s' if ranks > 1 else ''}; runs and logs in {out / 'cells'}",
-        file=sys.stderr,
-        flush=True,
+        f"{ranks} rank{'s' if ranks > 1 else ''}; runs and logs in {out / 'cells'}"
     )
     code = run_cells(cells, ranks, jobs, oversubscribe)
     if code != EXIT_DONE:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        progress.note("stopped; the same command goes on from here")
         return code
     report = table.summarise(experiment, scale, cells, seeds)
     command = shlex.join(command_of(name, scale.name, seeds, settings))

@@ -12,8 +12,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from tqdm import tqdm
-
+from hpc_lbsgd import progress
 from hpc_lbsgd.data import fetch, manifest
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_STOPPED, RequestError, RunError
 from hpc_lbsgd.parallel.launchers import Layout, compose
@@ -46,12 +45,11 @@ def run_cells(cells: list[Cell], ranks: int, jobs: int, oversubscribe: bool) -> 
     asked: list[int] = []
     before = {s: signal.signal(s, lambda n, f: asked.append(n)) for s in (signal.SIGINT, signal.SIGTERM)}
     done = len(unique) - len(waiting)
-    bar = tqdm(
+    bar = progress.bar(
         total=len(unique),
         initial=done,
         unit="run",
         bar_format="{l_bar}{bar}| {n:.1f} of {total} runs [{elapsed}, ETA {remaining}] {postfix}",
-        disable=None,
     )
     try:
         while (waiting and not asked) or running:
@@ -87,13 +85,13 @@ def run_cells(cells: list[Cell], ranks: int, jobs: int, oversubscribe: bool) -> 
     return EXIT_STOPPED if asked and (waiting or any(not c.finished for c in unique.values())) else EXIT_DONE
 
 
-def say_done(bar: tqdm, cell: Cell) -> None:
+def say_done(bar, cell: Cell) -> None:
     """A line a finished run where there is no bar to look at."""
     if bar.disable:
         result = cell.result
         what = f"diverged at step {result.diverged_at}" if result.diverged_at is not None else "done"
         error = f", error {result.error:.2f} %" if result.error is not None else ""
-        print(f"{cell.name}: {what}{error}, {result.seconds:.0f} s of training", file=sys.stderr, flush=True)
+        progress.note(f"{cell.name}: {what}{error}, {result.seconds:.0f} s of training")
 
 
 def log_of(cell: Cell) -> Path:
@@ -126,6 +124,7 @@ def start(cell: Cell, ranks: int, jobs: int, oversubscribe: bool) -> subprocess.
     if cell.folder.exists():
         program += ["--resume"]
     line = compose(Layout(ranks, oversubscribe=oversubscribe), {}, program) if ranks > 1 else program
+    progress.running(line)
     with open(log_of(cell), "ab") as log:
         log.write(f"$ {shlex.join(line)}\n".encode())
         log.flush()

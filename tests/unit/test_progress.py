@@ -1,0 +1,89 @@
+"""-q and -v, before a command and behind it; NO_COLOR; bars that fit."""
+
+import io
+import os
+import re
+import sys
+
+import pytest
+from conftest import command
+from test_display import schedule, step
+
+from hpc_lbsgd import cli, progress
+from hpc_lbsgd.train.display import Display
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    monkeypatch.setenv(progress.SAY, "")
+
+
+@pytest.mark.parametrize("words", [["-q", "recipes"], ["recipes", "--quiet"], ["bench", "-q", "simulate", "--list"]])
+def test_quiet(words, capsys):
+    assert cli.main(words) == 0
+    progress.note("a line of progress")
+    out, err = capsys.readouterr()
+    assert out and err == ""
+    assert progress.bar(total=3).disable
+
+
+def test_a_quiet_run_says_what_happened_to_it(monkeypatch):
+    monkeypatch.setenv(progress.SAY, progress.QUIET)
+    out = io.StringIO()
+    display = Display(schedule(), 0, 1, out)
+    display(step(0))
+    display({"kind": "eval", "step": 1, "epoch": 1, "loss": 1.0, "accuracy": 0.5, "samples": 8})
+    display({"kind": "event", "event": "slow", "rank": 3})
+    assert out.getvalue() == "slow: rank 3\n"
+
+
+def test_verbose_says_what_is_run_and_where_an_error_was_raised(tmp_path):
+    words = ["launch", "--np", "500", "--", "preflight", "bench-resnet20"]
+    plain, more = command(*words), command("-v", *words)
+    assert plain.returncode == more.returncode == 2
+    assert more.stderr.startswith("+ ") and "-np 500" in more.stderr and "RequestError" in more.stderr
+    assert len(plain.stderr.splitlines()) == 1 and more.stderr.splitlines()[-1] == plain.stderr.strip()
+    result = command("recipes", "-q", "-v")
+    assert result.returncode == 2 and "not allowed with argument" in result.stderr
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_bar_fits_its_terminal(columns, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with progress.bar(total=10, desc="packing a/folder/of/mine", unit="image") as bar:
+        for _ in range(10):
+            bar.ncols, bar.dynamic_ncols = columns, None  # as tqdm asks a real one
+            bar.update(1)
+            bar.refresh()
+    drawn = [part for part in re.split(r"[\r\n]", sys.stderr.getvalue()) if part.strip()]
+    assert drawn and max(map(len, drawn)) <= columns and not [part for part in drawn if "\x1b" in part]
+
+
+def test_no_colour_where_none_is_wanted(tmp_path):
+    """`watch` has a screen of rich's, `--help` argparse's."""
+    import pty
+    import subprocess
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("seed: 1\n")
+    (run / "status.json").write_text('{"status": "done", "step": 1}')
+    for words in (["watch", run], ["--help"]):
+        master, slave = pty.openpty()
+        environment = {**os.environ, "NO_COLOR": "1", "TERM": "xterm-256color"}
+        line = [sys.executable, "-m", "hpc_lbsgd.cli", *map(str, words)]
+        assert subprocess.run(line, stdout=slave, stderr=slave, env=environment, timeout=60).returncode == 0
+        os.close(slave)
+        shown = b""
+        try:
+            while data := os.read(master, 65536):
+                shown += data
+        except OSError:
+            pass
+        os.close(master)
+        assert shown and not re.search(rb"\x1b\[[0-9;]*m", re.sub(rb"\x1b\[0?m", b"", shown)), shown
