@@ -61,7 +61,7 @@ def test_bash_completes_commands_flags_recipes_keys_and_files(bash, tmp_path):
         ("hpc-lbsgd train fash\t", "hpc-lbsgd train fashion-mnist "),
         ("hpc-lbsgd train pic\t", "hpc-lbsgd train pictures.yaml "),
         ("hpc-lbsgd train x --resume-i\t", "hpc-lbsgd train x --resume-if-exists "),
-        ("hpc-lbsgd train x --set optim.mom\t", "hpc-lbsgd train x --set optim.momentum="),
+        ("hpc-lbsgd train x --set optim.base_l\t", "hpc-lbsgd train x --set optim.base_lr="),
         ("hpc-lbsgd reproduce goyal-table2a --sca\t", "hpc-lbsgd reproduce goyal-table2a --scale "),
     ):
         bash.type(typed, becomes)
@@ -71,7 +71,7 @@ def test_bash_completes_commands_flags_recipes_keys_and_files(bash, tmp_path):
 def test_each_shell_gets_a_script(shell, capsys):
     assert cli.main(["completion", shell]) == 0
     text = capsys.readouterr().out
-    assert "hpc-lbsgd" in text and "argcomplete" in text
+    assert "hpc-lbsgd" in text and "_ARGCOMPLETE" in text
     if shell == "bash":
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 

@@ -1,9 +1,14 @@
 """-q and -v, before a command and behind it; NO_COLOR; bars that fit."""
 
+import fcntl
 import io
 import os
+import pty
 import re
+import struct
+import subprocess
 import sys
+import termios
 
 import pytest
 from conftest import command
@@ -47,43 +52,44 @@ def test_verbose_says_what_is_run_and_where_an_error_was_raised(tmp_path):
     assert result.returncode == 2 and "not allowed with argument" in result.stderr
 
 
+BAR = """
+from hpc_lbsgd import progress
+with progress.bar(total=10, desc="packing a/folder/of/mine", unit="image") as bar:
+    for _ in range(10):
+        bar.update(1)
+        bar.refresh()
+"""
+
+
+def on_terminal(line: list, columns: int = 80, **environment) -> str:
+    """What a program shows on a real terminal of so many columns."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    kept = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(list(map(str, line)), stdout=slave, stderr=slave, env=kept | environment)
+    os.close(slave)
+    shown = b""
+    try:
+        while data := os.read(master, 65536):
+            shown += data
+    except OSError:  # it has ended
+        pass
+    os.close(master)
+    assert process.wait(60) == 0, shown
+    return shown.decode()
+
+
 @pytest.mark.parametrize("columns", [40, 80, 200])
-def test_a_bar_fits_its_terminal(columns, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("COLUMNS", str(columns))
-    with progress.bar(total=10, desc="packing a/folder/of/mine", unit="image") as bar:
-        for _ in range(10):
-            bar.ncols, bar.dynamic_ncols = columns, None  # as tqdm asks a real one
-            bar.update(1)
-            bar.refresh()
-    drawn = [part for part in re.split(r"[\r\n]", sys.stderr.getvalue()) if part.strip()]
-    assert drawn and max(map(len, drawn)) <= columns and not [part for part in drawn if "\x1b" in part]
+def test_a_bar_fits_its_terminal(columns):
+    drawn = [part for part in re.split(r"[\r\n]", on_terminal([sys.executable, "-c", BAR], columns)) if part.strip()]
+    assert len(drawn) > 2 and max(map(len, drawn)) <= columns and not [part for part in drawn if "\x1b[3" in part]
 
 
-def test_no_colour_where_none_is_wanted(tmp_path):
-    """`watch` has a screen of rich's, `--help` argparse's."""
-    import pty
-    import subprocess
-
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "recipe.yaml").write_text("seed: 1\n")
-    (run / "status.json").write_text('{"status": "done", "step": 1}')
-    for words in (["watch", run], ["--help"]):
-        master, slave = pty.openpty()
-        environment = {**os.environ, "NO_COLOR": "1", "TERM": "xterm-256color"}
-        line = [sys.executable, "-m", "hpc_lbsgd.cli", *map(str, words)]
-        assert subprocess.run(line, stdout=slave, stderr=slave, env=environment, timeout=60).returncode == 0
-        os.close(slave)
-        shown = b""
-        try:
-            while data := os.read(master, 65536):
-                shown += data
-        except OSError:
-            pass
-        os.close(master)
-        assert shown and not re.search(rb"\x1b\[[0-9;]*m", re.sub(rb"\x1b\[0?m", b"", shown)), shown
+@pytest.mark.parametrize("words", [["watch"], ["--help"]])
+def test_no_colour_where_none_is_wanted(words, tmp_path):
+    """`watch` has a screen of rich's, `--help` is argparse's."""
+    (tmp_path / "recipe.yaml").write_text("seed: 1\n")
+    (tmp_path / "status.json").write_text('{"status": "done", "step": 1}')
+    line = [sys.executable, "-m", "hpc_lbsgd.cli", *words, *([tmp_path] if words == ["watch"] else [])]
+    shown = on_terminal(line, NO_COLOR="1", TERM="xterm-256color")
+    assert shown and not re.search(r"\x1b\[[1-9][0-9;]*m", shown), shown
