@@ -6,8 +6,6 @@ import argparse
 import json
 import os
 import sys
-import time
-import traceback
 from pathlib import Path
 
 from hpc_lbsgd import __version__, completion, progress
@@ -26,6 +24,7 @@ from hpc_lbsgd.arguments import (
     with_set,
 )
 from hpc_lbsgd.bench import commands as bench
+from hpc_lbsgd.complaints import complain, leave_to_rank_0
 from hpc_lbsgd.data import commands as data
 from hpc_lbsgd.errors import (
     EXIT_DONE,
@@ -42,17 +41,6 @@ from hpc_lbsgd.report import commands as reports
 from hpc_lbsgd.runs import RESUME, name_of
 from hpc_lbsgd.signals import Steadfast
 from hpc_lbsgd.trained import commands as trained
-
-LATER_S = 10.0
-
-
-def leave_to_rank_0() -> bool:
-    """Every rank finds the same fault in a request; rank 0 says so. The others wait until it has: mpirun ends all ranks
-    as soon as one ends with a code, and would end a rank 0 that is late before its message."""
-    if world.from_environment().rank == 0:
-        return False
-    time.sleep(LATER_S)
-    return True
 
 
 class Parser(argparse.ArgumentParser):
@@ -374,26 +362,17 @@ def main(argv: list[str] | None = None) -> int:
     if runs:  # what cannot be told any more must not end them
         sys.stdout, sys.stderr = Steadfast(sys.stdout), Steadfast(sys.stderr)
     try:
-        return args.function(args)
-    except RequestError as problem:
-        if not leave_to_rank_0():
-            complain(problem)
-        return EXIT_REQUEST
-    except RunError as problem:
-        complain(problem)
-        return EXIT_FAILED
+        code = args.function(args)
+        sys.stdout.flush()  # here, where it can be said that it fails
+        return code
     except KeyboardInterrupt:
         print("hpc-lbsgd: ended by Ctrl-C", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return EXIT_FAILED if runs else EXIT_DONE
-
-
-def complain(problem: Exception) -> None:
-    if progress.verbose():
-        traceback.print_exception(problem)
-    print(f"hpc-lbsgd: {problem}", file=sys.stderr)
+    except (RequestError, RunError, OSError) as problem:
+        return complain(problem)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ def give(
     picture: Path | None = None,
     plot: Callable[[Path, dict], None] | None = None,
 ) -> None:
-    """Print a result as one JSON object or as `show` says it, on a terminal as wide as that is; and draw it where a file
-    is named."""
+    """Print a result as one JSON object or as `show` says it, on a terminal as wide as that is; draw it where a file is
+    named."""
     text = json.dumps(finite(result)) if as_json else show(result)
     print(fit(text, get_terminal_size().columns) if sys.stdout.isatty() and not as_json else text)
     if picture and plot:
