@@ -195,7 +195,8 @@ def add_reproduce(command) -> None:
     names = sorted(EXPERIMENTS)
     p.add_argument("experiment", choices=names, metavar="EXPERIMENT", help=f"one of {', '.join(names)}")
     p.add_argument("--scale", choices=sorted(SCALES), default="small", help="data set and size (default: %(default)s)")
-    p.add_argument("--seeds", type=positive, default=3, help="runs a row (default: %(default)s)")
+    p.add_argument("--quick", action="store_true", help="a fifth of the epochs: a first look, and how long all takes")
+    p.add_argument("--seeds", type=positive, help="runs a row (default: 3; with --quick 1)")
     with_set(p)
     p.add_argument("--out", type=Path, help="folder for runs, table and plot (default: runs/reproduce/SCALE)")
     p.add_argument("--ranks", type=positive, help="ranks of a run (default: one a GPU; one on CPUs)")
@@ -308,6 +309,7 @@ def reproduce(args) -> int:
         args.oversubscribe,
         args.list,
         args.json,
+        args.quick,
     )
 
 

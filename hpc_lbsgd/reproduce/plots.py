@@ -21,10 +21,10 @@ def draw(path: Path, experiment: Experiment, scale: Scale, report: Report) -> No
     {"error": _errors, "batches": _batches, "curves": _curves, "tradeoff": _tradeoff}[experiment.kind](
         axes, report, scale
     )
-    figure.suptitle(
-        f"{experiment.title} ({experiment.source}; scale {scale.name}, {report.seeds} seed{'s' * (report.seeds > 1)})",
-        fontsize=10,
+    title = (
+        f"{experiment.title} ({experiment.source}; scale {scale.name}, {report.seeds} seed{'s' * (report.seeds > 1)})"
     )
+    figure.suptitle(f"{title}\n{report.facts.get('cut_short') or ''}".strip(), fontsize=10)
     for axis in axes:
         axis.grid(alpha=0.3)
     figures.save(figure, path)

@@ -254,6 +254,8 @@ def with_spread(mean: float, std: float | None) -> str:
 
 def markdown(experiment: Experiment, scale: Scale, report: Report, command: str, conditions: list[str]) -> str:
     out = [f"# {experiment.title}", "", f"{experiment.source}. {experiment.claim}", ""]
+    if report.facts.get("cut_short"):
+        out += [f"**Not the whole experiment**: {report.facts['cut_short']}. Conclude nothing from it.", ""]
     if experiment.kind == "tradeoff":
         out += ["| kn | best learning rate | steps | examples | runs that got there |", "|---:|---:|---:|---:|---:|"]
         for x in report.lines:
