@@ -7,6 +7,6 @@ agree.py       one verdict for all ranks
 world.py       what a rank can know before MPI starts; launchers.py: what each mpirun wants to be told;
                refusals.py: what one says where it starts nothing, in a line
 
-May be imported by: train, bench, reproduce, plan, cluster, trained, api, cli.
+May be imported by: train, bench, reproduce, plan, cluster, trained, api, complaints, cli.
 May import: sections, recipe, errors.
 """

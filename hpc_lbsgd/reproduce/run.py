@@ -6,7 +6,7 @@ import json
 import shlex
 from pathlib import Path
 
-from hpc_lbsgd import progress
+from hpc_lbsgd import origin, progress
 from hpc_lbsgd.errors import EXIT_DONE, RequestError
 from hpc_lbsgd.parallel.world import cores
 from hpc_lbsgd.recipe import Recipe
@@ -56,10 +56,11 @@ def reproduce(
     report = table.summarise(experiment, scale, cells, seeds)
     report.facts["cut_short"] = cut_short(cells, quick)
     command = shlex.join(command_of(name, scale.name, seeds, settings, quick))
-    content = table.as_json(report)
+    made = {"command": command, "commit": origin.commit()}
+    content = table.as_json(report) | made
     text = table.markdown(experiment, scale, report, command, conditions(cells))
     table.write(out, experiment, text, json.dumps(content, indent=1) + "\n")
-    plots.draw(out / f"{name}.png", experiment, scale, report)
+    plots.draw(out / f"{name}.png", experiment, scale, report, made)
     if as_json:
         print(json.dumps(content))
     else:

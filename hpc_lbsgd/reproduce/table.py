@@ -288,6 +288,14 @@ def as_json(report: Report) -> dict:
     return found
 
 
+def from_json(content: dict) -> Report:
+    """What `as_json` made JSON of."""
+    kind = TradeoffLine if "reached" in content["lines"][0] else Line
+    unbounded = ("steps", "examples") if kind is TradeoffLine else ()
+    lines = [kind(**x | {key: math.inf for key in unbounded if x[key] is None}) for x in content["lines"]]
+    return Report(lines=lines, **{key: content[key] for key in ("name", "scale", "seeds", "findings", "facts")})
+
+
 def write(folder: Path, experiment: Experiment, text: str, content: str) -> list[Path]:
     from hpc_lbsgd.records import write_atomically
 

@@ -9,13 +9,13 @@ import platform
 import re
 import shlex
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from hpc_lbsgd import amend as amends
+from hpc_lbsgd import origin
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data import archive, stage, tree
 from hpc_lbsgd.data import manifest as manifests
@@ -271,18 +271,6 @@ def software_facts() -> dict:
         except metadata.PackageNotFoundError:
             versions[package] = None
     try:
-        commit = (
-            subprocess.run(
-                ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                capture_output=True,
-                text=True,
-                timeout=10,
-            ).stdout.strip()
-            or None
-        )
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    try:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = None
@@ -292,7 +280,7 @@ def software_facts() -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
-        "git_commit": commit,
+        "git_commit": origin.commit(),
         "user": user,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "modules": os.environ.get("LOADEDMODULES", "").split(":") if os.environ.get("LOADEDMODULES") else [],

@@ -138,7 +138,7 @@ def test_tradeoff_finds_the_frontier_it_was_given(tmp_path):
     assert report.facts["critical_batch"] == pytest.approx(critical, rel=0.05)
     assert report.facts["noise_scale"] == pytest.approx(400)
     assert any("within the factor of ten" in f for f in report.findings)
-    plots.draw(tmp_path / "x.png", EXPERIMENTS["mccandlish-tradeoff"], SMALL, report)
+    plots.draw(tmp_path / "x.png", EXPERIMENTS["mccandlish-tradeoff"], SMALL, report, {})
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
@@ -157,7 +157,7 @@ def test_the_page_shows_a_row_that_diverged(tmp_path):
     (lost,) = [x for x in page.splitlines() if x.startswith("| 128 x reference | 4096 |")]
     assert "| 2 of 2 diverged |" in lost and "23.60 ± 0.12" in page
     json.dumps(table.as_json(report), allow_nan=False)
-    plots.draw(tmp_path / "x.png", experiment, SMALL, report)
+    plots.draw(tmp_path / "x.png", experiment, SMALL, report, {})
 
 
 def test_a_quick_look_keeps_the_schedules_shape_and_says_what_it_is(tmp_path):

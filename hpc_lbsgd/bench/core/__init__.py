@@ -11,5 +11,5 @@ timing.py     a recipe's step with batches in memory, its loader alone, and both
 It knows none of the benchmarks. pictures.py and timing.py load torch, the others do not.
 
 May be imported by: loader, rates, step, allreduce, scaling, simulate, checkpoint.
-May import: report, train, parallel, data, recipe, theory, progress, errors.
+May import: report, train, parallel, data, recipe, theory, progress, origin, errors.
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 
 from hpc_lbsgd.bench.core.fit import fit
+from hpc_lbsgd.origin import origin
 
 
 def give(
@@ -20,6 +21,8 @@ def give(
 ) -> None:
     """Print a result as one JSON object or as `show` says it, on a terminal as wide as that is; draw it where a file is
     named."""
+    if "rows" in result:
+        result = origin() | result
     text = json.dumps(finite(result)) if as_json else show(result)
     print(fit(text, get_terminal_size().columns) if sys.stdout.isatty() and not as_json else text)
     if picture and plot:
