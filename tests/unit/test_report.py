@@ -14,8 +14,8 @@ from hpc_lbsgd.cluster.resume import ranks_of
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.report import compare as comparing
+from hpc_lbsgd.report import curves, page
 from hpc_lbsgd.report import facts as reading
-from hpc_lbsgd.report import page
 from hpc_lbsgd.report.watch import Live, Tail, lines, sparkline
 
 N, KN = 203, 128
@@ -231,3 +231,17 @@ def test_what_is_not_whole_is_left_out(run, environment):
     assert live.facts()["step"] == 6 and lines(live.facts(), [], 80)
     assert comparing.compare(str(run.path), str(run.path))["first_difference"] is None
     assert ranks_of(run) == 1
+
+
+def test_each_of_many_runs_has_a_look_of_its_own(tmp_path):
+    """The eighth had the first one's colour."""
+    evaluation = line(3, "eval", step=2, epoch=1, loss=1.0, accuracy=0.5, ema_accuracy=0.6, samples=61)
+    runs = [
+        reading.facts(str(make(tmp_path / f"run-{i:02d}", [step(1, 0), step(2, 1), evaluation]).path))
+        for i in range(16)
+    ]
+    for draw in (curves.loss, curves.accuracy):
+        drawn = [x for x in draw(runs, curves.INK).axis.get_lines() if x.get_label().strip().startswith("run-")]
+        looks = {(x.get_color(), str(x._unscaled_dash_pattern), x.get_linewidth()) for x in drawn}
+        assert len(looks) == len(drawn) >= 16
+    assert len({curves.colour(i) for i in range(14)}) == 14
