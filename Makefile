@@ -31,7 +31,7 @@ endif
 START  := $(shell date +%s)
 TOOK    = echo "make $@: $$(($$(date +%s) - $(START))) s"
 
-.PHONY: help setup train check test faults gpu-check lint docs module clean
+.PHONY: help setup train check test faults gpu-check lint docs figures module clean
 help:   ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
@@ -94,6 +94,9 @@ lint: setup  ## style, format, who may import whom, types (pyproject.toml)
 docs: setup  ## the manual as a site in site/; warnings are errors
 	@test -x $(BIN)/mkdocs || $(PIP) install -q -c constraints.txt -e '.[docs]' --no-build-isolation
 	$(BIN)/mkdocs build --strict
+
+figures: setup  ## every plot of docs/results again, from the data stored beside it
+	$(BIN)/python tools/figures.py
 
 module:  ## modulefiles for this environment in PREFIX [PREREQ="gcc/12 openmpi/4.1"] [CONFLICT=...]
 	@$(PYTHON) tools/make_module.py --environment "$(VENV)" --prereq "$(PREREQ)" --conflict "$(CONFLICT)" "$(PREFIX)"

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from hpc_lbsgd.progress import QUIET, VERBOSE
 from hpc_lbsgd.runs import RESUME, RESUME_IF_EXISTS
 
 
@@ -73,7 +74,20 @@ def step_range(text: str) -> tuple[int, int]:
 def add_command(commands, name: str, *, help: str, example: str | None = None) -> argparse.ArgumentParser:
     """A command whose line in the list of its parent heads its own page too. example: words after hpc-lbsgd."""
     epilog = f"Example: hpc-lbsgd {example}" if example else None
-    return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=epilog)
+    p = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=epilog)
+    with_say(p)
+    return p
+
+
+def with_say(p):
+    """Before a command and behind it, see progress.py."""
+    how = p.add_mutually_exclusive_group()
+    for flag, value, what in (
+        ("quiet", QUIET, "results, warnings and errors alone: no progress"),
+        ("verbose", VERBOSE, "also the command lines that are run, and where an error was raised"),
+    ):
+        how.add_argument(f"-{flag[0]}", f"--{flag}", dest="say", action="store_const", const=value,
+                         default=argparse.SUPPRESS, help=what)  # fmt: skip
 
 
 def with_json(p):

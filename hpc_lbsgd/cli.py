@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-import time
 from pathlib import Path
 
-from hpc_lbsgd import __version__
+from hpc_lbsgd import __version__, completion, progress
 from hpc_lbsgd.arguments import (
     add_command,
     nodes_sweep,
@@ -20,9 +20,11 @@ from hpc_lbsgd.arguments import (
     with_json,
     with_recipe,
     with_run,
+    with_say,
     with_set,
 )
 from hpc_lbsgd.bench import commands as bench
+from hpc_lbsgd.complaints import complain, leave_to_rank_0
 from hpc_lbsgd.data import commands as data
 from hpc_lbsgd.errors import (
     EXIT_DONE,
@@ -39,17 +41,6 @@ from hpc_lbsgd.report import commands as reports
 from hpc_lbsgd.runs import RESUME, name_of
 from hpc_lbsgd.signals import Steadfast
 from hpc_lbsgd.trained import commands as trained
-
-LATER_S = 10.0
-
-
-def leave_to_rank_0() -> bool:
-    """Every rank finds the same fault in a request; rank 0 says so. The others wait until it has: mpirun ends all ranks
-    as soon as one ends with a code, and would end a rank 0 that is late before its message."""
-    if world.from_environment().rank == 0:
-        return False
-    time.sleep(LATER_S)
-    return True
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 stopped at a safe point: "
         "start again, 130 ended by Ctrl-C.",
     )
+    with_say(top)
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -102,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
     add_jobs(command)
     bench.add(commands)
     add_reproduce(command)
+    p = command("completion", complete, help="what a shell reads to complete commands, flags, recipes and keys at TAB")
+    p.add_argument("shell", choices=completion.SHELLS, help='for bash: eval "$(hpc-lbsgd completion bash)"')
     return top
 
 
@@ -207,7 +201,8 @@ def add_reproduce(command) -> None:
     names = sorted(EXPERIMENTS)
     p.add_argument("experiment", choices=names, metavar="EXPERIMENT", help=f"one of {', '.join(names)}")
     p.add_argument("--scale", choices=sorted(SCALES), default="small", help="data set and size (default: %(default)s)")
-    p.add_argument("--seeds", type=positive, default=3, help="runs a row (default: %(default)s)")
+    p.add_argument("--quick", action="store_true", help="a fifth of the epochs: a first look, and how long all takes")
+    p.add_argument("--seeds", type=positive, help="runs a row (default: 3; with --quick 1)")
     with_set(p)
     p.add_argument("--out", type=Path, help="folder for runs, table and plot (default: runs/reproduce/SCALE)")
     p.add_argument("--ranks", type=positive, help="ranks of a run (default: one a GPU; one on CPUs)")
@@ -322,6 +317,7 @@ def reproduce(args) -> int:
         args.oversubscribe,
         args.list,
         args.json,
+        args.quick,
     )
 
 
@@ -336,6 +332,7 @@ def launch(args) -> int:
             f"(got {' '.join(job) or 'nothing'})"
         )
     inner = parser().parse_args(job)
+    listen(inner)
     layout = Layout(args.ranks, args.hosts, args.hostfile, args.oversubscribe)
     return launches.launch(layout, inner, args.dry_run, args.mpi)
 
@@ -348,6 +345,11 @@ def submit(args) -> int:
     return submits.submit(args.recipe, args.settings, args.site, request, args.json)
 
 
+def complete(args) -> int:
+    print(completion.script(args.shell))
+    return EXIT_DONE
+
+
 def own(args) -> int:
     from hpc_lbsgd import owner
 
@@ -355,27 +357,32 @@ def own(args) -> int:
     return EXIT_DONE
 
 
+def listen(args) -> None:
+    """What -q and -v say holds for this process and all that it starts."""
+    os.environ.update({progress.SAY: args.say} if "say" in args else {})
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    commands = parser()
+    completion.answer(commands)
+    args = commands.parse_args(argv)
+    listen(args)
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have any bytes
     runs = args.command in ("train", "launch")
     if runs:  # what cannot be told any more must not end them
         sys.stdout, sys.stderr = Steadfast(sys.stdout), Steadfast(sys.stderr)
     try:
-        return args.function(args)
-    except RequestError as problem:
-        if not leave_to_rank_0():
-            print(f"hpc-lbsgd: {problem}", file=sys.stderr)
-        return EXIT_REQUEST
-    except RunError as problem:
-        print(f"hpc-lbsgd: {problem}", file=sys.stderr)
-        return EXIT_FAILED
+        code = args.function(args)
+        sys.stdout.flush()  # here, where it can be said that it fails
+        return code
     except KeyboardInterrupt:
         print("hpc-lbsgd: ended by Ctrl-C", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return EXIT_FAILED if runs else EXIT_DONE
+    except (RequestError, RunError, OSError) as problem:
+        return complain(problem)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import sys
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
+from hpc_lbsgd import progress
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data import archive, tree
 from hpc_lbsgd.data import manifest as manifests
@@ -93,11 +94,14 @@ def indexed(path: Path, exclude: bool, processes: int | None, classes: list[str]
         found = Manifest(path / FILE_NAME)
         found.check_files()
         made = datetime.fromtimestamp(found.path.stat().st_mtime)
-        print(
-            f"{found.path}: the {len(found):,} images as they were listed on {made:%Y-%m-%d %H:%M}; where some came "
-            "since, remove it and start again",
-            file=sys.stderr,
-        )
+        new = came_since(found, path)
+        if new:
+            raise RequestError(
+                f"{path}: {len(new):,} images came since it was indexed on {made:%Y-%m-%d %H:%M}; index it again, then "
+                f"start again: hpc-lbsgd data index {shlex.quote(str(path))} (earlier runs want the index they had)\n"
+                f"{manifests.listed(new)}"
+            )
+        progress.note(f"{found.path}: the {len(found):,} images as they were listed on {made:%Y-%m-%d %H:%M}")
     else:
         make = archive.index if archive.is_archive(path) else tree.index
         found = make(path, None, processes, None, classes, exclude)
@@ -106,6 +110,17 @@ def indexed(path: Path, exclude: bool, processes: int | None, classes: list[str]
     if len(found.classes) < 2:
         raise RequestError(f"{path}: one class, {found.classes[0]!r}; expected {path}/CLASS/IMAGE with two or more")
     return found
+
+
+def came_since(m: Manifest, folder: Path) -> list[str]:
+    """Images of a folder that its index does not have, and that were not left out for what they are. Where classes came
+    from a table all images count, else those in folders."""
+    if m.shards:
+        return []
+    known = {m.key(i) for i in range(len(m))} | set(manifests.read_excluded(folder))
+    nested = all(os.sep in key for key in known)
+    there = tree.images_below(folder, Counter())
+    return sorted(path for path in there if path not in known and (os.sep in path or not nested))
 
 
 def hold_out(labels: np.ndarray, classes: int) -> np.ndarray:

@@ -7,5 +7,5 @@ doctor.py      what this machine can do, and the fix for what it cannot, as line
 
 May be imported by: cli.
 May import: bench, data, parallel, amend, recipe, sections, reading, runs, owner, records, signals, yaml12, theory,
-errors.
+progress, errors.
 """

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, exported, find_mpirun, slots_of
+from hpc_lbsgd.parallel.refusals import refusal
+from hpc_lbsgd.progress import running
 
 TIMEOUT_S = 120
 MARK = "check: "  # before rank 0's facts, among what launchers print
@@ -48,18 +50,19 @@ def measure(module: str, hosts: str | None, ranks_per_node: int, words: Sequence
     except RequestError as problem:
         return {"problem": str(problem)}
     program = [sys.executable, "-m", module, *words]
-    return run([*launcher.line(mpirun, layout, exported(layout)), *program], layout.ranks)
+    return run([*launcher.line(mpirun, layout, exported(layout)), *program], layout)
 
 
-def run(line: list[str], ranks: int) -> dict:
+def run(line: list[str], layout: Layout) -> dict:
     """Rank 0's facts, or a problem. The launcher need not end in time once the facts are there."""
+    running(line)
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True)
         killer = threading.Timer(TIMEOUT_S, process.kill)
         killer.start()
         found, said = None, ""
         for text in process.stdout:
-            said = text.strip() or said
+            said += text
             if text.startswith(MARK):
                 found = json.loads(text.removeprefix(MARK))
                 break
@@ -71,7 +74,8 @@ def run(line: list[str], ranks: int) -> dict:
         if found:
             return found
         if late:
-            return {"problem": f"{ranks} ranks did not finish within {TIMEOUT_S} s: they cannot reach each other"}
+            return {"problem": f"{layout.ranks} ranks did not end within {TIMEOUT_S} s: they cannot reach each other"}
         errors.seek(0)
-        last = (errors.read().strip() or said or "nothing").splitlines()[-1]
-        return {"problem": f"mpirun ended with {code}, saying last: {last}"}
+        said += errors.read()
+        last = (said.strip() or "nothing").splitlines()[-1]
+        return {"problem": refusal(said, layout) or f"mpirun ended with {code}, saying last: {last}"}

@@ -11,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from hpc_lbsgd import amend
+from hpc_lbsgd import amend, progress
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, EXIT_STOPPED, RequestError
 from hpc_lbsgd.owner import HANDED_ON
-from hpc_lbsgd.parallel.launchers import Layout, check_hosts, exported, starter
+from hpc_lbsgd.parallel.launchers import Launcher, Layout, check_hosts, exported, starter
+from hpc_lbsgd.parallel.refusals import refusal, start
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.runs import as_word, choose_run, name_of, own_run
 from hpc_lbsgd.signals import ASKED, say, undisturbed
@@ -41,7 +42,13 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
         if dry_run:
             print(shlex.join(line))
             return EXIT_DONE
-        code = subprocess.run(line, stdin=subprocess.DEVNULL).returncode
+        progress.running(line)
+        process, said = start(launcher, line)
+        try:
+            code = process.wait()
+        finally:
+            text = said()
+        refuse(text, layout, flavour)
         return code if code in (EXIT_DONE, EXIT_REQUEST) else EXIT_FAILED
     amend.of_request(job.amend, job.resume)
     folder = choose_run(name_of(job.recipe), job.run, job.resume)
@@ -52,13 +59,21 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
     if dry_run:
         print(shlex.join([*launcher.line(path, layout, exported(layout)), *program]))
         return EXIT_DONE
+    asked = Asked(folder)
     folder, held = own_run(folder.path.name, str(folder.path), job.resume)
     try:
         os.environ[HANDED_ON] = held.lease.owner
         line = [*launcher.line(path, layout, exported(layout)), *program]
-        return run(line, folder)
+        return run(launcher, layout, line, folder, asked, flavour)
     finally:
         held.release()
+
+
+def refuse(said: str, layout: Layout, flavour: str | None) -> None:
+    """Raises RequestError where the launcher said why it could start nothing."""
+    problem = refusal(said, layout, flavour)
+    if problem:
+        raise RequestError(problem)
 
 
 class Asked:
@@ -113,13 +128,20 @@ def wait(process: subprocess.Popen, folder: RunFolder, before: dict | None, aske
     return EXIT_FAILED if asked.end or status["status"] == "failed" else EXIT_DONE
 
 
-def run(line: list[str], folder: RunFolder) -> int:
-    """Run a job to its end. Ctrl-C asks it to stop at a safe point; a second one ends it."""
-    before, asked, starts = folder.status(), Asked(folder), folder.starts()
+def run(
+    launcher: Launcher, layout: Layout, line: list[str], folder: RunFolder, asked: Asked, flavour: str | None = None
+) -> int:
+    """Run a job to its end. Ctrl-C asks it to stop at a safe point; a second one ends it. Raises RequestError where
+    the launcher could start nothing."""
+    progress.running(line)
+    before, starts = folder.status(), folder.starts()
     with undisturbed():  # until it has a session of its own: Ctrl-C would reach mpirun too, and end the ranks
-        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, start_new_session=True)
+        process, said = start(launcher, line, start_new_session=True)
     code = wait(process, folder, before, asked)
+    text = said()
     folder.stop_file.unlink(missing_ok=True)
+    if code and not asked.end:
+        refuse(text, layout, flavour)
     if asked.end:
         folder.abandon()  # it had not begun, perhaps
         if folder.exists():

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
-from hpc_lbsgd import owner
+from hpc_lbsgd import owner, progress
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.scaling import run as scaling
 from hpc_lbsgd.bench.scaling.results import Folder
@@ -356,13 +356,14 @@ def queue(jobs: list[Job], texts: list[str], folder: Path) -> list[str]:
         finally:
             if job.template == "data":
                 script.unlink()
-        print(said, file=sys.stderr)
+        progress.note(said)
         numbers.append(re.search(r"Submitted batch job (\d+)", said).group(1))
     return numbers
 
 
 def call(line: list[str], job: Job) -> str:
     """Run sbatch; returns what it says."""
+    progress.running(line)
     try:
         result = subprocess.run(line, capture_output=True, text=True, timeout=SBATCH_TIMEOUT_S)
     except FileNotFoundError:

@@ -16,8 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from tqdm import tqdm
-
+from hpc_lbsgd import progress
 from hpc_lbsgd.data import labels, parts, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.beside import Fields, Member, checked, examined, fields_of, json_in, table_of
@@ -116,7 +115,7 @@ def samples_of(
     said: dict[tuple[int, str], dict] = {}
     left_out: Counter[str] = Counter()
     known: set[tuple[int, str]] = set()
-    with tqdm(paths, desc="listing", unit="tar", disable=None) as bar:
+    with progress.bar(paths, desc="listing", unit="tar") as bar:
         for shard, path in enumerate(bar):
             with open(path, "rb") as file:
                 for member in members(path, shard):

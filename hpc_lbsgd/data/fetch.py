@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from hpc_lbsgd import progress
 from hpc_lbsgd.data import manifest, tree
 from hpc_lbsgd.errors import RequestError, RunError
 
@@ -175,7 +175,7 @@ def download(url: str, md5: str, scratch: Path) -> Path:
     try:
         with urllib.request.urlopen(url, timeout=60) as answer, open(target, "wb") as file:
             size = int(answer.headers.get("Content-Length") or 0) or None
-            with tqdm(total=size, desc=target.name, unit="B", unit_scale=True, disable=None) as bar:
+            with progress.bar(total=size, desc=target.name, unit="B", unit_scale=True) as bar:
                 while block := answer.read(2**20):
                     file.write(block)
                     digest.update(block)
@@ -221,7 +221,7 @@ def write_part(target: Path, classes: Sequence[str], images: np.ndarray, labels:
     building = target.with_name(f".{target.name}.{os.getpid()}")
     for name in classes:
         (building / name).mkdir(parents=True)
-    pairs = zip(images, tqdm(labels, desc=f"writing {target}", unit="image", disable=None), strict=True)
+    pairs = zip(images, progress.bar(labels, desc=f"writing {target}", unit="image"), strict=True)
     for i, (image, label) in enumerate(pairs):
         Image.fromarray(np.ascontiguousarray(image)).save(building / classes[label] / f"{i:05d}.png", compress_level=1)
     tree.index(building)

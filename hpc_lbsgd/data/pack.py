@@ -24,9 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
-from hpc_lbsgd import owner
+from hpc_lbsgd import owner, progress
 from hpc_lbsgd.data import fields
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.carried import Carried
@@ -264,7 +263,7 @@ def write_shards(m: Manifest, out: Path, shards: list, encoding: Encoding, proce
     total = sum(last - first for _, (first, last) in shards)
     done = total - sum(last - first for _, first, last in missing)
     processes = min(processes or len(os.sched_getaffinity(0)), max(1, len(missing)))
-    with tqdm(total=total, initial=done, desc=f"packing {out}", unit="image", disable=None) as bar:
+    with progress.bar(total=total, initial=done, desc=f"packing {out}", unit="image") as bar:
         if processes == 1:
             for shard in missing:
                 bar.update(pack_shard(str(m.path), str(out), *shard, encoding))

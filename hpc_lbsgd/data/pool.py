@@ -10,8 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 
-from tqdm import tqdm
-
+from hpc_lbsgd import progress
 from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.signals import undisturbed
 
@@ -50,7 +49,7 @@ def in_order(jobs: Sequence[tuple], total: int, title: str, processes: int | Non
     """What each job (function, arguments ...) returns, a list, in order; a bar counts their items up to `total`.
     Several jobs are done in processes (default: one a core)."""
     processes = min(processes or len(os.sched_getaffinity(0)), len(jobs))
-    with tqdm(total=total, desc=title, unit="image", disable=None) as bar:
+    with progress.bar(total=total, desc=title, unit="image") as bar:
 
         def counted(found: list) -> list:
             bar.update(len(found))

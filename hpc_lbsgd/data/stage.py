@@ -18,8 +18,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from tqdm import tqdm
-
+from hpc_lbsgd import progress
 from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
 from hpc_lbsgd.data.names import EXCLUDE
 from hpc_lbsgd.errors import RequestError, RunError
@@ -93,9 +92,7 @@ def _copy_missing(manifest: Manifest, target: Path, show: bool) -> None:
             f"machine.stage_dir: {target} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be copied"
         )
     total = sum(s["bytes"] for s in missing)
-    with tqdm(
-        total=total, desc=f"staging to {target}", unit="B", unit_scale=True, disable=None if show else True
-    ) as bar:
+    with progress.bar(total=total, show=show, desc=f"staging to {target}", unit="B", unit_scale=True) as bar:
         for shard in missing:
             copied = _copy(manifest.root / shard["name"], target, bar)
             if copied != shard["checksum"] and shard["checksum"]:
@@ -135,7 +132,7 @@ def _is_whole(target: Path, shard: dict, whole: dict) -> bool:
         return False
 
 
-def _copy(source: Path, target: Path, bar: tqdm) -> str:
+def _copy(source: Path, target: Path, bar) -> str:
     """Copy one file under a temporary name, read the copy back, and let it appear; returns its checksum."""
     temporary = target / f".{source.name}.copying"
     read = hashlib.blake2b(digest_size=8)

@@ -4,8 +4,9 @@ engine.py      what an engine promises, and the choice of one; *_engine.py are t
 buckets.py     gradients and weights as views of a few flat buffers (layout.py), each summed as soon as it is full;
 fixed_point.py sums as whole numbers; scales.py: their units in int32, kernels.py: int64 on GPUs
 agree.py       one verdict for all ranks
-world.py       what a rank can know before MPI starts; launchers.py: what each mpirun wants to be told
+world.py       what a rank can know before MPI starts; launchers.py: what each mpirun wants to be told;
+               refusals.py: what one says where it starts nothing, in a line
 
-May be imported by: train, bench, reproduce, plan, cluster, trained, api, cli.
+May be imported by: train, bench, reproduce, plan, cluster, trained, api, complaints, cli.
 May import: sections, recipe, theory, errors.
 """

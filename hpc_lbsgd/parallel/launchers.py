@@ -35,6 +35,7 @@ class Launcher(ABC):
     said: ClassVar[str]  # a pattern in what `mpirun --version` prints
     library: ClassVar[str]  # a word of what its library calls itself
     srun_mpi: ClassVar[str]  # what wires its ranks up under srun, where a site does not say
+    writes_pages: ClassVar[bool] = False  # where nothing can be started; refusals.py has them in a line
 
     @abstractmethod
     def line(self, mpirun: str, layout: Layout, environment: dict[str, str]) -> list[str]:
@@ -45,7 +46,7 @@ class OpenMPI(Launcher):
     """Open MPI 4: two-dash options, which version 5 takes too (it refuses Horovod's documented -bind-to)."""
 
     name, said = "openmpi", r"\(Open MPI\) [1-4]\."
-    library, srun_mpi = "Open MPI", "pmix"
+    library, srun_mpi, writes_pages = "Open MPI", "pmix", True
     oversubscribe = ("--map-by", "slot", "--oversubscribe")
 
     def line(self, mpirun, layout, environment):

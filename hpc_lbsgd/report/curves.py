@@ -13,13 +13,22 @@ from hpc_lbsgd.report.figures import DPI
 
 # Okabe and Ito's palette, that people who see fewer colours tell apart, as light as dark paper bears
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+# for further runs, told apart by their dashes too
+MORE = ("#9467BD", "#E41A1C", "#4DAF4A", "#8C564B", "#BCBD22", "#17BECF", "#F781BF")
 INK = "#010203"  # stands for the page's own ink: light paper has it dark, and dark paper light
+DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)))
 LONGEST = 28  # letters of a run's name in a figure
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def colour(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
+    every = COLOURS + MORE
+    return every[i % len(every)]
+
+
+def line(i: int):
+    """The dashes of run i: with its colour they are its own, up to 28 runs."""
+    return DASHES[i // len(COLOURS) % len(DASHES)]
 
 
 def short(name: str) -> str:
@@ -89,7 +98,7 @@ def curve(
     for i, run in enumerate(runs):
         at = run.epochs(run.steps)
         xs, ys = thin(at, [None if r.get(key) is None else scale * r[key] for r in run.steps])
-        canvas.axis.plot(xs, ys, color=colour(i), label=short(run.name), linewidth=1.2)
+        canvas.axis.plot(xs, ys, color=colour(i), linestyle=line(i), label=short(run.name), linewidth=1.2)
         seams = set(run.seams)
         for r, x in zip(run.steps, at, strict=True):
             if r["step"] in seams:
@@ -121,12 +130,13 @@ def accuracy(runs: Sequence[Facts], ink: str) -> Canvas | None:
         return None
     canvas = Canvas("epochs", "test accuracy, %", ink=ink)
     for i, run in enumerate(runs):
-        for key, line in (("accuracy", "-"), ("ema_accuracy", "--")):
+        for key, width in (("accuracy", 1.5), ("ema_accuracy", 0.7)):
             rows = [r for r in run.evaluations if r.get(key) is not None]
             if rows:
                 label = short(run.name) if key == "accuracy" else f"{short(run.name)}, averaged weights"
                 look = {"color": colour(i), "marker": mark(i), "markersize": 4, "label": label}
-                canvas.axis.plot(run.epochs(rows), [100 * r[key] for r in rows], line, **look)
+                look |= {"linestyle": line(i), "linewidth": width}
+                canvas.axis.plot(run.epochs(rows), [100 * r[key] for r in rows], **look)
     canvas.legend()
     return canvas
 
@@ -158,7 +168,7 @@ def noise(runs: Sequence[Facts], ink: str) -> Canvas | None:
         at = run.epochs(rows)
         low, high = ([r.get(f"noise_scale_{end}") or r["noise_scale"] for r in rows] for end in ("low", "high"))
         scale = thin(at, [r["noise_scale"] for r in rows])
-        canvas.axis.plot(*scale, color=colour(i), label=f"{short(run.name)}: noise scale")
+        canvas.axis.plot(*scale, color=colour(i), linestyle=line(i), label=f"{short(run.name)}: noise scale")
         canvas.axis.fill_between(*thin(at, low), thin(at, high)[1], color=colour(i), alpha=0.2, linewidth=0)
         batches = thin(run.epochs(run.steps), [r["global_batch"] for r in run.steps])
         canvas.axis.plot(*batches, "--", color=colour(i), linewidth=1, label=f"{short(run.name)}: kn")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from hpc_lbsgd import origin
 
 DPI = 110
 
@@ -24,7 +27,10 @@ def stack(axis, positions: Sequence, parts: Mapping[str, Sequence[float]]) -> No
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
 
 
-def save(figure, path: Path) -> None:
-    """Write the figure in the format that the path's suffix names."""
-    figure.tight_layout()
+def save(figure, path: Path, result: Mapping) -> None:
+    """Write the figure in the format that the path's suffix names; under it where its result comes from."""
+    lines = textwrap.wrap(origin.said(result), int(20 * figure.get_figwidth()), break_on_hyphens=False)
+    low = (0.12 * len(lines) + 0.05) / figure.get_figheight() if lines else 0.0
+    figure.tight_layout(rect=(0, low, 1, 1))
+    figure.text(0.01, 0.01, "\n".join(lines).replace("$", r"\$"), fontsize=6, alpha=0.7, va="bottom")
     figure.savefig(path, dpi=DPI)

@@ -103,12 +103,45 @@ def read_result(cell: Cell) -> Result:
     )
 
 
-def cells_of(rows: list[Row], seeds: int, settings: list[str], root: Path) -> list[Cell]:
+QUICK = 5  # a quick look takes this part of the epochs
+
+
+def quicker(recipe: Recipe) -> list[str]:
+    """Settings for a quick look: fewer epochs, the schedule's shape kept as far as whole epochs can."""
+    full = recipe.train.epochs
+    epochs = min(full, max(2, round(full / QUICK)))
+    milestones = sorted({max(1, round(m * epochs / full)) for m in recipe.schedule.milestones})
+    found = {
+        "train.epochs": epochs,
+        "train.eval_epochs": min(recipe.train.eval_epochs, epochs),
+        "schedule.milestones": [m for m in milestones if m < epochs],
+        "schedule.warmup_epochs": recipe.schedule.warmup_epochs * epochs / full,
+    }
+    return [f"{key}={json.dumps(value)}" for key, value in found.items()]
+
+
+def cut_short(cells: list[Cell], quick: bool) -> str | None:
+    """Why these are not the runs that the experiment is made of; None where they are."""
+    if quick:
+        epochs = sorted({c.recipe.train.epochs for c in cells})
+        return f"a quick look, with about 1/{QUICK} of the epochs ({', '.join(map(str, epochs))})"
+    capped = [c.recipe for c in cells if c.recipe.train.max_steps]
+    steps = {r.build_schedule(r.data.samples).steps for r in capped}
+    full = {r.build_schedule(r.data.samples).full_steps for r in capped}
+    if capped and min(steps) < max(full):
+        return f"cut short by train.max_steps, at {min(steps)} of up to {max(full)} steps"
+    return None
+
+
+def cells_of(rows: list[Row], seeds: int, settings: list[str], root: Path, quick: bool = False) -> list[Cell]:
     """All cells of a table, a row after the other; settings: `--set` of the user, for every row."""
     found = []
     for seed in range(seeds):  # one seed of every row first: a first picture comes early
         for row in rows:
             keys = [f"{key}={json.dumps(value)}" for key, value in row.settings.items()]
-            recipe = recipes.read(row.recipe, [*keys, f"seed={seed}", *settings])
+            keys += [f"seed={seed}", *settings]
+            recipe = recipes.read(row.recipe, keys)
+            if quick:
+                recipe = recipes.read(row.recipe, keys + quicker(recipe))
             found.append(Cell(row, seed, recipe, root))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +16,20 @@ from hpc_lbsgd.theory.tradeoff import Tradeoff
 SIZE = (7.0, 4.2)  # inches
 
 
-def draw(path: Path, experiment: Experiment, scale: Scale, report: Report) -> None:
+def draw(path: Path, experiment: Experiment, scale: Scale, report: Report, made: Mapping) -> None:
+    """made: the command and the commit that measured it."""
     columns = 2 if experiment.kind in ("curves", "tradeoff") else 1
     figure, axes = figures.panels(columns, (SIZE[0] * (1 + 0.5 * (columns - 1)), SIZE[1]))
     {"error": _errors, "batches": _batches, "curves": _curves, "tradeoff": _tradeoff}[experiment.kind](
         axes, report, scale
     )
-    figure.suptitle(
-        f"{experiment.title} ({experiment.source}; scale {scale.name}, {report.seeds} seed{'s' * (report.seeds > 1)})",
-        fontsize=10,
+    title = (
+        f"{experiment.title} ({experiment.source}; scale {scale.name}, {report.seeds} seed{'s' * (report.seeds > 1)})"
     )
+    figure.suptitle(f"{title}\n{report.facts.get('cut_short') or ''}".strip(), fontsize=10)
     for axis in axes:
         axis.grid(alpha=0.3)
-    figures.save(figure, path)
+    figures.save(figure, path, made)
 
 
 def _curve(axis, line: Line, along: str) -> None:
@@ -55,9 +57,12 @@ def _errors(axes, report: Report, scale: Scale) -> None:
 
 
 def _plain(*scales) -> None:
-    """Log scales with a few plain numbers."""
+    """Log scales with a few plain numbers: the more decades, the fewer of each."""
     for scale in scales:
-        scale.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        low, high = scale.get_view_interval()
+        decades = np.log10(high / low) if low > 0 else 1.0
+        subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 1.2 else (1.0, 2.0, 5.0) if decades < 2.2 else (1.0, 3.0)
+        scale.set_major_locator(LogLocator(subs=subs))
         scale.set_major_formatter(StrMethodFormatter("{x:g}"))
         scale.set_minor_locator(NullLocator())
 

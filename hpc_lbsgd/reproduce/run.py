@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
+from hpc_lbsgd import origin, progress
 from hpc_lbsgd.errors import EXIT_DONE, RequestError, RunError
 from hpc_lbsgd.parallel.world import cores
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.reproduce import plots, table
-from hpc_lbsgd.reproduce.cells import Cell, cells_of
+from hpc_lbsgd.reproduce.cells import Cell, cells_of, cut_short
 from hpc_lbsgd.reproduce.experiments import EXPERIMENTS, SCALES
 from hpc_lbsgd.reproduce.runner import prepare_small, run_cells
+
+SEEDS = 3
 
 
 def reproduce(
     name: str,
     scale_name: str,
-    seeds: int,
+    seeds: int | None,
     settings: list[str],
     out: Path | None,
     ranks: int | None,
@@ -27,35 +29,38 @@ def reproduce(
     oversubscribe: bool,
     list_only: bool,
     as_json: bool,
+    quick: bool = False,
 ) -> int:
     """Run the experiment's missing cells and write OUT/NAME.{md,json,png}; returns the exit code.
 
     ranks, jobs: ranks of a run and runs side by side; the default keeps every core or GPU of this machine busy.
     """
     experiment, scale = EXPERIMENTS[name], SCALES[scale_name]
-    out = out or Path("runs/reproduce") / scale.name
-    cells = cells_of(experiment.rows(scale), seeds, settings, out / "cells")
+    out = out or Path("runs/reproduce") / (f"{scale.name}-quick" if quick else scale.name)
+    seeds = seeds or (1 if quick else SEEDS)
+    cells = cells_of(experiment.rows(scale), seeds, settings, out / "cells", quick)
     ranks, jobs = layout(ranks, jobs)
     if list_only:
         show_cells(cells, as_json)
         return EXIT_DONE
     check_data(cells[0].recipe)
-    print(
+    progress.note(
         f"{experiment.title}: {len(cells)} runs, {sum(c.finished for c in cells)} finished; {jobs} side by side of "
-        f"{ranks} rank{'s' if ranks > 1 else ''}; runs and logs in {out / 'cells'}",
-        file=sys.stderr,
-        flush=True,
+        f"{ranks} rank{'s' if ranks > 1 else ''}; runs and logs in {out / 'cells'}"
     )
     code = run_cells(cells, ranks, jobs, oversubscribe)
     if code != EXIT_DONE:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        finished = sum(c.finished for c in cells)
+        progress.note(f"stopped with {finished} of {len(cells)} runs finished; the same command goes on from here")
         return code
     report = table.summarise(experiment, scale, cells, seeds)
-    command = shlex.join(command_of(name, scale.name, seeds, settings))
-    content = table.as_json(report)
+    report.facts["cut_short"] = cut_short(cells, quick)
+    command = shlex.join(command_of(name, scale.name, seeds, settings, quick))
+    made = {"command": command, "commit": origin.commit()}
+    content = table.as_json(report) | made
     text = table.markdown(experiment, report, command, conditions(cells))
     table.write(out, experiment, text, json.dumps(content, indent=1) + "\n")
-    plots.draw(out / f"{name}.png", experiment, scale, report)
+    plots.draw(out / f"{name}.png", experiment, scale, report, made)
     if as_json:
         print(json.dumps(content))
     else:
@@ -83,8 +88,8 @@ def check_data(recipe: Recipe) -> None:
             )
 
 
-def command_of(name: str, scale: str, seeds: int, settings: list[str]) -> list[str]:
-    line = ["hpc-lbsgd", "reproduce", name, "--scale", scale, "--seeds", str(seeds)]
+def command_of(name: str, scale: str, seeds: int, settings: list[str], quick: bool = False) -> list[str]:
+    line = ["hpc-lbsgd", "reproduce", name, "--scale", scale, "--seeds", str(seeds), *(["--quick"] if quick else [])]
     for setting in settings:
         line += ["--set", setting]
     return line

@@ -10,19 +10,21 @@ import subprocess
 import sys
 import time
 from collections import deque
+from datetime import timedelta
 from pathlib import Path
 
-from tqdm import tqdm
-
+from hpc_lbsgd import progress
 from hpc_lbsgd.data import fetch, manifest
-from hpc_lbsgd.errors import EXIT_DONE, EXIT_STOPPED, RunError
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_STOPPED, RequestError, RunError
 from hpc_lbsgd.parallel.launchers import Layout, compose
+from hpc_lbsgd.parallel.refusals import refusal
 from hpc_lbsgd.parallel.world import cores
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import write_atomically
 from hpc_lbsgd.reproduce.cells import Cell
 
 POLL_S = 0.5
+BAR = "{percentage:3.0f}% |{bar}| {elapsed}, ETA {remaining}{postfix}"
 SMALL_SAMPLES = 20_000
 
 
@@ -41,39 +43,34 @@ def run_cells(cells: list[Cell], ranks: int, jobs: int, oversubscribe: bool) -> 
     waiting = deque(c for c in unique.values() if not c.finished)
     if not waiting:
         return EXIT_DONE
-    running: dict[subprocess.Popen, tuple[Cell, int]] = {}
+    running: dict[subprocess.Popen, Cell] = {}
     asked: list[int] = []
     before = {s: signal.signal(s, lambda n, f: asked.append(n)) for s in (signal.SIGINT, signal.SIGTERM)}
     done = len(unique) - len(waiting)
-    bar = tqdm(
-        total=len(unique),
-        initial=done,
-        unit="run",
-        bar_format="{l_bar}{bar}| {n:.1f} of {total} runs [{elapsed}, ETA {remaining}] {postfix}",
-        disable=None,
-    )
+    pace = Pace(list(unique.values()))
+    bar = progress.bar(total=pace.total, initial=pace.done(), bar_format=BAR)
     try:
         while (waiting and not asked) or running:
             while waiting and len(running) < jobs and not asked:
                 cell = waiting.popleft()
-                steps = cell.recipe.build_schedule(cell.recipe.data.samples).steps
-                running[start(cell, ranks, jobs, oversubscribe)] = (cell, steps)
-                bar.set_postfix_str("; ".join(c.name for c, _ in running.values()), refresh=False)
+                running[start(cell, ranks, jobs, oversubscribe)] = cell
+                bar.set_postfix_str(f"{done} of {len(unique)} runs; {running_names(running)}", refresh=False)
             time.sleep(POLL_S)
-            for process, (cell, _) in list(running.items()):
+            for process, cell in list(running.items()):
                 code = process.poll()
                 if code is None:
                     continue
                 del running[process]
                 if cell.finished:
                     done += 1
-                    say_done(bar, cell)
+                    say_done(bar, cell, f"{done} of {len(unique)} runs, ETA {timedelta(seconds=round(pace.left_s()))}")
                 elif not asked:
+                    refuse(cell, ranks)
                     raise RunError(
                         f"{cell.name}: train ended with {code}; see {log_of(cell)}. Finished runs are kept: start the "
                         "same command again"
                     )
-            bar.n = done + sum(cell.progress(steps) for cell, steps in running.values())
+            bar.n = pace.done()
             bar.refresh()
             if asked:
                 stop(running)
@@ -85,17 +82,46 @@ def run_cells(cells: list[Cell], ranks: int, jobs: int, oversubscribe: bool) -> 
     return EXIT_STOPPED if asked and (waiting or any(not c.finished for c in unique.values())) else EXIT_DONE
 
 
-def say_done(bar: tqdm, cell: Cell) -> None:
+class Pace:
+    """How much of all runs is done, in images, and how long the rest takes at the pace since this start."""
+
+    def __init__(self, cells: list[Cell]):
+        self.runs = [(c, c.recipe.build_schedule(c.recipe.data.samples)) for c in cells]
+        self.total = sum(schedule.samples_ahead(0) for _, schedule in self.runs)
+        self.before, self.since = self.done(), time.monotonic()
+
+    def done(self) -> float:
+        return sum(s.samples_ahead(0) * (1.0 if c.finished else c.progress(s.steps)) for c, s in self.runs)
+
+    def left_s(self) -> float:
+        done = self.done()
+        return (time.monotonic() - self.since) * (self.total - done) / max(1.0, done - self.before)
+
+
+def running_names(running: dict) -> str:
+    return "; ".join(cell.name for cell in running.values())
+
+
+def say_done(bar, cell: Cell, where: str) -> None:
     """A line a finished run where there is no bar to look at."""
     if bar.disable:
         result = cell.result
         what = f"diverged at step {result.diverged_at}" if result.diverged_at is not None else "done"
         error = f", error {result.error:.2f} %" if result.error is not None else ""
-        print(f"{cell.name}: {what}{error}, {result.seconds:.0f} s of training", file=sys.stderr, flush=True)
+        progress.note(f"{cell.name}: {what}{error}, {result.seconds:.0f} s of training; {where}")
 
 
 def log_of(cell: Cell) -> Path:
     return cell.folder.path.with_suffix(".log")
+
+
+def refuse(cell: Cell, ranks: int) -> None:
+    """Raises RequestError where mpirun could not start the ranks: its words are the log's last."""
+    with open(log_of(cell), "rb") as log:
+        log.seek(max(0, log.seek(0, 2) - 4096))
+        problem = refusal(log.read().decode(errors="replace").rpartition("\n$ ")[2], Layout(ranks))
+    if problem:
+        raise RequestError(problem)
 
 
 def start(cell: Cell, ranks: int, jobs: int, oversubscribe: bool) -> subprocess.Popen:
@@ -115,6 +141,7 @@ def start(cell: Cell, ranks: int, jobs: int, oversubscribe: bool) -> subprocess.
     if cell.folder.exists():
         program += ["--resume"]
     line = compose(Layout(ranks, oversubscribe=oversubscribe), {}, program) if ranks > 1 else program
+    progress.running(line)
     with open(log_of(cell), "ab") as log:
         log.write(f"$ {shlex.join(line)}\n".encode())
         log.flush()

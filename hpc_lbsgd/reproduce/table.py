@@ -254,6 +254,8 @@ def with_spread(mean: float, std: float | None) -> str:
 
 def markdown(experiment: Experiment, report: Report, command: str, conditions: list[str]) -> str:
     out = [f"# {experiment.title}", "", f"{experiment.source}. {experiment.claim}", ""]
+    if report.facts.get("cut_short"):
+        out += [f"**Not the whole experiment**: {report.facts['cut_short']}. Conclude nothing from it.", ""]
     if experiment.kind == "tradeoff":
         out += ["| kn | best learning rate | steps | examples | runs that got there |", "|---:|---:|---:|---:|---:|"]
         for x in report.lines:
@@ -284,6 +286,14 @@ def as_json(report: Report) -> dict:
             if isinstance(value, float) and not math.isfinite(value):
                 line[key] = None
     return found
+
+
+def from_json(content: dict) -> Report:
+    """What `as_json` made JSON of."""
+    kind = TradeoffLine if "reached" in content["lines"][0] else Line
+    unbounded = ("steps", "examples") if kind is TradeoffLine else ()
+    lines = [kind(**x | {key: math.inf for key in unbounded if x[key] is None}) for x in content["lines"]]
+    return Report(lines=lines, **{key: content[key] for key in ("name", "scale", "seeds", "findings", "facts")})
 
 
 def write(folder: Path, experiment: Experiment, text: str, content: str) -> list[Path]:

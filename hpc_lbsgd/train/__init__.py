@@ -8,5 +8,5 @@ checkpoint.py  state that is written whole or not at all
 
 May be imported by: report, bench, plan, cluster, trained, api, cli.
 May import: parallel, data, outline, amend, recipe, sections, runs, owner, records, signals, imports, theory,
-errors.
+progress, origin, errors.
 """

@@ -9,6 +9,7 @@ from shutil import get_terminal_size
 
 from tqdm import tqdm
 
+from hpc_lbsgd.progress import quiet
 from hpc_lbsgd.records import metrics_of
 from hpc_lbsgd.theory.schedule import Schedule
 
@@ -37,7 +38,7 @@ class Display:
         )
         self.recent: deque[dict] = deque(maxlen=WINDOW)
         self.bar = None
-        if self.stream.isatty():
+        if self.stream.isatty() and not quiet():
             self.bar = tqdm(
                 total=self.steps, initial=first_step, file=self.stream, dynamic_ncols=True, bar_format=BAR, leave=True
             )
@@ -48,7 +49,9 @@ class Display:
         getattr(self, f"_{record['kind']}", lambda r: None)(record)
         self._last = time.monotonic()
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, always: bool = False) -> None:
+        if quiet() and not always:
+            return
         if self.bar is not None:
             self.bar.write(text, file=self.stream)
         else:
@@ -102,7 +105,7 @@ class Display:
 
     def _event(self, r: dict) -> None:
         details = ", ".join(f"{k} {v}" for k, v in r.items() if k not in ("kind", "time", "event"))
-        self._say(f"{r['event']}: {details}")
+        self._say(f"{r['event']}: {details}", always=True)
 
     def close(self) -> None:
         if self.bar is not None:

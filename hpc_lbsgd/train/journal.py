@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 
+from hpc_lbsgd import progress
 from hpc_lbsgd.amend import said
 from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.records import Metrics, RunFolder, now, read_metrics
 from hpc_lbsgd.sections import OPTIMIZERS
+from hpc_lbsgd.signals import say
 from hpc_lbsgd.theory.schedule import Point, Schedule
 from hpc_lbsgd.train.callbacks import Callbacks, View
 from hpc_lbsgd.train.display import Display
@@ -55,7 +56,10 @@ class Journal:
         if parts.checks:
             lines.append(f"  preflight      {len(parts.checks)} checks in {parts.preflight_s:.1f} s: all hold")
         lines += [f"  passed over    {note}" for note in found.notes]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        progress.note("\n".join(lines))
+        if progress.quiet():
+            for warning in plan["warnings"]:
+                say(f"warning: {warning}")
         self.folder.add_environment({"time": now(), "attempt": found.attempt, **software_facts(), "ranks": ranks})
         # the steps of the epoch under way, for its mean: a resume may start in the middle
         epoch = schedule.at(min(first, schedule.full_steps - 1)).epoch

@@ -9,13 +9,13 @@ import platform
 import re
 import shlex
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from hpc_lbsgd import amend as amends
+from hpc_lbsgd import origin
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data import archive, fields, stage, table, tree
 from hpc_lbsgd.data import manifest as manifests
@@ -333,18 +333,6 @@ def software_facts() -> dict:
         except metadata.PackageNotFoundError:
             versions[package] = None
     try:
-        commit = (
-            subprocess.run(
-                ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                capture_output=True,
-                text=True,
-                timeout=10,
-            ).stdout.strip()
-            or None
-        )
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    try:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = None
@@ -354,7 +342,7 @@ def software_facts() -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
-        "git_commit": commit,
+        "git_commit": origin.commit(),
         "user": user,
         "slurm_job_id": job_of(os.environ),
         "modules": os.environ.get("LOADEDMODULES", "").split(":") if os.environ.get("LOADEDMODULES") else [],

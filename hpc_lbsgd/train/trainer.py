@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from hpc_lbsgd import progress
 from hpc_lbsgd.amend import recipe_now, schedule_of
 from hpc_lbsgd.data.ahead import Cut
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError, RunError
@@ -368,8 +369,4 @@ class Trainer:
         what = "stopped at a safe point; start it again with --resume" if stopped else "done"
         known = self.last_eval.get("accuracy") is not None
         accuracy = f", test accuracy {self.last_eval['accuracy']:.2%}" if known else ""
-        print(
-            f"{what}: {self.state.step} steps{accuracy}, {seconds:.0f} s\nrun folder: {self.folder.path}",
-            file=sys.stderr,
-            flush=True,
-        )
+        progress.note(f"{what}: {self.state.step} steps{accuracy}, {seconds:.0f} s\nrun folder: {self.folder.path}")

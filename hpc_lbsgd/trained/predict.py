@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from hpc_lbsgd import progress
 from hpc_lbsgd.data import augment
 from hpc_lbsgd.data.decode import pixels
 from hpc_lbsgd.data.fields import CLASS
@@ -63,7 +63,7 @@ def predict(found: Trained, paths: Sequence[str], top: int) -> Iterator[Predicti
             "its data, `export` gives the model"
         )
     finish = Finish(data, data.eval_resize > 0, found.channels_last, cores())
-    with tqdm(total=len(paths), desc="predicting", unit="image", disable=None) as bar:
+    with progress.bar(total=len(paths), desc="predicting", unit="image") as bar:
         for start in range(0, len(paths), BATCH):
             some = paths[start : start + BATCH]
             read = [window_of(path, data) for path in some]

@@ -60,6 +60,20 @@ def test_other_ranks_leave_after_rank_0_has_spoken():
     assert early.communicate(timeout=60)[1] == "" and early.returncode == first.returncode == 2
 
 
+def test_a_launch_that_mpirun_refuses(small_recipe, tmp_path):
+    """One line, and nothing changed: neither a folder for a run that did not start, nor the status of one that did."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", changed(small_recipe, train__max_steps=2))
+    run = tmp_path / "run"
+    for job in (["preflight", recipe], ["train", recipe, "--run", run]):
+        refused(command("launch", "--np", 500, "--", *job), "500 ranks, but there are ", "--oversubscribe")
+    assert not run.exists()
+    assert command("train", recipe, "--run", run).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    refused(command("resume", run, "--np", 500), "500 ranks, but there are ")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    refused(command("bench", "step", "--ranks", 500, "--rounds", 1), "500 ranks, but there are ")
+
+
 def test_data_that_changed(small_recipe, small_data, tmp_path):
     data = shutil.copytree(small_data, tmp_path / "data")
     recipe = write_recipe(tmp_path / "recipe.yaml", changed(small_recipe, data__train=str(data / "train")))

@@ -20,4 +20,6 @@ def test_spread_is_what_a_row_has():
 def test_json_has_no_infinity(capsys, tmp_path):
     drawn = []
     give({"rows": [{"a": float("inf")}]}, str, True, tmp_path / "x.png", lambda path, result: drawn.append(path))
-    assert json.loads(capsys.readouterr().out) == {"rows": [{"a": None}]} and drawn == [tmp_path / "x.png"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["rows"] == [{"a": None}] and drawn == [tmp_path / "x.png"]
+    assert result["command"].startswith("hpc-lbsgd ") and "commit" in result

@@ -9,6 +9,7 @@ import yaml
 from conftest import command, write_images
 
 from hpc_lbsgd import first_recipe, recipe
+from hpc_lbsgd.data import tree
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.first_recipe import Facts, choose, hold_out
@@ -49,6 +50,34 @@ def test_a_tenth_of_each_class_is_held_out_and_never_a_class_s_only_image():
     chosen = hold_out(labels, 3)
     assert [int(chosen[labels == c].sum()) for c in range(3)] == [10, 1, 0]
     assert (chosen == hold_out(labels, 3)).all()
+
+
+def test_images_that_came_since_the_index_are_not_passed_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    root = write_images(tmp_path / "photos", 40, 16, classes=2)
+    (root / "beside.png").write_bytes((root / "class-0" / "0000.png").read_bytes())  # of no class, and passed over
+    first_recipe.init(root, tmp_path / "one.yaml", False, False, processes=1)
+    first_recipe.init(root, tmp_path / "two.yaml", False, False, processes=1)
+    assert "the 40 images as they were listed on" in capsys.readouterr().err
+    (root / "class-1" / "new one.png").write_bytes((root / "class-0" / "0000.png").read_bytes())
+    (root / "class-1" / "notes.txt").write_text("no image")
+    with pytest.raises(
+        RequestError, match=r"1 images came since .*data index .*photos.*\n.*class-1/new one.png"
+    ) as refused:
+        first_recipe.init(root, tmp_path / "three.yaml", False, False, processes=1)
+    assert not (tmp_path / "three.yaml").exists() and "beside" not in str(refused.value)
+    tree.index(root, processes=1)
+    first_recipe.init(root, tmp_path / "three.yaml", False, False, processes=1)
+    assert recipe.read("three.yaml").data.samples == 37
+
+
+def test_images_that_were_left_out_do_not_count_as_new(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = write_images(tmp_path / "photos", 40, 16, classes=2)
+    (root / "class-1" / "broken.png").write_bytes(b"no picture")
+    for name in ("one.yaml", "two.yaml"):
+        first_recipe.init(root, tmp_path / name, False, True, processes=1)
+    assert (tmp_path / "two.yaml").exists()
 
 
 def test_a_folder_of_classes_becomes_a_recipe(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from hpc_lbsgd.parallel.launchers import (
     Layout,
     OpenMPI,
     OpenMPI5,
+    Spawn,
     check_hosts,
     choose,
     compose,
@@ -117,7 +118,8 @@ RunFolder({str(tmp_path)!r}).write_status("done", step=9)
 time.sleep(60)"""
     start = time.monotonic()
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)}
-    assert launch.run([sys.executable, "-c", script], folder) == EXIT_DONE
+    asked = launch.Asked(folder)
+    assert launch.run(Spawn(), Layout(1), [sys.executable, "-c", script], folder, asked) == EXIT_DONE
     for number, handler in handlers.items():
         signal.signal(number, handler)
     assert 3 < time.monotonic() - start < 30

@@ -285,3 +285,17 @@ def test_a_task_of_an_array_is_written_down_as_itself(monkeypatch):
     for name, value in (("JOB_ID", "7"), ("ARRAY_JOB_ID", "7"), ("ARRAY_TASK_ID", "3")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert software_facts()["slurm_job_id"] == "7_3"
+
+
+def test_each_of_many_runs_has_a_look_of_its_own(tmp_path):
+    """The eighth had the first one's colour."""
+    evaluation = line(3, "eval", step=2, epoch=1, loss=1.0, accuracy=0.5, ema_accuracy=0.6, samples=61)
+    runs = [
+        reading.facts(str(make(tmp_path / f"run-{i:02d}", [step(1, 0), step(2, 1), evaluation]).path))
+        for i in range(16)
+    ]
+    for draw in (curves.loss, curves.accuracy):
+        drawn = [x for x in draw(runs, curves.INK).axis.get_lines() if x.get_label().strip().startswith("run-")]
+        looks = {(x.get_color(), str(x._unscaled_dash_pattern), x.get_linewidth()) for x in drawn}
+        assert len(looks) == len(drawn) >= 16
+    assert len({curves.colour(i) for i in range(14)}) == 14

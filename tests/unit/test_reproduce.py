@@ -7,8 +7,9 @@ import pytest
 
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.reproduce import plots, table
-from hpc_lbsgd.reproduce.cells import cells_of, read_result
+from hpc_lbsgd.reproduce.cells import cells_of, cut_short, read_result
 from hpc_lbsgd.reproduce.experiments import EXPERIMENTS, SCALES, Row, table1
+from hpc_lbsgd.reproduce.runner import Pace
 from hpc_lbsgd.theory.scaling import noise_scale
 
 SMALL = SCALES["small"]
@@ -137,7 +138,7 @@ def test_tradeoff_finds_the_frontier_it_was_given(tmp_path):
     assert report.facts["critical_batch"] == pytest.approx(critical, rel=0.05)
     assert report.facts["noise_scale"] == pytest.approx(400)
     assert any("within the factor of ten" in f for f in report.findings)
-    plots.draw(tmp_path / "x.png", EXPERIMENTS["mccandlish-tradeoff"], SMALL, report)
+    plots.draw(tmp_path / "x.png", EXPERIMENTS["mccandlish-tradeoff"], SMALL, report, {})
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
@@ -156,7 +157,45 @@ def test_the_page_shows_a_row_that_diverged(tmp_path):
     (lost,) = [x for x in page.splitlines() if x.startswith("| 128 x reference | 4096 |")]
     assert "| 2 of 2 diverged |" in lost and "23.60 ± 0.12" in page
     json.dumps(table.as_json(report), allow_nan=False)
-    plots.draw(tmp_path / "x.png", experiment, SMALL, report)
+    plots.draw(tmp_path / "x.png", experiment, SMALL, report, {})
+
+
+def test_a_quick_look_keeps_the_schedules_shape_and_says_what_it_is(tmp_path):
+    for experiment in EXPERIMENTS.values():
+        rows = experiment.rows(SMALL)
+        whole, quick = (cells_of(rows, 1, [], tmp_path, quick) for quick in (False, True))
+        assert {c.folder.path for c in whole}.isdisjoint(c.folder.path for c in quick) or experiment.kind == "tradeoff"
+        images = [sum(c.recipe.build_schedule(20_000).samples_ahead(0) for c in cells) for cells in (whole, quick)]
+        assert images[1] <= images[0] * 0.5
+        assert [len(c.recipe.schedule.milestones) > 0 for c in whole] == [
+            len(c.recipe.schedule.milestones) > 0 for c in quick
+        ]
+    (cell,) = cells_of(table1(SMALL)[:1], 1, [], tmp_path, quick=True)
+    assert (cell.recipe.train.epochs, cell.recipe.schedule.milestones, cell.recipe.schedule.warmup_epochs) == (
+        2,
+        [1],
+        0.2,
+    )
+    write_run(cell, [20, 10], 40)
+    report = table.summarise(EXPERIMENTS["goyal-table1"], SMALL, [cell], 1)
+    report.facts["cut_short"] = cut_short([cell], quick=True)
+    page = table.markdown(EXPERIMENTS["goyal-table1"], SMALL, report, "hpc-lbsgd reproduce goyal-table1 --quick", [])
+    assert "**Not the whole experiment**: a quick look" in page
+    assert cut_short(cells_of(table1(SMALL), 1, [], tmp_path), quick=False) is None
+    capped = cut_short(cells_of(table1(SMALL), 1, ["train.max_steps=7"], tmp_path), quick=False)
+    assert capped == "cut short by train.max_steps, at 7 of up to 6250 steps"
+
+
+def test_what_is_left_is_reckoned_in_images(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    cells = cells_of(table1(SMALL)[:2], 1, ["train.epochs=6"], tmp_path)
+    cells += cells_of(table1(SMALL)[:1], 1, ["train.epochs=12", "schedule.milestones=[6]"], tmp_path)
+    write_run(cells[0], [10], 20)
+    pace = Pace(cells)
+    now[0] = 60.0
+    write_run(cells[1], [10], 20)  # 6 of the 18 epochs that were left
+    assert pace.left_s() == pytest.approx(120.0, rel=0.02)
 
 
 def test_progress_is_read_from_the_end_of_the_metrics(tmp_path):

@@ -55,4 +55,4 @@ def plot(path: Path, result: dict) -> None:
     axes[0].set(xscale="log", yscale="log", xlabel="bytes", ylabel=f"microseconds, {result['ranks']} ranks")
     axes[1].set(xscale="log", xlabel="bytes", ylabel="bus bandwidth, GB/s")
     axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
-    figures.save(figure, path)
+    figures.save(figure, path, result)

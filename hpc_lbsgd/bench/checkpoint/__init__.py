@@ -3,5 +3,5 @@
 One process, no sums: only one rank writes.
 
 May be imported by: commands.
-May import: core, train, parallel, recipe, arguments, records, signals, errors.
+May import: core, train, parallel, recipe, arguments, records, signals, progress, errors.
 """

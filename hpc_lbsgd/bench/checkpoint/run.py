@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from statistics import median
 
+from hpc_lbsgd import progress
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.checkpoint.measure import WAYS, Bench, Cost
 from hpc_lbsgd.bench.core.spread import spread
@@ -20,17 +21,19 @@ def checkpoint(names: list[str], folder: Path, rounds: int) -> dict:
         raise RequestError(f"--folder {folder}: no such folder")
     found = [(name, recipes.read(name, []).with_workers(1)) for name in names]
     rows = []
-    for name, recipe in found:
-        bench = Bench(recipe, folder)
-        try:
-            bench.cost(WAYS[1])  # makes the memory
-            costs: dict[str, list[Cost]] = {way: [] for way in WAYS}
-            for number in range(rounds):
-                for way in there_and_back(WAYS, number):
-                    costs[way].append(bench.cost(way))
-        finally:
-            bench.close()
-        rows += [row(name, way, each) for way, each in costs.items()]
+    with progress.bar(total=len(found) * rounds * len(WAYS), desc="measuring", unit="checkpoint") as bar:
+        for name, recipe in found:
+            bench = Bench(recipe, folder)
+            try:
+                bench.cost(WAYS[1])  # makes the memory
+                costs: dict[str, list[Cost]] = {way: [] for way in WAYS}
+                for number in range(rounds):
+                    for way in there_and_back(WAYS, number):
+                        costs[way].append(bench.cost(way))
+                        bar.update(1)
+            finally:
+                bench.close()
+            rows += [row(name, way, each) for way, each in costs.items()]
     return {"machine": socket.gethostname(), "folder": str(folder), "rounds": rounds, "rows": rows}
 
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 from hpc_lbsgd.bench.core.turns import rotated
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel.launchers import Layout, compose, exported
+from hpc_lbsgd.parallel.refusals import refusal
+from hpc_lbsgd.progress import note, running
 
 OURS = ("HOROVOD_", "OMPI_MCA_", "GLOO_")  # prefixes of settings that belong to a contender, not to the caller
 NETWORK = ("_if_exclude", "_if_include", "_IFNAME")  # endings of those that say which network there is
@@ -58,7 +60,7 @@ def environment(contender: Contender) -> dict[str, str]:
 def run(program: str, contender: Contender, timeout_s: float, oversubscribe: bool, place: Place = HERE) -> dict:
     """One launch of `python -m PROGRAM TASK OUT`; returns what rank 0 wrote.
 
-    Raises RunError that names the contender.
+    Raises RequestError where mpirun can start nothing there, else RunError that names the contender.
     """
     with tempfile.TemporaryDirectory(dir=place.folder, prefix=".launch-") as folder:
         out = Path(folder).absolute() / "result.json"
@@ -67,6 +69,7 @@ def run(program: str, contender: Contender, timeout_s: float, oversubscribe: boo
         own = environment(contender)
         line = compose(layout, exported(layout, own), words, place.mpi)
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        running(line)
         # Ctrl-C is ours: an mpirun that hears it beside our SIGTERM leaves its ranks behind
         process = subprocess.Popen(line, env=own, **pipes, text=True, start_new_session=True)
         with ending(process):
@@ -78,6 +81,9 @@ def run(program: str, contender: Contender, timeout_s: float, oversubscribe: boo
                 said = f"no result after {timeout_s:g} s; its last words: {tail(said)}"
                 raise RunError(f"{contender.name}: {said}") from None
         if process.returncode or not out.exists():
+            problem = refusal(said, layout, place.mpi)
+            if problem:
+                raise RequestError(problem)
             raise RunError(f"{contender.name}: {Path(line[0]).name} ended with {process.returncode}: {tail(said)}")
         return json.loads(out.read_text())
 
@@ -119,7 +125,7 @@ class Progress:
         if self.begun:
             left = (time.monotonic() - self.since) / self.begun * (self.launches - self.begun)
             text += f", ETA {timedelta(seconds=round(max(0.0, left)))}"
-        print(text, file=sys.stderr, flush=True)
+        note(text)
         self.begun += 1
 
 

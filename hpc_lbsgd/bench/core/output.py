@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from shutil import get_terminal_size
+
+from hpc_lbsgd.bench.core.fit import fit
+from hpc_lbsgd.origin import origin
 
 
 def give(
@@ -14,8 +19,12 @@ def give(
     picture: Path | None = None,
     plot: Callable[[Path, dict], None] | None = None,
 ) -> None:
-    """Print a result as one JSON object or as `show` says it, and draw it where a file is named."""
-    print(json.dumps(finite(result)) if as_json else show(result))
+    """Print a result as one JSON object or as `show` says it, on a terminal as wide as that is; draw it where a file is
+    named."""
+    if "rows" in result:
+        result = origin() | result
+    text = json.dumps(finite(result)) if as_json else show(result)
+    print(fit(text, get_terminal_size().columns) if sys.stdout.isatty() and not as_json else text)
     if picture and plot:
         plot(picture, result)
 

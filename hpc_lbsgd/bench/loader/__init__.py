@@ -3,5 +3,5 @@
 The peers (torchvision, DALI's reader, FFCV) are loaded when they are built.
 
 May be imported by: commands.
-May import: core, report, data, recipe, arguments, errors.
+May import: core, report, data, recipe, arguments, progress, errors.
 """

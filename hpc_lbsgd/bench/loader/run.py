@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from hpc_lbsgd import progress
 from hpc_lbsgd.bench.core.spread import by_round
 from hpc_lbsgd.bench.core.turns import there_and_back
 from hpc_lbsgd.bench.loader.measure import Contestant, contestants, time_one
@@ -35,7 +35,7 @@ class Rate(NamedTuple):
 def measure(found: list[Contestant], threads: list[int], rounds: int, images: int) -> list[Rate]:
     """Every contestant at every number of threads, `rounds` times, taking turns."""
     values: dict[tuple[str, int], list[float]] = {(c.name, t): [] for t in threads for c in found}
-    with tqdm(total=rounds * len(values), desc="measuring", unit="run", disable=None) as bar:
+    with progress.bar(total=rounds * len(values), desc="measuring", unit="run") as bar:
         for number in range(rounds):
             for c in there_and_back(found, number):
                 for t in threads:

@@ -34,10 +34,12 @@ def plot(path: Path, result: dict) -> None:
             [m - rows[n]["lowest"] for n, m in zip(names, middle, strict=True)],
             [rows[n]["highest"] - m for n, m in zip(names, middle, strict=True)],
         ]
-        axis.barh([k + i * height for k in range(len(names))], middle, height, xerr=spread, label=f"{t} threads")
+        axis.barh(
+            [k + i * height for k in range(len(names))], middle, height, xerr=spread, label=f"{t} thread{'s' * (t > 1)}"
+        )
     axis.set_yticks([k + 0.4 - height / 2 for k in range(len(names))], names)
     axis.invert_yaxis()
     axis.set_xlabel("images a second")
     axis.legend(fontsize=8)
     axis.grid(axis="x", alpha=0.3)
-    figures.save(figure, path)
+    figures.save(figure, path, result)

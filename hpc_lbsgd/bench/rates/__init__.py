@@ -3,5 +3,5 @@
 What is measured is core/timing.py, which `bench scaling` measures on many numbers of ranks.
 
 May be imported by: commands.
-May import: core, train, parallel, recipe, arguments, errors.
+May import: core, train, parallel, recipe, arguments, progress, errors.
 """

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from tqdm import tqdm
-
+from hpc_lbsgd import progress
 from hpc_lbsgd.bench.core.spread import by_round
 from hpc_lbsgd.bench.core.timing import RATES, Bench, measured, training_set
 from hpc_lbsgd.bench.core.turns import there_and_back
@@ -29,7 +28,7 @@ def rates(recipe: Recipe, rounds: int, steps: int) -> dict | None:
         bench = together(engine, lambda: Bench(recipe, engine, device))
         bench.replica.synchronise()
         values: dict[str, list[float]] = {what: [] for what in RATES}
-        with tqdm(total=rounds * len(RATES), unit="run", disable=None if engine.rank == 0 else True) as bar:
+        with progress.bar(total=rounds * len(RATES), show=engine.rank == 0, unit="run") as bar:
             for number in range(rounds):
                 for what in there_and_back(RATES, number):
                     values[what].append(bench.time(what, steps).images_per_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from hpc_lbsgd import progress
 from hpc_lbsgd.arguments import add_command, counts, positive, positive_float, with_hosts, with_json, with_set
 from hpc_lbsgd.bench.core.output import give
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED
@@ -67,5 +68,5 @@ def report(folder: Path, args) -> dict:
 
     result = report(folder, args.baseline)
     give(result, show, args.json)
-    print(f"report: {folder}", file=sys.stderr)
+    progress.note(f"report: {folder}")
     return result

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean, median
 
 import torch
-from tqdm import tqdm
 
+from hpc_lbsgd import progress
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.core.timing import RATES, Bench, Timed, measured
 from hpc_lbsgd.bench.core.turns import there_and_back
@@ -34,7 +34,7 @@ def measure(task: dict) -> dict | None:
     total = len(task["modes"]) * task["rounds"] * len(whats)
     modes = {}
     # the parent of an mpirun shows its own progress
-    with tqdm(total=total, unit="run", disable=None if engine.rank == 0 else True) as bar:
+    with progress.bar(total=total, show=engine.rank == 0, unit="run") as bar:
         for mode in task["modes"]:
             modes[mode] = time_mode(with_workers(recipe, mode, engine.size), engine, device, whats, task, bar)
     hosts = engine.gather(socket.gethostname())

@@ -8,6 +8,7 @@ from pathlib import Path
 from hpc_lbsgd.bench.core.spread import FEWEST_ROUNDS
 from hpc_lbsgd.bench.scaling.results import Folder, summarise
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.origin import origin
 from hpc_lbsgd.records import write_atomically
 from hpc_lbsgd.report import figures
 
@@ -18,7 +19,7 @@ def report(path: Path, baseline: int | None) -> dict:
     request = folder.request()
     if request is None:
         raise RequestError(f"--report {path}: no scaling benchmark there (no {folder.request_file.name})")
-    result = summarise(request, folder.launches(), baseline)
+    result = origin() | summarise(request, folder.launches(), baseline)
     write_atomically(folder.results, json.dumps(result, indent=1) + "\n")
     write_atomically(folder.table, table(result) + "\n")
     plot(folder.plot, result)
@@ -101,5 +102,5 @@ def plot(path: Path, result: dict) -> None:
         axis.legend(fontsize=8)
     rate.set(yscale="log", ylabel="images/s (dotted: without loss)")
     share.set(ylabel=f"efficiency against {result['baseline_ranks']} rank{'s' * (result['baseline_ranks'] > 1)}")
-    share.set_ylim(bottom=0)
-    figures.save(figure, path)
+    share.set_ylim(0, max(1.05, 1.05 * share.dataLim.y1))
+    figures.save(figure, path, result)

@@ -50,7 +50,9 @@ def read(path: Path) -> Steps:
     except OSError as problem:
         raise RequestError(f"{path}: {problem.strerror}") from None
     except (ValueError, KeyError, TypeError) as problem:
-        raise RequestError(f"{path}: not what `bench step --engines hpc_lbsgd --json` prints ({problem!r})") from None
+        raise RequestError(
+            f"{path}: not what `bench step --engines hpc_lbsgd --json` prints ({str(problem)[:80]})"
+        ) from None
     if device != "cpu":
         raise RequestError(f"{path}: measured on {device}; ranks share cores only where they compute on CPUs")
     return Steps(path, ranks, facts, rows)

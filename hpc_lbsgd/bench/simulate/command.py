@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hpc_lbsgd.arguments import add_command, counts, positive, positive_float, with_json
 from hpc_lbsgd.bench.core.output import give
-from hpc_lbsgd.errors import EXIT_DONE
+from hpc_lbsgd.errors import EXIT_DONE, RequestError
 
 # theory.simulate's, which would load numpy for every --help; tests/unit/test_help.py holds them together
 ALGORITHMS = ("ring", "tree", "nccl", "hierarchical", "torus")
@@ -52,6 +52,9 @@ def run(args) -> int:
     from hpc_lbsgd.bench.simulate import calibrate, presets, show
     from hpc_lbsgd.bench.simulate import run as simulator
 
+    tables = [flag for flag in ("list", "published", "calibrate", "against") if getattr(args, flag)]
+    if args.plot and tables:
+        raise RequestError(f"--plot {args.plot}: draws a prediction, and --{tables[0]} gives a table")
     if args.list:
         titles = {name: make().title for name, make in presets.PRESETS.items()}
         give(titles, show.show_titles, args.json)

@@ -80,7 +80,7 @@ def plot(path: Path, result: dict) -> None:
     right.set(xlabel="nodes", ylabel=f"step, ms: {result['preset']}")
     right.set_xticks(positions, [str(r["nodes"]) for r in rows], fontsize=8)
     right.legend(fontsize=8, loc="lower left")
-    figures.save(figure, path)
+    figures.save(figure, path, result)
 
 
 def show_compared(result: dict) -> str:

@@ -40,4 +40,4 @@ def plot(path: Path, result: dict) -> None:
         axis.set(title=f"batch {batch}", ylabel="milliseconds")
         axis.tick_params(axis="x", labelrotation=40, labelsize=7)
         axis.legend(fontsize=7)
-    figures.save(figure, path)
+    figures.save(figure, path, result)
