@@ -7,7 +7,6 @@ import argparse
 import os
 from collections.abc import Iterator
 
-from hpc_lbsgd import reading
 from hpc_lbsgd.errors import RequestError
 
 SHELLS = ("bash", "zsh", "fish")
@@ -48,6 +47,8 @@ def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def recipes(prefix: str, **_) -> list[str]:
+    from hpc_lbsgd import reading  # brings pydantic and YAML
+
     return [*reading.shipped(), *argcomplete().completers.FilesCompleter()(prefix)]
 
 
