@@ -166,6 +166,10 @@ class RunFolder:
         except (OSError, ValueError):
             return 0
 
+    def is_saving(self) -> bool:
+        """A checkpoint is being written, or was when its writer was killed (the next start removes it)."""
+        return any(self.checkpoints.glob(".step-*"))
+
     def starts(self) -> list[dict]:
         """What each start ran on that came as far as its first step."""
         try:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import TextIO
 
 ASKED = "asked to stop: the next step ends with a checkpoint; Ctrl-C again ends at once"
+ENDING = "ends when the checkpoint that is being written is whole; Ctrl-C again does not wait for it"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import RunFolder, read_metrics
 
 SECONDS = ("start-up", "data", "compute", "sums", "evaluation", "checkpoint", "other")  # where a run's time goes
-QUIET = ("saved",)  # events that are not told one by one
+NO_END = "no end on record"
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Facts:
 
     name: str
     folder: Path
-    status: str  # done | stopped | failed | "no end on record"
+    status: str  # done | stopped | failed | NO_END
     recipe: dict  # as the folder has it
     starts: list[Start] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)
@@ -121,7 +121,7 @@ def facts(run: str) -> Facts:
     folder = RunFolder(run)
     if not folder.exists():
         raise RequestError(f"{run}: no run (no recipe.yaml in it)")
-    status = (folder.status() or {}).get("status", "no end on record")
+    status = (folder.status() or {}).get("status", NO_END)
     found = Facts(folder.path.resolve().name, folder.path, status, yaml12.mapping_of(folder.recipe, str(folder.recipe)))
     steps: dict[int, dict] = {}
     evaluations: dict[int, dict] = {}
@@ -145,7 +145,7 @@ def facts(run: str) -> Facts:
             steps[r["step"]] = r
         elif r["kind"] == "eval":
             evaluations[r["step"]] = r
-        elif r["kind"] == "event" and r["event"] not in QUIET:
+        elif r["kind"] == "event":
             found.events.append(r)
         elif r["kind"] == "end":
             found.weights_sha256 = r.get("weights_sha256")
@@ -164,7 +164,7 @@ def spend(seconds: dict[str, float], r: dict, passed: float) -> None:
         seconds["other"] += max(passed - step, 0.0)
     elif r["kind"] == "eval":
         seconds["evaluation"] += passed
-    elif r["kind"] == "event" and r["event"] == "saved":
+    elif r["kind"] == "checkpoint":
         stall = r.get("stall_s", passed)  # steps went on beside the rest; it was booked as time that nothing names
         seconds["checkpoint"] += stall
         seconds["other"] += passed - stall

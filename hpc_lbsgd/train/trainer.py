@@ -19,6 +19,7 @@ from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import agree, together
 from hpc_lbsgd.recipe import Decision, Recipe
 from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.signals import ENDING, say
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import alike, checkpoint, crosscheck, decide, verdict
 from hpc_lbsgd.train.evaluate import evaluate
@@ -79,9 +80,11 @@ class Trainer:
         except RequestError as problem:  # on one rank, perhaps, and long after the request
             self._finish_writing()
             raise RunError(str(problem)) from None
-        except Exception as problem:
+        except (Exception, KeyboardInterrupt) as problem:
             if getattr(problem, "everywhere", False):
                 self.watchdog.stop()  # ranks leave one by one, and the first is not one that died
+            if self.writer.busy and isinstance(problem, KeyboardInterrupt):
+                say(ENDING)
             self._finish_writing()
             raise
 
@@ -261,8 +264,6 @@ class Trainer:
         self.replica.check_others()
         self.replica.check_equal(f"checkpoint of step {self.state.step}")
         if self.lead:
-            path = self.folder.checkpoints / checkpoint.name_of(self.state.step)
-            self.journal.write("checkpoint", step=self.state.step, path=str(path))
             self._saved(self.writer.save(self.replica, self.state))
             self.stall_s = time.perf_counter() - before
             self.interval.measured(self.stall_s)
@@ -272,7 +273,7 @@ class Trainer:
         """Write down that a checkpoint is whole."""
         if saved:
             facts = {"seconds": round(saved.seconds, 3), "stall_s": round(self.stall_s, 4), "bytes": saved.bytes}
-            self.journal.event("saved", step=saved.step, **facts)
+            self.journal.write("checkpoint", step=saved.step, path=str(saved.path), **facts)
 
     def _wait_for_writer(self) -> None:
         """Until the last checkpoint is whole; other ranks wait for this one where they meet next."""

@@ -41,7 +41,7 @@ def test_steps_go_on_while_the_disk_is_slow(small_recipe, tmp_path):
         assert done.returncode == 0, done.stderr
         found = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
         digests[name] = found[-1]["weights_sha256"]
-        saved = {r["step"]: at for at, r in enumerate(found) if r.get("event") == "saved"}
+        saved = {r["step"]: at for at, r in enumerate(found) if r["kind"] == "checkpoint"}
         steps = {r["step"]: at for at, r in enumerate(found) if r["kind"] == "step"}
         assert list(saved) == (list(range(1, STEPS + 1)) if every else [STEPS])
         assert all(steps[step] < at for step, at in saved.items() if step < STEPS)  # steps are counted from 0
