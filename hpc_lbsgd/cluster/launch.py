@@ -75,15 +75,15 @@ class Asked:
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame) -> None:
-        if not self.stop:
+        first, self.stop = not self.stop, True  # before it is said: who reads it may be quick
+        if first:
             say(ASKED)
         elif number in (signal.SIGINT, signal.SIGTERM):
-            if not self.end and self.folder.is_saving():
+            second, self.end = not self.end, True
+            if second and self.folder.is_saving():
                 say(ENDING)
             else:
                 self.now = True
-            self.end = True
-        self.stop = True
 
     @property
     def over(self) -> bool:

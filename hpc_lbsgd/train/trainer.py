@@ -83,7 +83,7 @@ class Trainer:
         except (Exception, KeyboardInterrupt) as problem:
             if getattr(problem, "everywhere", False):
                 self.watchdog.stop()  # ranks leave one by one, and the first is not one that died
-            if self.writer.busy and isinstance(problem, KeyboardInterrupt):
+            if isinstance(problem, KeyboardInterrupt) and self.writer.busy:
                 say(ENDING)
             self._finish_writing()
             raise

@@ -82,7 +82,7 @@ def run(row: Row, tally: Tally, seed: int, count: int, out: Path, after: Callabl
     number, barren = seed, 0
     while tally.done < count and barren < 3:
         if number not in tally.seeds:
-            found = chain(row, number, count - tally.done)
+            found = chain(row, number)
             append(out, found)
             tally.add(found)
             tally.seeds.add(number)
@@ -92,16 +92,14 @@ def run(row: Row, tally: Tally, seed: int, count: int, out: Path, after: Callabl
         number += 1
 
 
-def chain(row: Row, seed: int, most: int) -> list[dict]:
-    """The records of one seed. most: rows without ranks end after so many."""
+def chain(row: Row, seed: int) -> list[dict]:
+    """The records of one seed."""
     folder = Path(tempfile.mkdtemp(prefix=f"faults-{row.name}-{seed}-"))
     found: list[tuple[Injection, str]] = []
     begun = time.monotonic()
     try:
         for injection in row.run(random.Random(f"{row.name} {seed}"), folder):
             found.append((injection, "held"))
-            if len(found) >= most and not row.ranks:
-                break
     except Exception as problem:  # whatever it is: something did not hold, or could not be looked at
         said = str(problem) if isinstance(problem, AssertionError) else traceback.format_exc()
         print(f"{row.name} seed {seed} injection {len(found)}: {said[-3000:]}", file=sys.stderr, flush=True)

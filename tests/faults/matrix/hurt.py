@@ -64,8 +64,15 @@ def _raise(plan: dict) -> None:
     raise ValueError("injected exception")
 
 
-def _wait(plan: dict) -> None:
+def _hang(plan: dict) -> None:
     threading.Event().wait()
+
+
+def _wait(plan: dict) -> None:
+    """Until who injects has done what it does, and made the file `go`."""
+    end = time.monotonic() + plan.get("seconds", 60)
+    while not os.path.exists(plan["go"]) and time.monotonic() < end:
+        time.sleep(0.005)
 
 
 ACTS = {
@@ -73,7 +80,8 @@ ACTS = {
     "segfault": lambda plan: ctypes.string_at(0),
     "exit": lambda plan: os._exit(plan.get("code", 0)),
     "exception": _raise,
-    "deadlock": _wait,
+    "deadlock": _hang,
+    "wait": _wait,
     "stop": lambda plan: os.kill(os.getpid(), signal.SIGSTOP),
     "slow": lambda plan: time.sleep(plan["seconds"]),
 }
@@ -155,6 +163,6 @@ def model(channels: int, classes: int) -> nn.Module:
     return net
 
 
-if "FAULT" in os.environ and "torch" in sys.modules and not os.environ.get("FORKED"):
+if "FAULT" in os.environ and "torch" in sys.modules:
     install()
 assert torch.float32
