@@ -38,6 +38,18 @@ def test_long_phases_may_take_long_where_all_beat(tmp_path):
     assert "Stalest: rank 1 on" in message and "alive, in phase 'data' of step 2" in message
 
 
+def test_where_all_wait_for_one_another_it_is_the_network(tmp_path):
+    heard = queue.Queue()
+    ranks = [Watchdog(RunFolder(tmp_path), r, 2, TIMEOUT_S, lambda *said: heard.put(said)) for r in (0, 1)]
+    for rank in ranks:
+        rank.enter("sum", 7)
+    message, _ = heard.get(timeout=30)
+    for rank in ranks:
+        rank.stop()
+    assert "rank 0 on" in message and "rank 1 on" in message, message
+    assert "in phase 'sum' of step 7, for one another: the network between them" in message
+
+
 def test_ranks_that_wait_for_a_checkpoint_wait_as_long_as_it_may_take(tmp_path, monkeypatch):
     """Rank 0 writes, the others are in the next step's sum. One that never ends is named, by one rank."""
     monkeypatch.setitem(LONG, "checkpoint", 12.0)

@@ -17,10 +17,10 @@ if os.geteuid() == 0:  # Open MPI refuses root; containers have no other user
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[2])]
-os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:3], os.environ.get("PYTHONPATH", "")])  # of ranks by `launch`
 
 import core  # noqa: E402
 import forked  # noqa: E402
+import spaces  # noqa: E402
 import table  # noqa: E402
 
 from hpc_lbsgd.train.display import duration  # noqa: E402
@@ -53,6 +53,8 @@ def main() -> int:
             print(f"{row.name:20s} {row.count:6d} x {row.cost_s:g} s  {row.fault}")
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not spaces.why_not():
+        spaces.own_mounts()
     made = Slice(rows, args)
     try:
         made.run()

@@ -65,5 +65,6 @@ ROWS = [
         300,
         one,
         ranks=True,
+        cost_s=4.5,
     )
 ]

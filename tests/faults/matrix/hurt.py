@@ -141,6 +141,8 @@ class Net(nn.Sequential):
     def forward(self, x):
         if self.training and fault.phase == "compute":
             fault.happen("forward")
+            if fault.done and "drag" in fault.plan:  # so that it still runs when it has heard of something
+                time.sleep(fault.plan["drag"])
             if fault.plan and fault.plan["kind"] in BAD and fault.at("forward"):
                 return super().forward(x) * BAD[fault.plan["kind"]]
         return super().forward(x)
@@ -161,6 +163,11 @@ def model(channels: int, classes: int) -> nn.Module:
     if torch_code:  # other code on this rank: the same shapes, another function
         net[2] = nn.LeakyReLU(0.3)
     return net
+
+
+def image_model(channels: int, classes: int) -> nn.Module:
+    """The same, on pictures of 4 x 4."""
+    return Net(nn.Flatten(), *model(channels, classes))
 
 
 if "FAULT" in os.environ and "torch" in sys.modules:
