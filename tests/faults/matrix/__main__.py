@@ -30,7 +30,7 @@ OUT = Path("runs/faults/injections.jsonl")
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make faults")
-    parser.add_argument("--part", default="", help="rows whose names begin so; empty: all")
+    parser.add_argument("--part", default="", help="rows whose names begin so, A,B for several; empty: all")
     parser.add_argument("--seed", type=int, default=0, help="the first chain's")
     parser.add_argument("--count", type=int, default=None, help="injections a row; default: each row's own")
     parser.add_argument("--minutes", type=float, default=None, help="begin no chain after so long")
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=None, help="write the table there and do nothing else")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
-    rows = [row for row in table.ROWS if row.name.startswith(args.part)]
+    rows = [row for row in table.ROWS if row.name.startswith(tuple(args.part.split(",")))]
     if args.page:
         import page
 

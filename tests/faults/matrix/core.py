@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import pytest
+
 
 @dataclass
 class Injection:
@@ -77,8 +79,8 @@ def on_record(row: Row, seed: int, records: list[dict]) -> Tally:
 
 def run(row: Row, tally: Tally, seed: int, count: int, out: Path, after: Callable[[int], bool]) -> None:
     """Inject until `count` faults of this row are on record, from `seed` on. A seed is a chain of injections: the same
-    seed is the same chain. A chain is on record as a whole, or, where it was interrupted, not at all. after(seed): called
-    after each; False: no more now."""
+    seed is the same chain. A chain is on record as a whole or, where it was interrupted, not at all. after(seed): called
+    then; False: no more now."""
     number, barren = seed, 0
     while tally.done < count and barren < 3:
         if number not in tally.seeds:
@@ -100,7 +102,10 @@ def chain(row: Row, seed: int) -> list[dict]:
     try:
         for injection in row.run(random.Random(f"{row.name} {seed}"), folder):
             found.append((injection, "held"))
-    except Exception as problem:  # whatever it is: something did not hold, or could not be looked at
+    except (
+        Exception,
+        pytest.fail.Exception,
+    ) as problem:  # something did not hold, or could not be looked at
         said = str(problem) if isinstance(problem, AssertionError) else traceback.format_exc()
         print(f"{row.name} seed {seed} injection {len(found)}: {said[-3000:]}", file=sys.stderr, flush=True)
         found.append((Injection("", ""), f"FAILED: {said[-3000:]}"))

@@ -65,7 +65,7 @@ class Job:
                 log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 for target in (1, 2):
                     os.dup2(log, target)
-            sys.stdout, sys.stderr = (open(target, "w", buffering=1, closefd=False) for target in (1, 2))
+            sys.stdout, sys.stderr = (os.fdopen(target, "w", buffering=1, closefd=False) for target in (1, 2))
             code = act()
         except SystemExit as leave:
             code = leave.code if isinstance(leave.code, int) else 1

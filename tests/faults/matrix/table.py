@@ -7,6 +7,7 @@ import fuzz
 import images
 import network
 import owners
+import slurm_lab
 import stops
 import unlike
 import wrong
@@ -22,4 +23,5 @@ ROWS = [
     *images.ROWS,
     *network.ROWS,
     *fuzz.ROWS,
+    *slurm_lab.ROWS,
 ]
