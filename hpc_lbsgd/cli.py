@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -378,5 +379,15 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_FAILED if runs else EXIT_DONE
 
 
+def run() -> None:
+    """The program. Ctrl-C ends it at once: Python would wait for threads, which may wait for a disk that hangs."""
+    code = main()
+    if code == EXIT_INTERRUPTED:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

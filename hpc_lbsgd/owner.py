@@ -294,8 +294,8 @@ def check(folder: str | os.PathLike) -> None:
 
 
 def at_work(folder: str | os.PathLike) -> bool:
-    """Whether somebody may be at work in a run folder: it has an owner, who is not provably over. Changes nothing there:
-    an owner on another host is not judged by its age."""
+    """Whether somebody may be at work in a run folder: it has an owner, who is not provably over. Changes nothing, so
+    that an owner on another host is not judged by its age."""
     file = OwnerFile(folder)
     try:
         found = file.read()

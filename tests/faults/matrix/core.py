@@ -78,9 +78,9 @@ def on_record(row: Row, seed: int, records: list[dict]) -> Tally:
 
 
 def run(row: Row, tally: Tally, seed: int, count: int, out: Path, after: Callable[[int], bool]) -> None:
-    """Inject until `count` faults of this row are on record, from `seed` on. A seed is a chain of injections: the same
-    seed is the same chain. A chain is on record as a whole or, where it was interrupted, not at all. after(seed): called
-    then; False: no more now."""
+    """Inject until `count` faults of this row are on record, from `seed` on. A seed is a chain of injections, and the
+    same chain again; it is on record as a whole, or, where it was interrupted, not at all. after(seed): called then;
+    False: no more now."""
     number, barren = seed, 0
     while tally.done < count and barren < 3:
         if number not in tally.seeds:
