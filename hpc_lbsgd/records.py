@@ -204,12 +204,12 @@ class Metrics:
         record = {"kind": kind, "time": now(), **fields}
         self._waiting.append(json_line(record))
         if kind != "step" or time.monotonic() - self._flushed > FLUSH_S:
-            self._flush()
+            self.flush()
             self._flushed = time.monotonic()
         for listener in self._listeners:
             listener(record)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         end = os.fstat(self._file.fileno()).st_size
         lines = memoryview("".join(self._waiting).encode())
         self._waiting = []
@@ -224,7 +224,7 @@ class Metrics:
 
     def sync(self) -> None:
         """Make everything written so far durable."""
-        self._flush()
+        self.flush()
         self.make_durable()
 
     def make_durable(self) -> None:
@@ -232,7 +232,7 @@ class Metrics:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._flush()
+        self.flush()
         self._file.close()
 
 

@@ -75,6 +75,11 @@ class Journal:
     def event(self, event: str, **fields) -> None:
         self.write("event", event=event, **fields)
 
+    def flush(self) -> None:
+        """Write down all there is."""
+        if self.metrics:
+            self.metrics.flush()
+
     def sync(self) -> None:
         """Write down all there is, and make it durable."""
         if self.metrics:

@@ -264,6 +264,7 @@ class Trainer:
         self.replica.check_others()
         self.replica.check_equal(f"checkpoint of step {self.state.step}")
         if self.lead:
+            self.journal.flush()  # a checkpoint never knows of steps that are not on record
             self._saved(self.writer.save(self.replica, self.state))
             self.stall_s = time.perf_counter() - before
             self.interval.measured(self.stall_s)
@@ -328,10 +329,11 @@ class Trainer:
         again = {r: digest for r, digest in enumerate(self.engine.gather(mine)) if digest is not None}
         who = crosscheck.culprit(mismatch, again, lambda r: f"rank {r} on {self.hosts[r]} ({self.devices[r]})")
         self.journal.event("cross-check", step=point.step, worker=pair.worker, what=who)
+        passing = ". So it looks where a sample changed on disk between two reads, too (hpc-lbsgd data verify)"
         self._give_up(
-            f"step {point.step}, cross-check: {who}. The step was not taken. Start again with --resume without that "
-            "node; one worker is compared at a time, so it may have been wrong for longer: go back to a checkpoint "
-            "that you trust"
+            f"step {point.step}, cross-check: {who}{passing if crosscheck.PASSING in who else ''}. The step was not "
+            "taken. Start again with --resume without that node; one worker is compared at a time, so it may have been "
+            "wrong for longer: go back to a checkpoint that you trust"
         )
 
     def _give_up(self, message: str) -> None:

@@ -16,6 +16,8 @@ from hpc_lbsgd.train import checkpoint
 run, last, write = Path(sys.argv[1]), int(sys.argv[2]), checkpoint.write
 
 def after_the_next_step(folder, snapshot, keep):
+    if f'"step": {snapshot.state.step - 1}, "epoch"' not in folder.metrics.read_text():
+        raise OSError(5, "a kill now would lose the records of steps that are in this checkpoint")
     end = time.monotonic() + 60
     while snapshot.state.step < last and f'"step": {snapshot.state.step}, "epoch"' not in folder.metrics.read_text():
         if time.monotonic() > end:

@@ -81,9 +81,16 @@ def one(rng: random.Random, folder: Path) -> Iterator[Injection]:
     if policy == "error":
         hold(0 not in codes and runs.status(run).get("status") == "failed", f"{moment}: {job.codes}", job.said)
         hold(any(v.name in said for v in victims), f"{moment}: not named: {said}", job.said)
-        mend(victims, root, loader)
+        mend(victims, root)
         runs.finished(rng.randint(1, 3), path, run, "--resume")
         yield Injection(moment, "the run ends", round(took, 2), 0, said)
+        return
+    other = rng.choice([r for r in (1, 2, 3) if r != ranks])
+    if "cross-check" in said:  # one rank read an image before, the other after
+        hold("a sample changed on disk" in said, f"{moment}: {said}")
+        runs.finished(other, path, run, "--resume")
+        runs.whole(run)
+        yield Injection(moment, "two ranks read it differently, and a cross-check said so", round(took, 2), 0, said)
         return
     hold(codes == {0} and replaced >= len(victims), f"{moment}: {job.codes}, {replaced} replaced", job.said)
     # from a checkpoint after it on, another number of ranks comes to the same weights
@@ -91,14 +98,13 @@ def one(rng: random.Random, folder: Path) -> Iterator[Injection]:
     for there in checkpoint.steps_there(again / "checkpoints"):
         if there > max(step + AHEAD, 15):
             shutil.rmtree(again / "checkpoints" / checkpoint.name_of(there))
-    other = rng.choice([r for r in (1, 2, 3) if r != ranks])
     digest = runs.finished(other, path, again, "--resume")
     hold(digest == whole, f"{moment}: other weights on {other} ranks")
     yield Injection(moment, f"{replaced} replaced", round(took, 2), 0, next(
         (line for line in job.said.splitlines() if "could not be read" in line), ""))  # fmt: skip
 
 
-def mend(victims: list[Path], root: Path, loader: str) -> None:
+def mend(victims: list[Path], root: Path) -> None:
     """As the messages advise: the image comes back."""
     for victim in victims:
         shutil.copy2(images() / victim.relative_to(root), victim)
