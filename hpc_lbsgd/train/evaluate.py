@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ def requests(samples: int, batch: int, rank: int, size: int) -> Iterator[Request
         yield Request(0, np.arange(start, min(start + batch, samples)))
 
 
-def evaluate(replica: Replica, loader: Loader, samples: int, batch: int, loss: Loss) -> dict:
+def evaluate(
+    replica: Replica, loader: Loader, samples: int, batch: int, loss: Loss, waits: Callable[[], None] = lambda: None
+) -> dict:
     """Mean loss and accuracy over all samples, equal on all ranks. Accuracy is None where labels are no classes.
 
-    Running statistics are the same on all ranks at every step, so there is nothing to gather first.
+    waits: called when this rank has done its part, and waits for the others. Running statistics are the same on all ranks at every step, so there is nothing to gather first.
     """
     engine, model = replica.engine, replica.model
     # right answers, samples, classified; then a slot a batch for its loss: x + 0 is exact, in any order
@@ -40,6 +42,7 @@ def evaluate(replica: Replica, loader: Loader, samples: int, batch: int, loss: L
                 sums[0] += (outputs.argmax(1) == labels).sum()
                 sums[2] += len(labels)
             sums[1] += len(labels)
+    waits()
     engine.wait(engine.start_sum(sums, "evaluation"))
     right, count, classified, *losses = sums.tolist()
     if round(count) != samples:

@@ -236,12 +236,15 @@ class Trainer:
 
     def _evaluate(self, epochs: int) -> bool:
         """Evaluate after `epochs` epochs; True if it is the best so far."""
-        self.watchdog.enter("evaluation", self.state.step)
         recipe = self.recipe
         loss = loss_function(recipe.train.model_copy(update={"label_smoothing": 0.0}))
 
+        def waits() -> None:  # an evaluation may take as long as it likes, but not where all wait for one another
+            self.watchdog.enter("sum", self.state.step)
+
         def measure() -> dict:
-            return evaluate(self.replica, self.eval_loader, len(self.eval_set), recipe.machine.eval_batch, loss)
+            self.watchdog.enter("evaluation", self.state.step)
+            return evaluate(self.replica, self.eval_loader, len(self.eval_set), recipe.machine.eval_batch, loss, waits)
 
         result = measure()
         if self.replica.average:
@@ -260,9 +263,10 @@ class Trainer:
 
     def _save(self) -> None:
         before = time.perf_counter()
-        self.watchdog.enter("checkpoint", self.state.step)
+        self.watchdog.enter("sum", self.state.step)
         self.replica.check_others()
         self.replica.check_equal(f"checkpoint of step {self.state.step}")
+        self.watchdog.enter("checkpoint", self.state.step)
         if self.lead:
             self.journal.flush()  # a checkpoint never knows of steps that are not on record
             self._saved(self.writer.save(self.replica, self.state))

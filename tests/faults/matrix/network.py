@@ -21,7 +21,7 @@ def one(rng: random.Random, folder: Path) -> Iterator[Injection]:
     path, run, mark, go = runs.recipe(folder), folder / "run", folder / "mark", folder / "go"
     ranks, step = rng.randint(2, 4), rng.randrange(1, 20)
     victim, how = rng.randrange(ranks), rng.choice(["cut", "unplugged"])
-    phase = rng.choice(["data", "forward", "sum"])
+    phase = rng.choice(["data", "forward", "sum", "evaluation"])
     moment = f"rank {victim} of {ranks} {how} in {phase} of step {step}"
     network = spaces.Network()
     plugged = folder / "plugged"
