@@ -25,7 +25,8 @@ def evaluate(
 ) -> dict:
     """Mean loss and accuracy over all samples, equal on all ranks. Accuracy is None where labels are no classes.
 
-    waits: called when this rank has done its part, and waits for the others. Running statistics are the same on all ranks at every step, so there is nothing to gather first.
+    waits: called when this rank has done its part, and waits for the others. Running statistics are the same on all
+    ranks at every step, so there is nothing to gather first.
     """
     engine, model = replica.engine, replica.model
     # right answers, samples, classified; then a slot a batch for its loss: x + 0 is exact, in any order

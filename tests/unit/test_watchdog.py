@@ -61,7 +61,7 @@ def test_who_has_evaluated_waits_in_a_sum_which_is_bounded():
                               model=SimpleNamespace(eval=lambda: None))  # fmt: skip
 
     def batches(requests):
-        for request in requests:
+        for _ in requests:
             seen.append("batch")
             yield torch.eye(2), torch.arange(2), 0
 
