@@ -37,7 +37,7 @@ class Stop:
         self.step = -1 if self.phase == "start" else rng.randint(0, runs.STEPS - 8)
         self.victim = rng.randrange(self.ranks)
         files = {"mark": str(self.mark), "go": str(self.go)}
-        drag = 0.1 * (self.who == "launch")  # it is asked by a file, and is not to end before
+        drag = 0.3 * (self.who == "launch")  # it is asked by a file, and is not to end before
         self.env = fail_at(self.victim, self.step, "wait", self.phase, **files, drag=drag)
         to = f"rank {self.victim} of {self.ranks}" if self.who == "rank" else f"`{self.who}`".replace("alone", "train")
         by = " at its terminal" if self.terminal else ""
