@@ -1,8 +1,6 @@
 """`python -m hpc_lbsgd`: the command line, where no `hpc-lbsgd` is on the path."""
 
-import sys
-
-from hpc_lbsgd.cli import main
+from hpc_lbsgd.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
