@@ -156,7 +156,7 @@ class RunFolder:
 
     def evaluation(self, step: int) -> dict:
         """What was measured after `step` steps; empty where nothing was."""
-        found = [r for r in read_metrics(self.metrics) if r["kind"] == "eval" and r["step"] == step]
+        found = [r for r in filter(whole, read_metrics(self.metrics)) if r["kind"] == "eval" and r["step"] == step]
         return {k: v for k, v in found[-1].items() if k not in ("kind", "time", "step", "epoch")} if found else {}
 
     def newest_step(self) -> int:
@@ -256,6 +256,27 @@ def record_of(line: bytes) -> dict | None:
         return None
     known = isinstance(record, dict) and isinstance(record.get("kind"), str) and type(record.get("step", 0)) is int
     return record if known else None
+
+
+NEEDED = {  # of a record, to be told of and gone on from
+    "start": ("step", "ranks"),
+    "step": ("step", "epoch", "loss", "lr", "global_batch", "samples", "step_s", "data_wait_s", "exposed_comm_s"),
+    "eval": ("step", "epoch", "loss"),
+    "event": ("event",),
+}
+
+
+def whole(r: dict) -> bool:
+    """A record has what a resume, pages and views read of it: those of old versions, or of a damaged file, may not."""
+    try:
+        seconds_of(r["time"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    return all(key in r for key in NEEDED.get(r["kind"], ()))
+
+
+def seconds_of(time: str) -> float:
+    return datetime.fromisoformat(time).timestamp()
 
 
 def cut_metrics(folder: RunFolder, step: int) -> int:

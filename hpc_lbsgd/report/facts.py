@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from statistics import median
 
 from hpc_lbsgd import yaml12
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.records import RunFolder, read_metrics
+from hpc_lbsgd.records import RunFolder, read_metrics, seconds_of, whole
 
 SECONDS = ("start-up", "data", "compute", "sums", "evaluation", "checkpoint", "other")  # where a run's time goes
 NO_END = "no end on record"
@@ -97,23 +96,6 @@ class Facts:
     def noise(self) -> list[dict]:
         """Step records that have a noise scale."""
         return [r for r in self.steps if r.get("noise_scale") is not None]
-
-
-NEEDED = {  # of a record, to be told of
-    "start": ("step", "ranks"),
-    "step": ("step", "epoch", "loss", "lr", "global_batch", "samples", "step_s", "data_wait_s", "exposed_comm_s"),
-    "eval": ("step", "epoch", "loss"),
-    "event": ("event",),
-}
-
-
-def whole(r: dict) -> bool:
-    """A record has what pages and views tell of it: those of old versions, or of a damaged file, may not."""
-    return "time" in r and all(key in r for key in NEEDED.get(r["kind"], ()))
-
-
-def seconds_of(time: str) -> float:
-    return datetime.fromisoformat(time).timestamp()
 
 
 def facts(run: str) -> Facts:

@@ -17,8 +17,8 @@ from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.owner import at_work, queue
 from hpc_lbsgd.recipe import Decision
-from hpc_lbsgd.records import RunFolder, record_of
-from hpc_lbsgd.report.facts import NO_END, seconds_of, whole
+from hpc_lbsgd.records import RunFolder, record_of, seconds_of, whole
+from hpc_lbsgd.report.facts import NO_END
 from hpc_lbsgd.train.display import duration
 
 RECENT = 50  # steps that speed and waits are averaged over

@@ -7,7 +7,7 @@ import sys
 
 from hpc_lbsgd.amend import said
 from hpc_lbsgd.outline import outline, render
-from hpc_lbsgd.records import Metrics, RunFolder, now, read_metrics
+from hpc_lbsgd.records import Metrics, RunFolder, now, read_metrics, whole
 from hpc_lbsgd.theory.schedule import Point, Schedule
 from hpc_lbsgd.train.display import Display, TensorBoard
 from hpc_lbsgd.train.laps import Laps
@@ -39,7 +39,8 @@ class Journal:
         self.folder.add_environment({"time": now(), "attempt": found.attempt, **software_facts(), "ranks": ranks})
         # the steps of the epoch under way, for its mean: a resume may start in the middle
         epoch = schedule.at(min(first, schedule.full_steps - 1)).epoch
-        steps = (r for r in read_metrics(self.folder.metrics) if r["kind"] == "step" and r["epoch"] == epoch)
+        there = filter(whole, read_metrics(self.folder.metrics))
+        steps = (r for r in there if r["kind"] == "step" and r["epoch"] == epoch)
         self.steps = [
             (r["loss"], r["samples"], r["step_s"], r.get("replaced", 0)) for r in steps if not r.get("skipped")
         ]
