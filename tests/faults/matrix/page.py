@@ -21,12 +21,24 @@ One seed is one chain of injections, and the same chain again; timing between pr
 record as a whole or not at all. Rows whose count says `of` have not run whole. What is not in it: a soak of many
 hours, fuzzed shard indexes, checkpoints and metrics, GPUs, more than one machine.
 
-What rows found is mended, with a test each: a changed bit in a manifest or in `state.json` was believed, and one ended
-the process; metrics with bytes that are no UTF-8 could not be read; a cross-check named both ranks of a wrong gradient
-in half of all cases; ranks with other programs or data were not told apart; a run that skips bad images was refused at
-its next start once an image had gone; a stall in which all ranks waited for one another named them all, and not the
-network; a second Ctrl-C that came at once was taken for the first, and any second one lost the checkpoint that was
-being written.
+What rows found is mended, with a test each:
+
+- a changed bit in a manifest or in `state.json` was believed, and one ended the process; metrics with bytes that are no
+  UTF-8 could not be read, and a record whose key had changed by a bit ended a resume with a traceback
+- a cross-check named both ranks of a wrong gradient in half of all cases
+- ranks with other programs or data were not told apart
+- a run that skips bad images was refused at its next start once an image had gone
+- the network cut in an evaluation: the job hung for ever; in a checkpoint: for ten times `stall_timeout_s`; and the
+  message named all ranks, and not the network
+- a rank that ended while others were in a checkpoint or an evaluation: a traceback on each of them
+- a second Ctrl-C that came at once was taken for the first; one while a data set hung waited for it; and any lost the
+  checkpoint that was being written
+
+Known and left: where an image changes between the reads of two ranks, a cross-check ends a run that skips bad images,
+and names the one that read it first; the message says that this looks so.
+
+Injections that did not hold are not counted once their seed held after the mend, nor those of `cut-off` before it.
+Rows other than `cut-off` and `ranks-unlike` ran before the last of these mends.
 
 """
 COLUMNS = ("row", "fault", "must happen", "injected", "held", "seeds", "seconds to the end: median, longest",
