@@ -79,8 +79,8 @@ else
 	    wait $$! || failed=1; cat $$slurm; rm $$slurm; $(TOOK); exit $$failed
 endif
 
-faults: setup  ## the fault matrix, or rows of it whose names begin so; goes on where it ended [PART=row|page] [SEED=n] [COUNT=n]
-	$(BIN)/python tests/faults/matrix $(if $(filter page,$(PART)),--page docs/results/faults.md,$(if $(PART),--part $(PART)) $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT)))
+faults: setup  ## the fault matrix, or rows of it whose names begin so; goes on where it ended [PART=row|page] [SEED=n] [COUNT=n] [MINUTES=n]
+	$(BIN)/python tests/faults/matrix $(if $(filter page,$(PART)),--page docs/results/faults.md,$(if $(PART),--part $(PART)) $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT)) $(if $(MINUTES),--minutes $(MINUTES)))
 
 gpu-check: setup  ## what only a GPU can prove, on this machine's: ten minutes, a page and gpu-check.json [DEVICE=cuda|cpu]
 	@$(BIN)/python tests/gpu/check.py --device $(or $(DEVICE),cuda)

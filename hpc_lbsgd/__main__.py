@@ -1,10 +1,9 @@
 """hpc-lbsgd, and python -m hpc_lbsgd: Ctrl-C while the commands are loaded ends it, too, without a traceback."""
 
 import signal
-import sys
 
 
-def main() -> int:
+def main() -> None:
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if usual:  # not under nohup, nor in a shell's background
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -12,8 +11,8 @@ def main() -> int:
 
     if usual:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return cli.main()
+    cli.run()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -385,5 +385,15 @@ def main(argv: list[str] | None = None) -> int:
         return complain(problem)
 
 
+def run() -> None:
+    """The program. Ctrl-C ends it at once: Python would wait for threads, which may wait for a disk that hangs."""
+    code = main()
+    if code == EXIT_INTERRUPTED:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -293,6 +293,20 @@ def check(folder: str | os.PathLike) -> None:
         raise refusal(f"--run {folder}", file, held)
 
 
+def at_work(folder: str | os.PathLike) -> bool:
+    """Whether somebody may be at work in a run folder: it has an owner, who is not provably over. Changes nothing, so
+    that an owner on another host is not judged by its age."""
+    file = OwnerFile(folder)
+    try:
+        found = file.read()
+    except RequestError:
+        return True
+    if not found:
+        return False
+    lease, renewed = found
+    return judge(lease, Ask(), facts_of(lease, Ask(), renewed, lambda: renewed)) is not Verdict.FOLLOW
+
+
 def refusal(name: str, file: OwnerFile, held: Lease) -> RequestError:
     return RequestError(
         f"{name}: in use by {held}. Wait for its end or stop it; if you know that it is over, remove {file.path}"

@@ -170,7 +170,7 @@ class RunFolder:
 
     def evaluation(self, step: int) -> dict:
         """What was measured after `step` steps; empty where nothing was."""
-        found = [r for r in read_metrics(self.metrics) if r["kind"] == "eval" and r["step"] == step]
+        found = [r for r in filter(whole, read_metrics(self.metrics)) if r["kind"] == "eval" and r["step"] == step]
         return {k: v for k, v in found[-1].items() if k not in ("kind", "time", "step", "epoch")} if found else {}
 
     def newest_step(self) -> int:
@@ -179,6 +179,10 @@ class RunFolder:
             return int((self.checkpoints / "LATEST").read_text().strip().removeprefix("step-"))
         except (OSError, ValueError):
             return 0
+
+    def is_saving(self) -> bool:
+        """A checkpoint is being written, or was when its writer was killed (the next start removes it)."""
+        return any(self.checkpoints.glob(".step-*"))
 
     def starts(self) -> list[dict]:
         """What each start ran on that came as far as its first step."""
@@ -214,12 +218,12 @@ class Metrics:
         record = {"kind": kind, "time": now(), **fields}
         self._waiting.append(json_line(record))
         if kind != "step" or time.monotonic() - self._flushed > FLUSH_S:
-            self._flush()
+            self.flush()
             self._flushed = time.monotonic()
         for listener in self._listeners:
             listener(record)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         end = os.fstat(self._file.fileno()).st_size
         lines = memoryview("".join(self._waiting).encode())
         self._waiting = []
@@ -234,7 +238,7 @@ class Metrics:
 
     def sync(self) -> None:
         """Make everything written so far durable."""
-        self._flush()
+        self.flush()
         self.make_durable()
 
     def make_durable(self) -> None:
@@ -242,7 +246,7 @@ class Metrics:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._flush()
+        self.flush()
         self._file.close()
 
 
@@ -274,6 +278,27 @@ EVENTS_OF_A_STEP = ("skipped", "overflow", "underflow")  # and a resume before i
 def metrics_of(record: dict) -> dict[str, float]:
     """The user's own metrics in an `eval` record, by name."""
     return {k: v for k, v in record.items() if k not in EVALUATED and type(v) in (int, float)}
+
+
+NEEDED = {  # of a record, to be told of and gone on from
+    "start": ("step", "ranks"),
+    "step": ("step", "epoch", "loss", "lr", "global_batch", "samples", "step_s", "data_wait_s", "exposed_comm_s"),
+    "eval": ("step", "epoch", "loss"),
+    "event": ("event",),
+}
+
+
+def whole(r: dict) -> bool:
+    """A record has what a resume, pages and views read of it: those of old versions, or of a damaged file, may not."""
+    try:
+        seconds_of(r["time"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    return all(key in r for key in NEEDED.get(r["kind"], ()))
+
+
+def seconds_of(time: str) -> float:
+    return datetime.fromisoformat(time).timestamp()
 
 
 def cut_metrics(folder: RunFolder, step: int) -> int:

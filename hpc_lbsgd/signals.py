@@ -10,6 +10,7 @@ from typing import TextIO
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 ASKED = "asked to stop: the next step ends with a checkpoint; Ctrl-C again ends at once"
+ENDING = "ends when the checkpoint that is being written is whole; Ctrl-C again does not wait for it"
 
 
 @contextmanager

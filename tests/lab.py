@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import records
 
 NODES = 32
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -221,9 +222,12 @@ class Lab:
 
     def kill_node(self, name: str) -> None:
         """As by the power switch."""
+        self.call("kill", "-KILL", self.init_of(name))
+
+    def init_of(self, name: str) -> str:
+        """A node's process 1, by its number in the lab."""
         pid = (self.root / "run" / f"{name}.pid").read_text().strip()
-        init = self.call("cat", f"/proc/{pid}/task/{pid}/children").stdout.split()[0]
-        self.call("kill", "-KILL", init)
+        return self.call("cat", f"/proc/{pid}/task/{pid}/children").stdout.split()[0]
 
     def start_node(self, name: str) -> None:
         """Switch a killed node on again."""
@@ -276,3 +280,64 @@ def submit(lab, recipe, run, *more, cwd=None):
 
 def log_of(lab, number):
     return Path(lab.job(number)["StdOut"]).read_text()
+
+
+class Victim:
+    """A job of two nodes, one rank each, that is hurt in many ways."""
+
+    def __init__(self, lab: Lab, run: Path, number: int | str):
+        self.lab, self.run, self.folder, self.number = lab, run, run.parent, number
+
+    def log(self) -> str:
+        return log_of(self.lab, self.number)
+
+    def second_node(self) -> str:
+        nodes = self.lab.call("scontrol", "show", "hostnames", self.lab.job(self.number)["NodeList"]).stdout.split()
+        return nodes[1]
+
+    def wait_for_new_steps(self, count, within_s=200):
+        """Until this start has done some steps, and has a checkpoint."""
+        starts = len(records(self.run, "start"))
+        first = records(self.run, "start")[-1]["step"] if starts else 0
+        end = time.monotonic() + within_s
+        while time.monotonic() < end:
+            if any(r["step"] >= first + count for r in records(self.run, "step")):
+                return
+            time.sleep(0.2)
+        pytest.fail(f"no {count} steps more within {within_s} s\n{self.log()}")
+
+    def wait_for_start(self, number, within_s=200):
+        end = time.monotonic() + within_s
+        while time.monotonic() < end:
+            if len(records(self.run, "start")) >= number:
+                return
+            time.sleep(0.2)
+        pytest.fail(f"no start {number} within {within_s} s\n{self.lab.job(self.number)}\n{self.log()}")
+
+    # the ways, each of which ends this start
+
+    def signal(self):
+        self.lab.call("scancel", "--batch", "--signal=USR2", self.number)
+
+    def time_limit(self):
+        self.lab.call("scontrol", "update", f"JobId={self.number}", "TimeLimit=1")
+        self.lab.wait_for(self.number, lambda job: job["JobState"] != "RUNNING", 60)
+        self.lab.call("scontrol", "update", f"JobId={self.number}", "TimeLimit=10")
+
+    def preemption(self):
+        script = self.folder / "urgent.sh"
+        script.write_text("#!/bin/sh\nsleep 1\n")
+        words = ["-p", "urgent", "--exclusive", "-w", self.second_node(), "-o", "/dev/null", script]
+        self.lab.call("sbatch", *words, cwd=self.folder)
+
+    def requeue(self):
+        self.lab.call("scontrol", "requeue", self.number)
+
+    def killed_rank(self):
+        pid = json.loads((self.run / "heartbeats" / "rank-00001.json").read_text())["pid"]
+        where = ["--jobid", self.number, "--overlap", "--mpi=none", "-N1", "-n1", "-w", self.second_node()]
+        self.lab.call("srun", *where, "--gpus-per-node=0", "kill", "-KILL", pid)
+
+    def killed_node(self):
+        self.lost = self.second_node()
+        self.lab.kill_node(self.lost)

@@ -19,7 +19,7 @@ from hpc_lbsgd.parallel.launchers import Launcher, Layout, check_hosts, exported
 from hpc_lbsgd.parallel.refusals import refusal, start
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.runs import as_word, choose_run, name_of, own_run
-from hpc_lbsgd.signals import ASKED, say, undisturbed
+from hpc_lbsgd.signals import ASKED, ENDING, say, undisturbed
 
 POLL_S = 0.5
 END_GRACE_S = 30.0  # for a launcher to notice that its ranks have ended
@@ -84,17 +84,26 @@ class Asked:
     """
 
     def __init__(self, folder: RunFolder):
-        self.folder, self.stop, self.end = folder, False, False
+        self.folder, self.stop, self.end, self.now = folder, False, False, False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame) -> None:
-        if not self.stop:
+        first, self.stop = not self.stop, True  # before it is said: who reads it may be quick
+        if first:
             say(ASKED)
         elif number in (signal.SIGINT, signal.SIGTERM):
-            self.end = True
-        self.stop = True
+            second, self.end = not self.end, True
+            if second and self.folder.is_saving():
+                say(ENDING)
+            else:
+                self.now = True
+
+    @property
+    def over(self) -> bool:
+        """The ranks are to be ended; a checkpoint that is being written is not lost to it."""
+        return self.end and (self.now or not self.folder.is_saving())
 
     def pass_on(self) -> None:
         """Again and again: a run that starts forgets what an earlier one was asked."""
@@ -110,7 +119,7 @@ def wait(process: subprocess.Popen, folder: RunFolder, before: dict | None, aske
     before: the status that an earlier start left.
     """
     since = status = None
-    while not asked.end and (since is None or time.monotonic() - since < END_GRACE_S):
+    while not asked.over and (since is None or time.monotonic() - since < END_GRACE_S):
         try:
             return process.wait(timeout=POLL_S)
         except subprocess.TimeoutExpired:

@@ -24,17 +24,17 @@ class Cut:
 def ahead(function: Callable[[Item], Result], items: Iterable[Item], depth: int, threads: int) -> Iterator[Result]:
     """function(item) for every item, in order, up to `depth` of them begun before they are asked for.
 
-    One that fails raises when its turn comes. Closing the iterator drops what has not begun.
+    One that fails raises when its turn comes. Closing the iterator drops what has not begun, and does not wait for what
+    has: it may hang.
     """
     waiting: deque[Future] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix=getattr(function, "__name__", "ahead")) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > depth:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=getattr(function, "__name__", "ahead"))
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > depth:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -218,8 +218,7 @@ class Manifest:
     def check_files(self) -> None:
         """Refuse a manifest whose files are gone or have another size. Looks at all shards, or all files up to
         100,000, else at that many chosen at random; content is `data verify`'s matter."""
-        self.check_labels()
-        self.check_content()
+        self.check_rows()
         if self.shards:
             expected = [(str(self.root / s["name"]), s["bytes"]) for s in self.shards]
         else:
@@ -241,6 +240,11 @@ class Manifest:
         if problems:
             again = "pack or copy them again" if self.shards else f"index again (hpc-lbsgd data index {self.root})"
             raise RequestError(f"{self.path} no longer matches its files; {again}:\n{listed(problems)}")
+
+    def check_rows(self) -> None:
+        """What a start refuses before it looks at files: labels that no class has, a manifest that was damaged."""
+        self.check_labels()
+        self.check_content()
 
     def looked_at(self, all_of_it: bool = False) -> Iterator[slice]:
         """Rows that a start looks at: all up to 10 million, else stretches; batches are checked as they come."""

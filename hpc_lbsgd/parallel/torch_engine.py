@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -32,6 +34,15 @@ def defaults(world: worlds.World) -> dict[str, str]:
     if world.local_size == world.size:
         settings["GLOO_SOCKET_IFNAME"] = "lo"  # one node: the host's name may lead anywhere
     return settings
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """A collective, and what Gloo says where another process has closed its connection."""
+    try:
+        yield
+    except RuntimeError as problem:
+        raise RunError(f"a sum over ranks failed, as it does where one has ended: {problem}") from None
 
 
 class TorchEngine:
@@ -63,22 +74,23 @@ class TorchEngine:
         return self._dist.all_reduce(tensor, async_op=True)
 
     def wait(self, handle: Any) -> None:
-        try:
+        with collective():
             handle.wait()
-        except RuntimeError as problem:  # Gloo's: another process has closed its connection
-            raise RunError(f"a sum over ranks failed, as it does where one has ended: {problem}") from None
 
     def broadcast(self, tensor: torch.Tensor, name: str) -> None:
-        self._dist.broadcast(tensor, 0)
+        with collective():
+            self._dist.broadcast(tensor, 0)
 
     def share(self, value: Any) -> Any:
         box = [value]
-        self._dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        with collective():
+            self._dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
     def gather(self, value: Any) -> list:
         found = [None] * self.size
-        self._dist.all_gather_object(found, value)
+        with collective():
+            self._dist.all_gather_object(found, value)
         return found
 
     def barrier(self) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 from hpc_lbsgd import yaml12
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import flatten
-from hpc_lbsgd.records import RunFolder, read_metrics
-from hpc_lbsgd.report.facts import whole
+from hpc_lbsgd.records import RunFolder, read_metrics, whole
 
 SAME = ("loss", "lr", "momentum", "global_batch", "samples", "noise_scale", "skipped")  # of a step, in both to the bit
 FACTS = ("engine", "ranks", "device")  # of a start

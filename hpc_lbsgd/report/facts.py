@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from statistics import median
 
 from hpc_lbsgd import yaml12
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.records import RunFolder, read_metrics
+from hpc_lbsgd.records import RunFolder, read_metrics, seconds_of, whole
 
 SECONDS = ("start-up", "data", "compute", "sums", "evaluation", "checkpoint", "other")  # where a run's time goes
-QUIET = ("saved",)  # events that are not told one by one
+NO_END = "no end on record"
 
 
 @dataclass
@@ -41,7 +40,7 @@ class Facts:
 
     name: str
     folder: Path
-    status: str  # done | stopped | failed | "no end on record"
+    status: str  # done | stopped | failed | NO_END
     recipe: dict  # as the folder has it
     starts: list[Start] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)
@@ -99,29 +98,12 @@ class Facts:
         return [r for r in self.steps if r.get("noise_scale") is not None]
 
 
-NEEDED = {  # of a record, to be told of
-    "start": ("step", "ranks"),
-    "step": ("step", "epoch", "loss", "lr", "global_batch", "samples", "step_s", "data_wait_s", "exposed_comm_s"),
-    "eval": ("step", "epoch", "loss"),
-    "event": ("event",),
-}
-
-
-def whole(r: dict) -> bool:
-    """A record has what pages and views tell of it: those of old versions, or of a damaged file, may not."""
-    return "time" in r and all(key in r for key in NEEDED.get(r["kind"], ()))
-
-
-def seconds_of(time: str) -> float:
-    return datetime.fromisoformat(time).timestamp()
-
-
 def facts(run: str) -> Facts:
     """Read a run. Raises RequestError for a folder that is none."""
     folder = RunFolder(run)
     if not folder.exists():
         raise RequestError(f"{run}: no run (no recipe.yaml in it)")
-    status = (folder.status() or {}).get("status", "no end on record")
+    status = (folder.status() or {}).get("status", NO_END)
     found = Facts(folder.path.resolve().name, folder.path, status, yaml12.mapping_of(folder.recipe, str(folder.recipe)))
     steps: dict[int, dict] = {}
     evaluations: dict[int, dict] = {}
@@ -145,7 +127,7 @@ def facts(run: str) -> Facts:
             steps[r["step"]] = r
         elif r["kind"] == "eval":
             evaluations[r["step"]] = r
-        elif r["kind"] == "event" and r["event"] not in QUIET:
+        elif r["kind"] == "event":
             found.events.append(r)
         elif r["kind"] == "end":
             found.weights_sha256 = r.get("weights_sha256")
@@ -164,7 +146,7 @@ def spend(seconds: dict[str, float], r: dict, passed: float) -> None:
         seconds["other"] += max(passed - step, 0.0)
     elif r["kind"] == "eval":
         seconds["evaluation"] += passed
-    elif r["kind"] == "event" and r["event"] == "saved":
+    elif r["kind"] == "checkpoint":
         stall = r.get("stall_s", passed)  # steps went on beside the rest; it was booked as time that nothing names
         seconds["checkpoint"] += stall
         seconds["other"] += passed - stall

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -14,10 +15,10 @@ from pathlib import Path
 from hpc_lbsgd import amend
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.owner import queue
+from hpc_lbsgd.owner import at_work, queue
 from hpc_lbsgd.recipe import Decision
-from hpc_lbsgd.records import RunFolder, metrics_of, record_of
-from hpc_lbsgd.report.facts import QUIET, seconds_of, whole
+from hpc_lbsgd.records import RunFolder, metrics_of, record_of, seconds_of, whole
+from hpc_lbsgd.report.facts import NO_END
 from hpc_lbsgd.train.display import duration
 
 RECENT = 50  # steps that speed and waits are averaged over
@@ -26,7 +27,9 @@ EVENTS = 4  # of the newest
 BARS = "▁▂▃▄▅▆▇█"
 SILENT_S = 60.0  # without a record: said
 SLURM_EVERY_S, SLURM_TIMEOUT_S = 30.0, 10.0
+OWNER_EVERY_S = 10.0  # Slurm may have to be asked
 PLAIN_EVERY_S = 10.0  # a line, where there is no terminal
+RUNNING = "running"
 
 
 class Tail:
@@ -65,6 +68,7 @@ class Live:
             raise RequestError(f"{folder.path}: no run (no recipe.yaml in it)")
         self.folder, self.tail = folder, Tail(folder.metrics, self.forget)
         self._slurm: tuple[float, str | None] = (-SLURM_EVERY_S, None)
+        self._owner: tuple[float, bool] = (-math.inf, True)  # when it was asked for, and whether it is at work
         self.forget()
 
     def forget(self) -> None:
@@ -83,7 +87,6 @@ class Live:
             self.newest[r["kind"]] = r
             if r["kind"] == "start":
                 self.done = r["step"]
-                self.newest.pop("end", None)
             elif r["kind"] == "step":
                 self.done = r["step"] + 1
                 self.recent.append(r)
@@ -96,22 +99,21 @@ class Live:
             elif r["kind"] == "event":
                 if r["event"] == "decision":
                     self.decisions.append([r["epoch"], r["workers"], r["lr"]])
-                if r["event"] not in QUIET:
-                    self.events.append(r)
+                self.events.append(r)
 
     def facts(self) -> dict:
         """For scripts, and for `lines`: numbers in their units, null where nothing is known yet."""
         seconds = sum(r["step_s"] for r in self.recent)
         mean = {k: sum(r[k] for r in self.recent) / seconds if seconds else None
                 for k in ("samples", "data_wait_s", "exposed_comm_s")}  # fmt: skip
-        step, end = self.newest.get("step", {}), self.newest.get("end")
+        step = self.newest.get("step", {})
         steps, epochs, left = self.length()
-        status = (self.folder.status() or {}).get("status") if end or self.folder.status() else None
+        status = self.status()
         last = max((seconds_of(r["time"]) for r in self.newest.values()), default=None)
         evaluated = self.newest.get("eval", {})
         return {
             "run": str(self.folder.path),
-            "status": status or "running",
+            "status": status,
             "step": self.done,
             "steps": steps,
             "epoch": step.get("epoch"),
@@ -123,7 +125,7 @@ class Live:
             "images_per_s": mean["samples"],
             "data_wait_share": mean["data_wait_s"],
             "exposed_comm_share": mean["exposed_comm_s"],
-            "eta_s": left / mean["samples"] if mean["samples"] and left is not None and not status else None,
+            "eta_s": left / mean["samples"] if mean["samples"] and left is not None and status == RUNNING else None,
             "accuracy": evaluated.get("ema_accuracy", evaluated.get("accuracy")),
             "best_accuracy": self.best,
             "metrics": metrics_of(evaluated),
@@ -134,6 +136,17 @@ class Live:
             "slurm": self.slurm(),
             "events": [{k: v for k, v in e.items() if k != "kind"} for e in self.events],
         }
+
+    def status(self) -> str:
+        """As the run says; where it says nothing, its owner tells whether it is still there: a killed one says nothing.
+        Asked for again after the owner, who writes it and then leaves."""
+
+        def said() -> str | None:
+            return (self.folder.status() or {}).get("status")
+
+        if not said() and time.monotonic() - self._owner[0] >= OWNER_EVERY_S:
+            self._owner = time.monotonic(), at_work(self.folder.path)
+        return said() or (RUNNING if self._owner[1] else NO_END)
 
     def length(self) -> tuple[int | None, int | None, float | None]:
         """(steps of the run, its epochs, samples that are left), decisions and amendments included."""
@@ -211,7 +224,8 @@ def lines(f: dict, losses: list[float], width: int) -> list[str]:
         row(*(f"{name} {value:.4g}" for name, value in f["metrics"].items())),
         some("last checkpoint: step {}", "checkpoint_step"),
         f["slurm"] or "",
-        f"no record for {duration(silent)}" if f["status"] == "running" and silent > SILENT_S else "",
+        f"no record for {duration(silent)}" if f["status"] == RUNNING and silent > SILENT_S else "",
+        "nobody is at work in it any more: it was killed; go on with hpc-lbsgd resume" if f["status"] == NO_END else "",
     ]
     for e in f["events"]:
         rest = ", ".join(f"{k} {v}" for k, v in e.items() if k not in ("time", "event", "step"))
@@ -234,7 +248,7 @@ def watch(run: str, once: bool, every_s: float, as_json: bool) -> None:
 
 
 def ended(f: dict) -> bool:
-    return f["status"] != "running"
+    return f["status"] != RUNNING
 
 
 def on_terminal(live: Live, every_s: float) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from hpc_lbsgd.parallel.scales import halves
 
+PASSING = "; computed again it was right"
 _MIX = 0x9E3779B97F4A7C15 - 2**64  # odd
 
 
@@ -145,5 +146,5 @@ def culprit(mismatch: Mismatch, again: dict[int, int], name: Callable[[int], str
     if tied or len(wrong) != 1:
         return f"{name(pair.owner)} and {name(pair.checker)} compute worker {pair.worker} to different bits"
     (rank,) = wrong
-    once = "; computed again it was right" if again.get(rank) == right else "; computed again it was wrong again"
+    once = PASSING if again.get(rank) == right else "; computed again it was wrong again"
     return f"{name(rank)} computed worker {pair.worker} to other bits than {count} computations elsewhere{once}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,18 @@ def requests(samples: int, batch: int, rank: int, size: int) -> Iterator[Request
 
 
 def evaluate(
-    replica: Distributed, loader: Loader, samples: int, batch: int, metrics: Mapping[str, Metric]
+    replica: Distributed,
+    loader: Loader,
+    samples: int,
+    batch: int,
+    metrics: Mapping[str, Metric],
+    waits: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Means of metrics by name over all samples, with accuracy, equal on all ranks. Accuracy is None where labels are
     no classes; a metric that counted nothing, too.
 
-    Running statistics are the same on all ranks at every step, so there is nothing to gather first.
+    waits: called when this rank has done its part, and waits for the others. Running statistics are the same on all
+    ranks at every step, so there is nothing to gather first.
     """
     engine, model = replica.engine, replica.model
     # right answers, samples, classified; then a slot a batch for each metric's sum, and one for its count: x + 0 is
@@ -48,6 +54,7 @@ def evaluate(
                 sums[0] += (outputs.argmax(1) == labels).sum()
                 sums[2] += len(labels)
             sums[1] += rows(labels)
+    waits()
     flat = torch.cat([sums, slots.flatten()])
     engine.wait(engine.start_sum(flat, "evaluation"))
     (right, count, classified), parts = flat[:3].tolist(), flat[3:].view_as(slots).tolist()

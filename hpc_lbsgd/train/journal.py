@@ -8,7 +8,7 @@ from collections.abc import Callable
 from hpc_lbsgd import progress
 from hpc_lbsgd.amend import said
 from hpc_lbsgd.outline import outline, render
-from hpc_lbsgd.records import Metrics, RunFolder, now, read_metrics
+from hpc_lbsgd.records import Metrics, RunFolder, now, read_metrics, whole
 from hpc_lbsgd.sections import OPTIMIZERS
 from hpc_lbsgd.signals import say
 from hpc_lbsgd.theory.schedule import Point, Schedule
@@ -63,7 +63,8 @@ class Journal:
         self.folder.add_environment({"time": now(), "attempt": found.attempt, **software_facts(), "ranks": ranks})
         # the steps of the epoch under way, for its mean: a resume may start in the middle
         epoch = schedule.at(min(first, schedule.full_steps - 1)).epoch
-        steps = (r for r in read_metrics(self.folder.metrics) if r["kind"] == "step" and r["epoch"] == epoch)
+        there = filter(whole, read_metrics(self.folder.metrics))
+        steps = (r for r in there if r["kind"] == "step" and r["epoch"] == epoch)
         self.steps = [
             (r["loss"], r["samples"], r["step_s"], r.get("replaced", 0)) for r in steps if not r.get("skipped")
         ]
@@ -96,6 +97,11 @@ class Journal:
 
     def event(self, event: str, **fields) -> None:
         self.write("event", event=event, **fields)
+
+    def flush(self) -> None:
+        """Write down all there is."""
+        if self.metrics:
+            self.metrics.flush()
 
     def sync(self) -> None:
         """Write down all there is, and make it durable."""

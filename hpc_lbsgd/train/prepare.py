@@ -233,7 +233,10 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
                 found[key] = Manifest(manifests.find(path))
             except RequestError as problem:
                 raise RequestError(f"data.{key} = {path}: {problem}") from None
-            found[key].check_files()
+            if key == "train" and data.on_bad_image == "skip" and folder.exists():
+                found[key].check_rows()  # others stand in for what went since the first start
+            else:
+                found[key].check_files()
         check_sizes(data, found[key], key == "train")
     train = found["train"]
     if recipe.machine.stage_dir:

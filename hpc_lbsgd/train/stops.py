@@ -36,9 +36,9 @@ class Stops:
     def _on_signal(self, number: int, frame) -> None:
         if number == signal.SIGINT and (self._asked or (self._alone and not self._folder)):
             raise KeyboardInterrupt
-        if self._alone and not self._asked:
+        first, self._asked = not self._asked, True  # before it is said: who reads it may be quick
+        if self._alone and first:
             say(ASKED)
-        self._asked = True
 
     def ask(self) -> None:
         """From this process: a callback."""

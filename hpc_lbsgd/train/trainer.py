@@ -17,6 +17,7 @@ from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError,
 from hpc_lbsgd.parallel.agree import agree
 from hpc_lbsgd.recipe import Decision, Recipe
 from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.signals import ENDING, say
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import checkpoint, crosscheck, decide, metrics, sets, verdict
 from hpc_lbsgd.train.evaluate import evaluate
@@ -76,9 +77,11 @@ class Trainer:
         except RequestError as problem:  # on one rank, perhaps, and long after the request
             self._finish_writing()
             raise RunError(str(problem)) from None
-        except Exception as problem:
+        except (Exception, KeyboardInterrupt) as problem:
             if getattr(problem, "everywhere", False):
                 self.watchdog.stop()  # ranks leave one by one, and the first is not one that died
+            if isinstance(problem, KeyboardInterrupt) and self.writer.busy:
+                say(ENDING)
             self._finish_writing()
             raise
 
@@ -212,12 +215,16 @@ class Trainer:
 
     def _evaluate(self, epochs: int) -> bool:
         """Evaluate after `epochs` epochs; True if it is the best so far."""
-        self.watchdog.enter("evaluation", self.state.step)
         recipe = self.recipe
         measured = metrics.of_recipe(recipe.train)
 
+        def waits() -> None:  # an evaluation may take as long as it likes, but not where all wait for one another
+            self.watchdog.enter("sum", self.state.step)
+
         def measure() -> dict:
-            return evaluate(self.replica, self.eval_loader, len(self.eval_set), recipe.machine.eval_batch, measured)
+            self.watchdog.enter("evaluation", self.state.step)
+            of = (self.eval_loader, len(self.eval_set), recipe.machine.eval_batch)
+            return evaluate(self.replica, *of, measured, waits)
 
         result = measure()
         if self.replica.average:
@@ -236,13 +243,13 @@ class Trainer:
 
     def _save(self) -> None:
         before = time.perf_counter()
-        self.watchdog.enter("checkpoint", self.state.step)
+        self.watchdog.enter("sum", self.state.step)
         self.replica.check_others()
         self.replica.check_equal(f"checkpoint of step {self.state.step}")
         self.state.exponents = self.replica.exponents
+        self.watchdog.enter("checkpoint", self.state.step)
         if self.lead:
-            path = self.folder.checkpoints / checkpoint.name_of(self.state.step)
-            self.journal.write("checkpoint", step=self.state.step, path=str(path))
+            self.journal.flush()  # a checkpoint never knows of steps that are not on record
             self._saved(self.writer.save(self.replica, self.state))
             self.stall_s = time.perf_counter() - before
             self.interval.measured(self.stall_s)
@@ -252,7 +259,7 @@ class Trainer:
         """Write down that a checkpoint is whole."""
         if saved:
             facts = {"seconds": round(saved.seconds, 3), "stall_s": round(self.stall_s, 4), "bytes": saved.bytes}
-            self.journal.event("saved", step=saved.step, **facts)
+            self.journal.write("checkpoint", step=saved.step, path=str(saved.path), **facts)
 
     def _wait_for_writer(self) -> None:
         """Until the last checkpoint is whole; other ranks wait for this one where they meet next."""
@@ -307,10 +314,11 @@ class Trainer:
         again = {r: digest for r, digest in enumerate(self.engine.gather(mine)) if digest is not None}
         who = crosscheck.culprit(mismatch, again, lambda r: f"rank {r} on {self.hosts[r]} ({self.devices[r]})")
         self.journal.event("cross-check", step=point.step, worker=pair.worker, what=who)
+        passing = ". So it looks where a sample changed on disk between two reads, too (hpc-lbsgd data verify)"
         self._give_up(
-            f"step {point.step}, cross-check: {who}. The step was not taken. Start again with --resume without that "
-            "node; one worker is compared at a time, so it may have been wrong for longer: go back to a checkpoint "
-            "that you trust"
+            f"step {point.step}, cross-check: {who}{passing if crosscheck.PASSING in who else ''}. The step was not "
+            "taken. Start again with --resume without that node; one worker is compared at a time, so it may have been "
+            "wrong for longer: go back to a checkpoint that you trust"
         )
 
     def _give_up(self, message: str) -> None:

@@ -133,6 +133,8 @@ class Watchdog:
             stalest = [r for r in behind if beats[r]["phase"] != "sum"] or behind
             waited_s *= LONG.get(beats[stalest[0]]["phase"], 1.0)
             why = f"alive, in phase {beats[stalest[0]]['phase']!r} of step {oldest}"
+            if all(beats[r]["phase"] == "sum" for r in stalest):
+                why += ", for one another: the network between them, or the library that sums, does not go on"
         named = ", ".join(
             f"rank {r} on {beats[r]['host'] if r in beats else 'unknown host'}"
             f"{' (pid ' + str(beats[r]['pid']) + ')' if r in beats else ''}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from hpc_lbsgd.errors import RunError
@@ -16,6 +17,7 @@ from hpc_lbsgd.train.snapshot import HostCopy, Snapshot
 
 class Saved(NamedTuple):
     step: int
+    path: Path
     seconds: float  # of the write
     bytes: int
 
@@ -83,7 +85,7 @@ class Writer:
             self.before()
             path = checkpoint.write(self.folder, snapshot, self.keep)
             size = sum(f.stat().st_size for f in path.iterdir())
-            self._saved = Saved(snapshot.state.step, time.perf_counter() - started, size)
+            self._saved = Saved(snapshot.state.step, path, time.perf_counter() - started, size)
         except RunError as problem:
             self._problem = problem
         except BaseException as problem:  # a thread's exception reaches nobody by itself

@@ -19,7 +19,7 @@ from hpc_lbsgd.data import tree as trees
 class Terminal:
     """A command in the foreground of a terminal of its own."""
 
-    def __init__(self, *words, cwd):
+    def __init__(self, *words, cwd, program=("-m", "hpc_lbsgd.cli")):
         self.pid, self.master = pty.fork()
         if self.pid == 0:
             try:
@@ -27,7 +27,7 @@ class Terminal:
                 for number in (signal.SIGINT, signal.SIGHUP):  # a test run in the background has them ignored
                     signal.signal(number, signal.SIG_DFL)
                 os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
-                os.execv(sys.executable, [sys.executable, "-m", "hpc_lbsgd.cli", *map(str, words)])
+                os.execv(sys.executable, [sys.executable, *map(str, [*program, *words])])
             finally:
                 os._exit(99)
         self.folder, self.text, self.code = str(cwd), "", None
@@ -152,6 +152,22 @@ def test_train_alone(recipe, tmp_path):
     terminal.ctrl_c()
     code, text = terminal.end()
     assert code == 75 and "asked to stop" in text and status(run)["status"] == "stopped", text
+
+
+def test_the_second_waits_for_the_checkpoint_that_is_being_written(recipe, tmp_path):
+    run, slow = tmp_path / "run", Path(__file__).with_name("slow_save.py")
+    terminal = Terminal("train", recipe, "--run", "run", cwd=tmp_path, program=(slow, 4))
+    terminal.wait_for(lambda: list(run.glob("checkpoints/.step-*")))
+    step = int(next(run.glob("checkpoints/.step-*")).name.split("-")[1].split(".")[0])
+    terminal.ctrl_c()
+    terminal.wait_for(lambda: "asked to stop" in terminal.text)
+    terminal.ctrl_c()
+    terminal.wait_for(lambda: "Ctrl-C again does not wait for it" in terminal.text)
+    code, text = terminal.end()
+    assert code == 130 and "ended by Ctrl-C" in text, text
+    assert [r["step"] for r in records(run, "checkpoint")][-1] >= step
+    assert (run / "checkpoints" / f"step-{step:08d}" / "state.json").exists()
+    assert status(run)["status"] == "failed" and not list(run.glob("checkpoints/.step-*"))
 
 
 def test_train_alone_outlives_its_terminal_and_its_pipe(recipe, tmp_path):

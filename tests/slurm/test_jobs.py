@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import changed, command, records, write_images, write_recipe
-from lab import log_of, site, submit, submitted
+from lab import Victim, log_of, site, submit, submitted
 
 from hpc_lbsgd.parallel.world import World, from_environment
 
@@ -190,68 +190,6 @@ def test_doctor_sums_on_the_nodes_of_a_job(lab, folder):
 # ---------------------------------------------------------------- life-cycle
 
 
-class Victim:
-    """A job of two nodes, one rank each, that is hurt in many ways."""
-
-    def __init__(self, lab, recipe, run, sites):
-        self.lab, self.run, self.folder = lab, run, run.parent
-        (self.number,) = submit(lab, recipe, run, "--nodes", 2, "--site", sites)
-
-    def log(self):
-        return (self.run / f"job-{self.number}.log").read_text()
-
-    def second_node(self):
-        nodes = self.lab.call("scontrol", "show", "hostnames", self.lab.job(self.number)["NodeList"]).stdout.split()
-        return nodes[1]
-
-    def wait_for_new_steps(self, count, within_s=200):
-        """Until this start has done some steps, and has a checkpoint."""
-        starts = len(records(self.run, "start"))
-        first = records(self.run, "start")[-1]["step"] if starts else 0
-        end = time.monotonic() + within_s
-        while time.monotonic() < end:
-            if any(r["step"] >= first + count for r in records(self.run, "step")):
-                return
-            time.sleep(0.2)
-        pytest.fail(f"no {count} steps more within {within_s} s\n{self.log()}")
-
-    def wait_for_start(self, number, within_s=200):
-        end = time.monotonic() + within_s
-        while time.monotonic() < end:
-            if len(records(self.run, "start")) >= number:
-                return
-            time.sleep(0.2)
-        pytest.fail(f"no start {number} within {within_s} s\n{self.lab.job(self.number)}\n{self.log()}")
-
-    # the ways, each of which ends this start
-
-    def signal(self):
-        self.lab.call("scancel", "--batch", "--signal=USR2", self.number)
-
-    def time_limit(self):
-        self.lab.call("scontrol", "update", f"JobId={self.number}", "TimeLimit=1")
-        self.lab.wait_for(self.number, lambda job: job["JobState"] != "RUNNING", 60)
-        self.lab.call("scontrol", "update", f"JobId={self.number}", "TimeLimit=10")
-
-    def preemption(self):
-        script = self.folder / "urgent.sh"
-        script.write_text("#!/bin/sh\nsleep 1\n")
-        words = ["-p", "urgent", "--exclusive", "-w", self.second_node(), "-o", "/dev/null", script]
-        self.lab.call("sbatch", *words, cwd=self.folder)
-
-    def requeue(self):
-        self.lab.call("scontrol", "requeue", self.number)
-
-    def killed_rank(self):
-        pid = json.loads((self.run / "heartbeats" / "rank-00001.json").read_text())["pid"]
-        where = ["--jobid", self.number, "--overlap", "--mpi=none", "-N1", "-n1", "-w", self.second_node()]
-        self.lab.call("srun", *where, "--gpus-per-node=0", "kill", "-KILL", pid)
-
-    def killed_node(self):
-        self.lost = self.second_node()
-        self.lab.kill_node(self.lost)
-
-
 WAYS = ["signal", "time_limit", "preemption", "requeue", "killed_rank", "killed_node"]
 
 
@@ -259,7 +197,7 @@ WAYS = ["signal", "time_limit", "preemption", "requeue", "killed_rank", "killed_
 def test_whatever_ends_a_start_the_job_ends_as_if_nothing_had_been(lab, slow_recipe, folder):
     run = folder / "hurt"
     recipe = write_recipe(folder / "hurt.yaml", slow_recipe)
-    job = Victim(lab, recipe, run, site(folder, "two", ranks_per_node=1))
+    job = Victim(lab, run, *submit(lab, recipe, run, "--nodes", 2, "--site", site(folder, "two", ranks_per_node=1)))
     owners = set()
     for count, way in enumerate(WAYS, 1):
         job.wait_for_start(count)

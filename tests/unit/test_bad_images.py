@@ -8,8 +8,10 @@ from conftest import write_images
 from hpc_lbsgd.data import loader
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.storage import Request
-from hpc_lbsgd.errors import RunError
-from hpc_lbsgd.recipe import Data
+from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.recipe import Data, Recipe
+from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.train.prepare import open_data
 
 SKIP = Data(channels=1, image_size=16, augment="flip", eval_resize=0, mean=[0.0], std=[1.0], on_bad_image="skip")
 SAMPLES = 24
@@ -71,6 +73,23 @@ def test_a_set_with_nothing_left_ends_the_run(tmp_path):
         (root / m.key(i)).unlink()
     with pytest.raises(RunError, match="cannot read a sample"):
         load(m, "dali", [[0, 1, 2, 3]])
+
+
+def test_a_run_that_skips_goes_on_where_images_went_since_its_first_start(spoiled, tmp_path):
+    """The first start refuses them: index again. Later that would be other data, which a resume refuses."""
+    m, _ = spoiled
+    folder = RunFolder(tmp_path / "run")
+    for policy, asked in (("skip", "first"), ("skip", "again"), ("error", "again")):
+        data = SKIP.model_copy(update={"train": str(m.root), "on_bad_image": policy})
+        asked_for = Recipe(data=data)
+        if asked == "again":
+            folder.path.mkdir(exist_ok=True)
+            folder.recipe.write_text(asked_for.to_yaml())
+        if (policy, asked) == ("skip", "again"):
+            assert open_data(asked_for, folder)[0].fingerprint == m.fingerprint
+        else:
+            with pytest.raises(RequestError, match="no longer matches its files"):
+                open_data(asked_for, folder)
 
 
 @pytest.mark.parametrize("packed", [False, True])

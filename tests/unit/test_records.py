@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import closing
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import engine as engines
-from hpc_lbsgd.records import Metrics, RunFolder, cut_metrics, read_metrics
+from hpc_lbsgd.records import Metrics, RunFolder, cut_metrics, read_metrics, whole
 from hpc_lbsgd.train import checkpoint
 from hpc_lbsgd.train.replica import Replica, weights_sha256
 
@@ -178,3 +179,16 @@ def test_a_checkpoint_of_other_rules_is_told_apart(folder):
     del content["rules"], content[checkpoint.SELF]
     (path / "state.json").write_text(json.dumps(content))
     assert checkpoint.find_newest(folder)[1].rules == 1
+
+
+def test_a_record_whose_key_or_time_changed_by_a_bit_is_not_whole(tmp_path):
+    """A resume reads the steps of its epoch: one whose key is another's, or whose time is none, is left out there."""
+    with closing(Metrics(RunFolder(tmp_path))) as metrics:
+        metrics.write("eval", step=3, epoch=1, loss=0.5)
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert whole(record) and RunFolder(tmp_path).evaluation(3) == {"loss": 0.5}
+    text = json.dumps(record)
+    for old, new in (('"step"', '"stdp"'), ('"epoch"', '"dpoch"'), ('"time"', '"tile"'), (record["time"], "20:6-01")):
+        (tmp_path / "metrics.jsonl").write_text(text.replace(old, new) + "\n")
+        (changed,) = read_metrics(tmp_path / "metrics.jsonl")
+        assert not whole(changed) and RunFolder(tmp_path).evaluation(3) == {}

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,6 +15,7 @@ from conftest import SMALL_RECIPE, changed, command
 from hpc_lbsgd import recipe
 from hpc_lbsgd.cluster.resume import ranks_of
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.owner import take
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.report import compare as comparing
 from hpc_lbsgd.report import curves, page
@@ -56,8 +59,7 @@ def run(tmp_path):
             line(0, "start", step=0, attempt=0, ranks=2, **begin),
             *(step(1 + i, i) for i in range(4)),
             line(7, "eval", step=4, epoch=2, loss=1.0, accuracy=0.5, samples=61),
-            line(7, "checkpoint", step=4, path="x"),
-            line(9, "event", event="saved", step=4, seconds=2.0, stall_s=1.5),
+            line(9, "checkpoint", step=4, path="x", seconds=2.0, stall_s=1.5, bytes=9),
             line(60, "start", step=4, attempt=1, ranks=3, start_s={"imports": 1.5, "engine": 0.5}, **begin),
             line(60, "event", event="resume", attempt=1, step=4, checkpoint="<b>x</b>"),
             step(62, 4, noise_scale=50.0, noise_scale_low=40.0, noise_scale_high=70.0, images_per_s=300.0),
@@ -146,9 +148,36 @@ def test_several_runs_lie_over_one_another(run, tmp_path):
 def test_a_run_that_has_hardly_begun_has_a_page_and_a_view(tmp_path, records):
     folder = make(tmp_path / "new", records)
     assert page.report([str(folder.path)]).exists()
+    held = take(folder.path)
     live = Live(folder)
     live.look()
     assert live.facts()["status"] == "running" and lines(live.facts(), [], 80)
+    held.release()
+
+
+DIES = """
+import os, sys
+from hpc_lbsgd.owner import take
+take(sys.argv[1])
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_view_ends_where_the_run_was_killed(tmp_path):
+    """Nobody wrote how it ended; its lease says whose it was."""
+    folder = make(tmp_path / "run", [line(0, "start", step=0, attempt=0, ranks=1), step(1, 0)], None)
+    subprocess.run([sys.executable, "-c", DIES, str(folder.path)])
+    assert (folder.path / "owner.json").exists()
+    shown = command("watch", folder.path, timeout=60)
+    assert shown.returncode == 0 and shown.stdout.startswith("no end on record  step 1/"), shown.stdout
+    once = command("watch", folder.path, "--once").stdout
+    assert "it was killed; go on with hpc-lbsgd resume" in once
+    assert (folder.path / "owner.json").exists()  # a look changes nothing
+    held = take(folder.path)  # the next start
+    assert json.loads(command("watch", folder.path, "--json").stdout)["status"] == "running"
+    held.release()
+    folder.write_status("done")
+    assert json.loads(command("watch", folder.path, "--json").stdout)["status"] == "done"
 
 
 def test_what_is_no_run_is_refused(tmp_path):
@@ -187,6 +216,7 @@ def test_a_view_fits_its_columns_and_knows_what_is_left(run):
     live = Live(run)
     live.look()
     run.status_file.unlink()  # as while it goes
+    take(run.path)
     found = live.facts()
     # capped at 20 steps: 14 more, 7 epochs of 203 images
     assert (found["step"], found["steps"], found["epochs"]) == (6, 20, 10)

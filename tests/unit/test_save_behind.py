@@ -16,6 +16,8 @@ from hpc_lbsgd.train import checkpoint
 run, last, write = Path(sys.argv[1]), int(sys.argv[2]), checkpoint.write
 
 def after_the_next_step(folder, snapshot, keep):
+    if f'"step": {snapshot.state.step - 1}, "epoch"' not in folder.metrics.read_text():
+        raise OSError(5, "a kill now would lose the records of steps that are in this checkpoint")
     end = time.monotonic() + 60
     while snapshot.state.step < last and f'"step": {snapshot.state.step}, "epoch"' not in folder.metrics.read_text():
         if time.monotonic() > end:
@@ -41,7 +43,7 @@ def test_steps_go_on_while_the_disk_is_slow(small_recipe, tmp_path):
         assert done.returncode == 0, done.stderr
         found = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
         digests[name] = found[-1]["weights_sha256"]
-        saved = {r["step"]: at for at, r in enumerate(found) if r.get("event") == "saved"}
+        saved = {r["step"]: at for at, r in enumerate(found) if r["kind"] == "checkpoint"}
         steps = {r["step"]: at for at, r in enumerate(found) if r["kind"] == "step"}
         assert list(saved) == (list(range(1, STEPS + 1)) if every else [STEPS])
         assert all(steps[step] < at for step, at in saved.items() if step < STEPS)  # steps are counted from 0

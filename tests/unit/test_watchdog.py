@@ -1,10 +1,13 @@
 """A rank that stops is named in every phase; a phase that takes long is none of the watchdog's business."""
 
 import queue
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.train.evaluate import evaluate
 from hpc_lbsgd.train.watchdog import LONG, Watchdog
 
 TIMEOUT_S = 0.4
@@ -36,6 +39,35 @@ def test_long_phases_may_take_long_where_all_beat(tmp_path):
     for rank in ranks:
         rank.stop()
     assert "Stalest: rank 1 on" in message and "alive, in phase 'data' of step 2" in message
+
+
+def test_where_all_wait_for_one_another_it_is_the_network(tmp_path):
+    heard = queue.Queue()
+    ranks = [Watchdog(RunFolder(tmp_path), r, 2, TIMEOUT_S, lambda *said: heard.put(said)) for r in (0, 1)]
+    for rank in ranks:
+        rank.enter("sum", 7)
+    message, _ = heard.get(timeout=30)
+    for rank in ranks:
+        rank.stop()
+    assert "rank 0 on" in message and "rank 1 on" in message, message
+    assert "in phase 'sum' of step 7, for one another: the network between them" in message
+
+
+def test_who_has_evaluated_waits_in_a_sum_which_is_bounded():
+    """Where the network goes then, nobody evaluates any more, and all wait for one another."""
+    seen = []
+    engine = SimpleNamespace(rank=0, size=1, wait=lambda sum: None, start_sum=lambda *_: seen.append("sum"))
+    replica = SimpleNamespace(engine=engine, device=torch.device("cpu"), outputs=lambda images: images,
+                              model=SimpleNamespace(eval=lambda: None))  # fmt: skip
+
+    def batches(requests):
+        for _ in requests:
+            seen.append("batch")
+            yield torch.eye(2), torch.arange(2), 0
+
+    loader = SimpleNamespace(batches=batches)
+    found = evaluate(replica, loader, 4, 2, lambda outputs, labels: outputs.sum(), lambda: seen.append("waits"))
+    assert seen == ["batch", "batch", "waits", "sum"] and found["accuracy"] == 1.0
 
 
 def test_ranks_that_wait_for_a_checkpoint_wait_as_long_as_it_may_take(tmp_path, monkeypatch):

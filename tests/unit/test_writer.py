@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_save_boundaries import replica
+from saves import replica
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RunError

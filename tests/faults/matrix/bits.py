@@ -23,6 +23,8 @@ from hpc_lbsgd.data.storage import open_storage
 from hpc_lbsgd.data.verify import ODD, verify
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics
+from hpc_lbsgd.report import facts as reading
+from hpc_lbsgd.report.watch import Live
 from hpc_lbsgd.train import checkpoint
 
 PER_SEED = 10  # injections of one seed, on copies of one set of files
@@ -174,10 +176,17 @@ def _metrics(rng: random.Random, folder: Path) -> Injection:
     lost = [r for r in before if r not in after]
     # a newline that became another byte joins two records
     hold(len(lost) <= 2 and len(after) >= len(before) - 2, f"{where}: {len(lost)} records lost")
+    reading.facts(str(run))
+    live = Live(RunFolder(run))
+    live.look()
+    live.facts()
     cut_metrics(RunFolder(run), 6)
-    steps = [r["step"] for r in read_metrics(run / "metrics.jsonl") if r.get("kind") == "step"]
+    steps = [r.get("step") for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "step"]
     hold(set(steps) - set(range(6)) <= {r.get("step") for r in after if r not in before}, f"{where}: {steps}")
-    return Injection(where, f"{len(lost)} records of {len(before)} lost", time.monotonic() - begun, 0)
+    took = time.monotonic() - begun
+    if rng.random() < 0.1:  # a resume reads it too
+        runs.finished(1, runs.recipe(folder), run, "--resume", "--set", f"train.max_steps={rng.randint(13, 18)}")
+    return Injection(where, f"{len(lost)} records of {len(before)} lost", took, 0)
 
 
 def _cut_metrics(rng: random.Random, folder: Path) -> Injection:

@@ -31,9 +31,7 @@ def one(rng: random.Random, folder: Path) -> Iterator[Injection]:
         env = fail_at(victim, step, kind, phase, mark=str(mark), code=rng.choice([0, 1, 2, 3]))
         moment = f"{kind} in {phase} of step {step} on rank {victim} of {ranks}"
         job = runs.train(ranks, path, run, "--resume-if-exists", env=env)
-        end = time.monotonic() + 60
-        while not mark.exists() and not job.poll() and time.monotonic() < end:
-            time.sleep(0.01)
+        job.wait_for(mark.exists, 60)
         hold(mark.exists(), f"{moment}: it did not happen", job.said)
         begun = time.monotonic()
         hung = victim if kind == "deadlock" else None
@@ -67,5 +65,6 @@ ROWS = [
         300,
         one,
         ranks=True,
+        cost_s=4.5,
     )
 ]

@@ -64,8 +64,15 @@ def _raise(plan: dict) -> None:
     raise ValueError("injected exception")
 
 
-def _wait(plan: dict) -> None:
+def _hang(plan: dict) -> None:
     threading.Event().wait()
+
+
+def _wait(plan: dict) -> None:
+    """Until who injects has done what it does, and made the file `go`."""
+    end = time.monotonic() + plan.get("seconds", 60)
+    while not os.path.exists(plan["go"]) and time.monotonic() < end:
+        time.sleep(0.005)
 
 
 ACTS = {
@@ -73,7 +80,8 @@ ACTS = {
     "segfault": lambda plan: ctypes.string_at(0),
     "exit": lambda plan: os._exit(plan.get("code", 0)),
     "exception": _raise,
-    "deadlock": _wait,
+    "deadlock": _hang,
+    "wait": _wait,
     "stop": lambda plan: os.kill(os.getpid(), signal.SIGSTOP),
     "slow": lambda plan: time.sleep(plan["seconds"]),
 }
@@ -133,6 +141,8 @@ class Net(nn.Sequential):
     def forward(self, x):
         if self.training and fault.phase == "compute":
             fault.happen("forward")
+            if fault.done and "drag" in fault.plan:  # so that it still runs when it has heard of something
+                time.sleep(fault.plan["drag"])
             if fault.plan and fault.plan["kind"] in BAD and fault.at("forward"):
                 return super().forward(x) * BAD[fault.plan["kind"]]
         return super().forward(x)
@@ -155,6 +165,31 @@ def model(channels: int, classes: int) -> nn.Module:
     return net
 
 
-if "FAULT" in os.environ and "torch" in sys.modules and not os.environ.get("FORKED"):
+def image_model(channels: int, classes: int) -> nn.Module:
+    """The same, on pictures of 4 x 4."""
+    return Net(nn.Flatten(), *model(channels, classes))
+
+
+def slow_model(channels: int, classes: int) -> nn.Module:
+    """In a job of Slurm it takes its time until a file `fast` is there; so do saves, where `slow-saves` is."""
+    plain = checkpoint.write_atomically
+
+    def writing(path, content):
+        if path.name == "state.json" and os.path.exists("slow-saves"):
+            time.sleep(1.0)
+        plain(path, content)
+
+    checkpoint.write_atomically = writing
+    return Net(Pause(), *model(channels, classes))
+
+
+class Pause(nn.Module):
+    def forward(self, x):
+        if "SLURM_JOB_ID" in os.environ and not os.path.exists("fast"):
+            time.sleep(0.05)
+        return x
+
+
+if "FAULT" in os.environ and "torch" in sys.modules:
     install()
 assert torch.float32

@@ -2,73 +2,108 @@
 
 from __future__ import annotations
 
+import re
 from statistics import median
 
 HEAD = """# Faults injected
 
 Every fault is injected at a random moment; what must hold is checked by the row. Tiny model (16 inputs, BatchNorm,
 dropout), `determinism: any-ranks`, 30 steps, a checkpoint every 3, `stall_timeout_s: 2`. Real ranks are processes
-that talk over sockets by `machine.engine: torch`; nothing but the product ends them. Weights are compared with
-those of a run on one rank that nothing disturbed, bit for bit; each step, epoch and evaluation is on record once.
+that talk over sockets by `machine.engine: torch`, in `stop-` rows also Horovod's over MPI by `launch`, in `slurm`
+those of a real Slurm; nothing but the product ends them. Weights are compared with those of a run on one rank that
+nothing disturbed, bit for bit; each step, epoch and evaluation is on record once.
 
-    make faults [PART=row] [SEED=n] [COUNT=n]       # appends to runs/faults/injections.jsonl, goes on where it ended
+    make faults [MINUTES=n]                         # all rows; appends to runs/faults/injections.jsonl, goes on there
+    make faults PART=row [SEED=n] [COUNT=n]         # rows whose names begin so
     make faults PART=page                           # this page from that file
 
-An injection takes about 0.1 s in process, and 4 to 12 s with ranks, on two shared cores. Not in it yet: checkpoint
-writes that fail, two owners, signals, images that go in mid-run, network cuts, Slurm, soak, Horovod's ranks; and rows
-below whose count says `of` have not run whole.
+One seed is one chain of injections, and the same chain again; timing between processes is the machine's. A chain is on
+record as a whole or not at all. Rows whose count says `of` have not run whole. What is not in it: a soak of many
+hours, fuzzed shard indexes, checkpoints and metrics, GPUs, more than one machine.
 
-What rows found, and what was mended: a changed bit in a manifest or in `state.json` was believed, and one ended the
-process; metrics with bytes that are no UTF-8 could not be read; a cross-check named both ranks of a wrong gradient in
-half of all cases, for one digest had a sign and the other had none; ranks with other programs or data were not told
-apart. Injections from before a mend, or from before a row's own mistake was corrected, are not counted below; those of
-`rank-dies`, `bad-step`, `slow-rank` and `stopped-rank` ran before the last two mends.
+What rows found is mended, with a test each:
 
-One seed is one chain of injections, and the same chain again; timing between processes is the machine's.
+- a changed bit in a manifest or in `state.json` was believed, and one ended the process; metrics with bytes that are no
+  UTF-8 could not be read, and a record whose key had changed by a bit ended a resume with a traceback
+- a cross-check named both ranks of a wrong gradient in half of all cases
+- ranks with other programs or data were not told apart
+- a run that skips bad images was refused at its next start once an image had gone
+- the network cut in an evaluation: the job hung for ever; in a checkpoint: for ten times `stall_timeout_s`; and the
+  message named all ranks, and not the network
+- a rank that ended while others were in a checkpoint or an evaluation: a traceback on each of them
+- a second Ctrl-C that came at once was taken for the first; one while a data set hung waited for it; and any lost the
+  checkpoint that was being written
+
+Known and left: where an image changes between the reads of two ranks, a cross-check ends a run that skips bad images,
+and names the one that read it first; the message says that this looks so.
+
+Injections that did not hold are not counted once their seed held after the mend, nor those of `cut-off` before it.
+Rows other than `cut-off` and `ranks-unlike` ran before the last of these mends.
 
 """
+COLUMNS = ("row", "fault", "must happen", "injected", "held", "seeds", "seconds to the end: median, longest",
+           "steps lost, most", "s each")  # fmt: skip
+RIGHT = (3, 4, 7, 8)
 
 
 def render(rows, records: list[dict]) -> str:
-    lines = ["| row | fault | must happen | injected | held | seeds | seconds: median, longest | steps lost, most |",
-             "|---|---|---|---:|---:|---|---|---:|"]  # fmt: skip
-    total = held = of_ranks = cases = 0
-    for row in rows:
-        mine = [r for r in records if r["row"] == row.name]
-        good = [r for r in mine if r["verdict"] == "held"]
-        if row.name.startswith("fuzz"):
-            cases += len(mine)
-            held -= len(good)
-            total -= len(mine)
-        total, held, of_ranks = total + len(mine), held + len(good), of_ranks + len(mine) * row.ranks
-        seconds = sorted(r["seconds"] for r in good if r["seconds"] is not None)
-        seeds = sorted({r["seed"] for r in mine})
-        lost = max((r["lost"] for r in good if r["lost"] is not None), default=0)
-        spread = f"{median(seconds):.2g}, {seconds[-1]:.2g}" if seconds else ""
-        span = f"{seeds[0]} to {seeds[-1]}" if seeds else ""
-        count = f"{len(mine)}" + ("" if len(mine) >= row.count else f" of {row.count}")
-        lines.append(
-            f"| `{row.name}` | {row.fault} | {row.must} | {count} | {len(good)} | {span} | {spread} | {lost} |"
-        )
-    said = [
-        f"**{total} injections, {of_ranks} of them with real ranks; {held} held. Beside them {cases} fuzzed files.**",
-        "",
-    ]
-    return HEAD + "\n".join([*said, *lines, "", *_examples(rows, records), *_failures(records)]) + "\n"
+    mine = {row.name: [r for r in records if r["row"] == row.name] for row in rows}
+    known = [r for row in rows for r in mine[row.name] if not row.name.startswith("fuzz")]
+    ranks = sum(len(mine[row.name]) for row in rows if row.ranks)
+    held = sum(r["verdict"] == "held" for r in known)
+    cases = sum(r["cases"] for row in rows if row.name.startswith("fuzz") for r in mine[row.name])
+    total = f"**{len(known)} injections, {ranks} of them with real ranks; {held} held."
+    lines = [f"{total} Beside them {cases} fuzzed files.**", "", "| " + " | ".join(COLUMNS) + " |",
+             "|" + "|".join("---:" if i in RIGHT else "---" for i in range(len(COLUMNS))) + "|"]  # fmt: skip
+    lines += [_line(row, mine[row.name]) for row in rows]
+    slices = [r for r in records if r["row"] == "slice" and r["injections"]]
+    parts = [lines, _slices(slices), _examples(rows, mine), _failures(records)]
+    return HEAD + "\n".join(line for part in parts for line in (*part, "") if part).rstrip() + "\n"
 
 
-def _examples(rows, records: list[dict]) -> list[str]:
+def _line(row, mine: list[dict]) -> str:
+    good = [r for r in mine if r["verdict"] == "held"]
+    done, seconds = sum(r["cases"] for r in mine), sorted(r["seconds"] for r in good if r["seconds"] is not None)
+    seeds = sorted({r["seed"] for r in mine})
+    cost = sum(r["cost_s"] for r in mine) / done if done else row.cost_s
+    cells = (f"`{row.name}`", row.fault, row.must, f"{done}" + ("" if done >= row.count else f" of {row.count}"),
+             sum(r["cases"] for r in good), _span(seeds),
+             f"{median(seconds):.2g}, {seconds[-1]:.2g}" if seconds else "",
+             max((r["lost"] for r in good if r["lost"] is not None), default=""),
+             f"{cost:.2g}" if done else "")  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _span(seeds: list[int]) -> str:
+    return f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}" if seeds else ""
+
+
+def _slices(slices: list[dict]) -> list[str]:
+    """When it ran, and beside what."""
+    if not slices:
+        return []
+    lines = ["## Slices", "", "| begun (UTC) | rows | from seed | injected | minutes | cores | load: begin, end |",
+             "|---|---|---:|---:|---:|---:|---|"]  # fmt: skip
+    for s in slices:
+        load = ", ".join(f"{value:.0f}" for value in s["load"])
+        part, began = s["part"] or "all", s["began"].replace("T", " ")
+        lines.append(f"| {began} | {part} | {s['seed']} | {s['injections']} | {s['seconds'] / 60:.1f} | {s['cores']} | "
+                     f"{load} |")  # fmt: skip
+    return lines
+
+
+def _examples(rows, mine: dict[str, list[dict]]) -> list[str]:
     lines = ["## What the user saw", "", "| row | injected | detected | said |", "|---|---|---|---|"]
     for row in rows:
-        shown = next((r for r in records if r["row"] == row.name and r["verdict"] == "held" and r["said"]), None)
+        shown = next((r for r in mine[row.name] if r["verdict"] == "held" and r["said"]), None)
         if shown:
             cells = (shown["moment"], shown["detected"], shown["said"].splitlines()[0])
             lines.append(f"| `{row.name}` | " + " | ".join(_cell(text) for text in cells) + " |")
-    return [*lines, ""]
+    return lines
 
 
 def _failures(records: list[dict]) -> list[str]:
-    failed = [r for r in records if r["verdict"] != "held"]
+    failed = [r for r in records if r.get("verdict", "held") != "held"]
     if not failed:
         return []
     lines = ["## What did not hold", "", "| row | seed | injection | what |", "|---|---:|---:|---|"]
@@ -78,7 +113,5 @@ def _failures(records: list[dict]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    import re
-
-    text = re.sub(r"/tmp/\S*?/(?=run\b|packed\b|staged\b|images\b)", "", text)[:180]
+    text = re.sub(r"/tmp/\S*?/(?=run\b|packed\b|staged\b|images\b|disk\b)", "", text)[:180]
     return text.replace("|", "\\|").replace("<", "&lt;")

@@ -42,8 +42,8 @@ def recipe(folder: Path, **sections: dict) -> Path:
     return path
 
 
-def train(ranks: int, path: Path, run: Path, *more, env: dict[str, str] | None = None, before=lambda rank: None) -> Job:
-    return Job(ranks, ["train", path, "--run", run, *more], path.parent, env or {}, before)
+def train(ranks: int, path: Path, run: Path, *more, env: dict[str, str] | None = None, **job) -> Job:
+    return Job(ranks, ["train", path, "--run", run, *more], path.parent, env or {}, **job)
 
 
 def finished(ranks: int, path: Path, run: Path, *more, seconds: float = 60) -> str:

@@ -2,8 +2,26 @@
 
 import bits
 import deaths
+import disks
 import fuzz
+import images
+import network
+import owners
+import slurm_lab
+import stops
 import unlike
 import wrong
 
-ROWS = [*bits.ROWS, *deaths.ROWS, *wrong.ROWS, *unlike.ROWS, *fuzz.ROWS]
+ROWS = [
+    *bits.ROWS,
+    *disks.ROWS,
+    *deaths.ROWS,
+    *wrong.ROWS,
+    *unlike.ROWS,
+    *owners.ROWS,
+    *stops.ROWS,
+    *images.ROWS,
+    *network.ROWS,
+    *fuzz.ROWS,
+    *slurm_lab.ROWS,
+]

@@ -45,5 +45,6 @@ def one(rng: random.Random, folder: Path) -> Iterator[Injection]:
 
 ROWS = [
     Row("ranks-unlike", "one rank with other code, model, recipe, data, library, clock or locale",
-        "refused at the start with exit code 2, named, no folder left", 40, one, ranks=True)
+        "refused at the start with exit code 2, named, no folder left", 40, one, ranks=True,
+        cost_s=3.5)
 ]  # fmt: skip

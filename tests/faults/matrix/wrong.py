@@ -128,11 +128,11 @@ def stopped(rng: random.Random, folder: Path) -> Iterator[Injection]:
 
 ROWS = [
     Row("gradient-bit", "one bit of a gradient of one worker, cross-check on", "rank named, step not taken", 50,
-        gradient, ranks=True),
+        gradient, ranks=True, cost_s=7),
     Row("bad-step", "NaN, infinity or overflow on one rank", "`stop` or `skip` as the recipe says; rank on record", 40,
-        bad, ranks=True),
+        bad, ranks=True, cost_s=8),
     Row("slow-rank", "a rank ten times as slow", "rank and host told within 20 steps; the weights are the same", 20,
-        slow, ranks=True),
+        slow, ranks=True, cost_s=13),
     Row("stopped-rank", "a rank stopped (SIGSTOP), as by a dead node", "named, ended; resumed to the same weights", 40,
-        stopped, ranks=True),
+        stopped, ranks=True, cost_s=12),
 ]  # fmt: skip
