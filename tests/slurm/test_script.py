@@ -7,7 +7,7 @@ import pytest
 
 from hpc_lbsgd import yaml12
 from hpc_lbsgd.cluster import sites
-from hpc_lbsgd.cluster.submit import Job, render
+from hpc_lbsgd.cluster.script import Job, render
 
 JOB = {"SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1",
        "SLURMD_NODENAME": "n1"}  # fmt: skip
@@ -20,7 +20,7 @@ def run_script(folder, status="", code=0, text="{gpus_per_node: 8}", python="tru
     for name, body in (
         ("srun", f'case "$*" in *" true") exit 0 ;; *" own "*) echo me; exit 0 ;; esac\n{result}exit {code}'),
         ("squeue", "n=$(cat n 2>/dev/null || echo 0); echo $((n+1)) >n\n[ $n -gt 1 ] || exit 1; echo RUNNING"),
-        ("scontrol", '[ "$1" != ping ] || { [ "$(cat n)" -gt 1 ]; exit; }\n[ "$1" != hostnames ] || echo n1'),
+        ("scontrol", '[ "$1" != ping ] || { [ "$(cat n)" -gt 1 ]; exit; }\n[ "$2" != hostnames ] || echo n1'),
     ):
         (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >>asked\n{body}\n')
         (folder / name).chmod(0o755)
