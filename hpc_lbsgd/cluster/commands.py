@@ -25,13 +25,21 @@ def add(command) -> None:
     )  # fmt: skip
     p.add_argument("--site", default="generic", help="a site file, or a shipped site's name (default: %(default)s)")
     p.add_argument("--time", help="time limit of a job, as Slurm writes it (default: the site's)")
+    p.add_argument("--time-min", help="to which Slurm may shorten it, so that the job starts earlier")
+    p.add_argument("--deadline", metavar="TIME", help="it must be over by then: 2026-12-24T18:00")
+    p.add_argument("--images-per-s", type=positive_float, help="a rank's measured rate: says what will be reached")
     p.add_argument(
-        "--run", help="run folder (default: RECIPE-TIME in the site's folder of runs; with --resume the newest)"
+        "--run",
+        help="run folder, of an array that of its runs (default: RECIPE-TIME in the site's folder of runs; with "
+        "--resume the newest)",
     )
     p.add_argument(
         RESUME, action="store_const", const=RESUME, help="go on with the run that is in --run; refused where none is"
     )
     what = p.add_mutually_exclusive_group()
+    what.add_argument(
+        "--array", metavar="KEY=A-B", help="a job and a run folder a value of a recipe's key: seed=0-4, or KEY=A,B,C"
+    )
     what.add_argument("--chain", action="store_true", help="a job a stage, each with the nodes that its batch wants")
     what.add_argument(
         "--sweep", type=nodes_sweep, metavar="nodes=A,B", help="the scaling benchmark, a job a number; then its report"

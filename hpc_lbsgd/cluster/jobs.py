@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from hpc_lbsgd.cluster import sites
@@ -16,6 +17,10 @@ from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.runs import RESUME
 from hpc_lbsgd.theory.schedule import Schedule
 
+VALUE = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"  # of an array: it names a folder
+DEADLINE = r"\d{4}-\d{2}-\d{2}(T\d{2}:\d{2}(:\d{2})?)?"
+MOST_TASKS = 1000
+
 
 @dataclass(frozen=True)
 class Request:
@@ -25,8 +30,12 @@ class Request:
     spare: int = 0  # nodes more, that stand in for lost and slow ones
     grow_every_hours: float | None = None  # then it is queued again, where it has not all and some are free
     time: str | None = None  # limit of a job, as Slurm writes it
-    run: str | None = None
+    time_min: str | None = None  # to which Slurm may shorten it, to start earlier
+    deadline: str | None = None
+    images_per_s: float | None = None  # of a rank, for the forecast
+    run: str | None = None  # of an array: the folder of its runs
     resume: str | None = None  # RESUME
+    array: str | None = None  # KEY=A-B or KEY=A,B: a run a value
     chain: bool = False
     sweep: list[int] | None = None  # numbers of nodes
     rounds: int | None = None  # of a sweep's measurements, and their steps; None: the benchmark's own
@@ -39,6 +48,8 @@ class Request:
             raise RequestError("--rounds and --steps go with --sweep")
         if self.resume and self.sweep:
             raise RequestError("--sweep with --resume: a sweep adds to the folder that --run names by itself")
+        if self.resume and self.array and not self.run:
+            raise RequestError("--array with --resume: name the folder of its runs with --run")
         several = "--chain" if self.chain else "--sweep" if self.sweep else "--data" if self.data else None
         if several and (least < most or self.spare):
             raise RequestError(
@@ -47,8 +58,12 @@ class Request:
             )
         if self.grow_every_hours is not None and least == most:
             raise RequestError(f"--grow-every with --nodes {self.nodes}: say to how many it may grow, such as 4-32")
-        if self.time:
-            sites.check_duration("--time", self.time)
+        for key, value in (("--time", self.time), ("--time-min", self.time_min)):
+            if value:
+                sites.check_duration(key, value)
+        if self.deadline and not re.fullmatch(DEADLINE, self.deadline, re.ASCII):
+            raise RequestError(f"--deadline {self.deadline}: expected a time such as 2026-12-24T18:00, or a day")
+        self.values  # noqa: B018 - refuses a wrong --array
 
     @property
     def range(self) -> tuple[int, int]:
@@ -59,9 +74,26 @@ class Request:
             raise RequestError(f"--nodes {self.nodes}: expected a number, or a range such as 4-32")
         return least, most
 
+    @cached_property
+    def values(self) -> tuple[str, list[str]]:
+        """The key of an array, and a value a task; ("", []) where there is no array."""
+        if not self.array:
+            return "", []
+        key, _, text = self.array.partition("=")
+        span = re.fullmatch(r"(\d+)-(\d+)", text, re.ASCII)
+        values = [str(i) for i in range(int(span[1]), int(span[2]) + 1)] if span else text.split(",")
+        good = re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", key) and all(re.fullmatch(VALUE, v, re.ASCII) for v in values)
+        if not good or not 0 < len(set(values)) == len(values) <= MOST_TASKS:
+            raise RequestError(
+                f"--array {self.array}: expected KEY=A-B or KEY=A,B,C, such as seed=0-4: 1 to {MOST_TASKS} words, "
+                "each once"
+            )
+        return key, values
+
     def options(self) -> dict[str, str]:
         """Of sbatch, for every job."""
-        return {"time": self.time} if self.time else {}
+        values = {"time": self.time, "time-min": self.time_min, "deadline": self.deadline}
+        return {key: value for key, value in values.items() if value}
 
 
 def training_jobs(name: str, recipe: Recipe, words: list[str], site: Site, run: str, request: Request) -> list[Job]:
@@ -76,7 +108,8 @@ def training_jobs(name: str, recipe: Recipe, words: list[str], site: Site, run: 
     resume = [request.resume] if request.resume else []
     nodes = request.range[1]
     if not request.chain:
-        return [elastic(Job("train", plain_name(name), nodes, [*words, *resume], log), request)]
+        job = elastic(Job("train", plain_name(name), nodes, [*words, *resume], log), request)
+        return [array(job, run, *request.values) if request.array else job]
     settled = recipe.with_workers(nodes * site.ranks)
     if settled.schedule.kind == "adaptive-batch":
         raise RequestError("--chain: schedule.kind = adaptive-batch decides its stages while it runs; submit one job")
@@ -97,6 +130,12 @@ def training_jobs(name: str, recipe: Recipe, words: list[str], site: Site, run: 
         of_stage = -(-nodes * workers // pieces[0][0])
         jobs.append(Job("train", f"{plain_name(name)}.{i + 1}", of_stage, words_here, log, stage, str(i + 1), starts))
     return jobs
+
+
+def array(job: Job, run: str, key: str, values: list[str]) -> Job:
+    """The job once a value, as an array of Slurm's."""
+    log = log_path(run, number="%A_%a")
+    return replace(job, array_key=key, array_values=values, log=log, asked={"array": f"0-{len(values) - 1}"})
 
 
 def elastic(job: Job, request: Request) -> Job:

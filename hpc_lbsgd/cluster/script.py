@@ -32,6 +32,8 @@ class Job:
     least: int | None = None  # nodes with which it starts, and goes on when others are lost; None: all
     spare: int = 0  # nodes without ranks, to stand in for lost ones
     grow_every_s: int | None = None  # then it is queued again, where it has less than `nodes` and some are free
+    array_key: str = ""  # a key of the recipe, which has another value in each task
+    array_values: list[str] = field(default_factory=list)
     asked: dict[str, str] = field(default_factory=dict)  # sbatch's options, where the site's are not what is wanted
 
     @property
@@ -128,6 +130,8 @@ def settings(job: Job, site: Site, python: str, body: str) -> Iterator[str]:
         "least": (job.least or job.nodes) if job.outlives_nodes else "",
         "most": job.nodes if job.outlives_nodes else "",
         "grow_every_s": job.grow_every_s,
+        "array_key": job.array_key,
+        "array_values": job.array_values,
     }
     for key, value in values.items():
         if re.search(rf"\$\{{?{key}\b", body):

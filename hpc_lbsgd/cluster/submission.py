@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from hpc_lbsgd import owner, progress
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.scaling import run as scaling
 from hpc_lbsgd.bench.scaling.results import Folder
-from hpc_lbsgd.cluster import sites
+from hpc_lbsgd.cluster import forecast, sites
 from hpc_lbsgd.cluster.jobs import Request, data_jobs, sweep_jobs, training_jobs
 from hpc_lbsgd.cluster.script import Job, plain_name, render, sbatch_line
+from hpc_lbsgd.cluster.submitted import SubmittedJob
 from hpc_lbsgd.errors import EXIT_DONE, RequestError, RunError
 from hpc_lbsgd.runs import as_word, choose_run
 
@@ -31,8 +33,54 @@ class Prepared:
 
     jobs: list[Job]
     texts: list[str]  # their scripts
-    run: str | None  # run folder
+    run: str | None  # run folder; of an array, that of its runs
+    forecast: str | None = None
     asked: dict | None = None  # of a sweep
+
+    def tasks(self, job: Job, number: str) -> list[SubmittedJob]:
+        """What Slurm has under this number: the job, or the tasks of an array."""
+        if not job.array_values:
+            return [SubmittedJob(number, job.nodes, self.run, log_of(job, number), job.stage)]
+        return [
+            SubmittedJob(f"{number}_{i}", job.nodes, run, log_of(job, number, i), job.stage)
+            for i, run in enumerate(runs_of(self.run, job.array_key, job.array_values))
+        ]
+
+
+def runs_of(run: str, key: str, values: list[str]) -> list[str]:
+    """The run folders of an array, as its script names them."""
+    return [f"{run}/{key}={value}" for value in values]
+
+
+def log_of(job: Job, number: str, task: int = 0) -> Path:
+    """As Slurm fills the name in."""
+    names = {"%%": "%", "%x": job.name, "%j": number, "%A": number, "%a": str(task)}
+    return Path(re.sub("%[%xjAa]", lambda found: names[found[0]], job.log))
+
+
+def submit(recipe: str, settings: Sequence[str] = (), site: str = "generic", **request) -> SubmittedJob:
+    """Submit one job that trains `recipe` (a file, or the name of a shipped one), as the command `submit` does.
+
+    settings: "key=value", as --set has them. site: a site file, or a shipped site's name. request: fields of
+    `jobs.Request`, as flags of the command are called: nodes="4-32", spare=1, time="2:00:00", run="runs/mine".
+    Raises RequestError before anything is submitted, RunError where Slurm refuses the job.
+    """
+    (job,) = submit_all(recipe, settings, site, Request(**request), most=1)
+    return job
+
+
+def submit_array(recipe: str, array: str, settings: Sequence[str] = (), site: str = "generic", **request):
+    """Submit a job a value of a recipe's key, such as array="seed=0-4"; returns them in this order."""
+    return submit_all(recipe, settings, site, Request(array=array, **request))
+
+
+def submit_all(
+    recipe: str, settings: Sequence[str], site: str, request: Request, most: int | None = None
+) -> list[SubmittedJob]:
+    found = prepare(str(recipe), list(settings), str(site), request)
+    if most and (len(found.jobs) > most or request.array):
+        raise RequestError("submit: one job; for an array there is submit_array, for others the command submit")
+    return queue(found)
 
 
 def prepare(name: str, settings: list[str], site_name: str, request: Request) -> Prepared:
@@ -44,7 +92,9 @@ def prepare(name: str, settings: list[str], site_name: str, request: Request) ->
     if not request.data:
         label = f"scaling-{plain_name(stem)}" if request.sweep else plain_name(stem)
         named = request.run and site.folder_of_run(request.run)
-        run = as_word(choose_run(label, named, request.resume, Path(site.folder_of_run(site.runs))).path)
+        # an array's runs are looked at below
+        resume = None if request.array else request.resume
+        run = as_word(choose_run(label, named, resume, Path(site.folder_of_run(site.runs))).path)
     if request.data:
         jobs = data_jobs(stem, recipe)
     elif request.sweep:
@@ -53,8 +103,14 @@ def prepare(name: str, settings: list[str], site_name: str, request: Request) ->
         jobs = sweep_jobs(stem, words, run, request, asked)
     else:
         jobs = training_jobs(stem, recipe, words, site, run, request)
+    key, values = request.values
+    for value, folder in zip(values, runs_of(run, key, values), strict=True):
+        recipes.read(name, [*settings, f"{key}={value}"])
+        choose_run(label, folder, request.resume)
     jobs = [replace(job, asked={**job.asked, **request.options()}) for job in jobs]
-    return Prepared(jobs, [render(job, site, sys.executable) for job in jobs], run, asked)
+    texts = [render(job, site, sys.executable) for job in jobs]
+    told = forecast.said(recipe, site, request, run) if len(jobs) == 1 and not request.data else None
+    return Prepared(jobs, texts, run, told, asked)
 
 
 def command(
@@ -62,6 +118,8 @@ def command(
 ) -> int:
     """`submit`: prints the jobs' numbers."""
     found = prepare(name, settings, site, request)
+    if found.forecast:
+        print(f"hpc-lbsgd: {found.forecast}", file=sys.stderr)
     if dry_run:
         show(found, as_json)
         return EXIT_DONE
@@ -69,10 +127,12 @@ def command(
         for job, text in zip(found.jobs, found.texts, strict=True):
             test(job, text)
         return EXIT_DONE
-    numbers = queue(found)
+    jobs = queue(found)
     if as_json:
-        said = [{"job": n, "nodes": job.nodes, "stage": job.stage} for n, job in zip(numbers, found.jobs, strict=True)]
-        print(json.dumps({"run": found.run, "jobs": said}))
+        print(json.dumps({"run": found.run, "jobs": [job.facts() for job in jobs]}))
+    elif request.array:
+        each = f"{shlex.quote(found.run)}/{request.values[0]}=*"
+        print(f"run folders: {each}\nreport on all: hpc-lbsgd report {each}")
     elif found.run:
         print(f"run folder: {found.run}")
     return EXIT_DONE
@@ -100,12 +160,15 @@ def test(job: Job, text: str) -> None:
         print(call(sbatch_line(job, script.name, test_only=True), job), file=sys.stderr)
 
 
-def queue(found: Prepared) -> list[str]:
-    """Hand all jobs to sbatch, the scripts kept in the run folder; returns their numbers. All, or none."""
+def queue(found: Prepared) -> list[SubmittedJob]:
+    """Hand all jobs to sbatch, the scripts kept in the run folder. All, or none."""
     numbers: list[str] = []
+    submitted: list[SubmittedJob] = []
     folder = Path(found.run or ".")
-    if found.run:
-        owner.check(found.run)
+    for job in found.jobs:
+        for folder_of_run in runs_of(found.run, job.array_key, job.array_values) or [found.run]:
+            if folder_of_run:
+                owner.check(folder_of_run)
     if found.asked:
         Folder(folder).claim(found.asked)  # so that the report knows what is missing
     try:
@@ -130,7 +193,8 @@ def queue(found: Prepared) -> list[str]:
                 script.unlink()
         progress.note(said)
         numbers.append(re.search(r"Submitted batch job (\d+)", said).group(1))
-    return numbers
+        submitted += found.tasks(job, numbers[-1])
+    return submitted
 
 
 def call(line: list[str], job: Job) -> str:

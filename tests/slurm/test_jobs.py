@@ -191,18 +191,19 @@ def test_doctor_sums_on_the_nodes_of_a_job(lab, folder):
 
 
 class Victim:
-    """A job of two nodes, one rank each, that is hurt in many ways."""
+    """A job of two or three nodes, one rank each, that is hurt in many ways."""
 
     def __init__(self, lab, recipe, run, sites):
         self.lab, self.run, self.folder = lab, run, run.parent
-        (self.number,) = submit(lab, recipe, run, "--nodes", 2, "--site", sites)
+        self.lost = []
+        (self.number,) = submit(lab, recipe, run, "--nodes", "2-3", "--site", sites)
 
     def log(self):
         return (self.run / f"job-{self.number}.log").read_text()
 
     def second_node(self):
         nodes = self.lab.call("scontrol", "show", "hostnames", self.lab.job(self.number)["NodeList"]).stdout.split()
-        return nodes[1]
+        return [node for node in nodes if node not in self.lost][1]
 
     def wait_for_new_steps(self, count, within_s=200):
         """Until this start has done some steps, and has a checkpoint."""
@@ -248,11 +249,12 @@ class Victim:
         self.lab.call("srun", *where, "--gpus-per-node=0", "kill", "-KILL", pid)
 
     def killed_node(self):
-        self.lost = self.second_node()
-        self.lab.kill_node(self.lost)
+        node = self.second_node()
+        self.lost.append(node)
+        self.lab.kill_node(node)
 
 
-WAYS = ["signal", "time_limit", "preemption", "requeue", "killed_rank", "killed_node"]
+WAYS = ["signal", "time_limit", "preemption", "requeue", "killed_rank", "killed_node", "killed_node"]
 
 
 @pytest.mark.timeout(900)
@@ -274,10 +276,13 @@ def test_whatever_ends_a_start_the_job_ends_as_if_nothing_had_been(lab, slow_rec
             assert refused.returncode == 2 and f"in use by Slurm job {job.number} " in refused.stderr, refused.stderr
     job.wait_for_start(len(WAYS) + 1)
     assert len(owners) == 1
+    assert [start["ranks"] for start in records(run, "start")] == [3] * 6 + [2, 3]  # the seventh start: in the same job
     facts = lab.job(job.number)
-    assert job.lost in facts["ExcNodeList"] and job.lost not in facts["NodeList"]
+    assert facts["Restarts"] == "6"
     (folder / "fast").touch()
-    lab.start_node(job.lost)
+    for node in job.lost:
+        assert node not in facts["NodeList"]
+        lab.start_node(node)
     assert lab.wait(job.number, 120)["JobState"] == "COMPLETED", job.log()
     assert [r["step"] for r in records(run, "step")] == list(range(STEPS))
     assert [r["attempt"] for r in records(run, "event") if r["event"] == "resume"] == list(range(1, len(WAYS) + 1))
@@ -285,7 +290,8 @@ def test_whatever_ends_a_start_the_job_ends_as_if_nothing_had_been(lab, slow_rec
     assert not (run / "owner.json").exists()
     log = job.log()
     assert log.count("asked to stop at a safe point") >= 2
-    assert "no rank said why" in log and f"lost {job.lost}; queued again without" in log
+    assert "no rank said why" in log and f"lost {job.lost[0]}; goes on with 2 nodes" in log
+    assert f"lost {job.lost[1]}; queued again without {','.join(job.lost)}" in log
 
 
 def test_a_failure_that_a_rank_explains_is_the_end(lab, exact_recipe, folder):
