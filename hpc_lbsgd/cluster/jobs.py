@@ -50,11 +50,13 @@ class Request:
             raise RequestError("--sweep with --resume: a sweep adds to the folder that --run names by itself")
         if self.resume and self.array and not self.run:
             raise RequestError("--array with --resume: name the folder of its runs with --run")
-        several = "--chain" if self.chain else "--sweep" if self.sweep else "--data" if self.data else None
-        if several and (least < most or self.spare):
+        several = [f"--{what}" for what in ("chain", "sweep", "data", "array") if getattr(self, what)]
+        if len(several) > 1:
+            raise RequestError(f"{several[0]} with {several[1]}: one of them")
+        if several and not self.array and (least < most or self.spare):
             raise RequestError(
-                f"{several}: each of its jobs has a number of nodes of its own; leave out --spare, and give --nodes "
-                f"as one number (got {self.nodes})"
+                f"{several[0]}: each of its jobs has a number of nodes of its own; leave out --spare, and give "
+                f"--nodes as one number (got {self.nodes})"
             )
         if self.grow_every_hours is not None and least == most:
             raise RequestError(f"--grow-every with --nodes {self.nodes}: say to how many it may grow, such as 4-32")
