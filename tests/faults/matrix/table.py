@@ -2,8 +2,9 @@
 
 import bits
 import deaths
+import elastic
 import fuzz
 import unlike
 import wrong
 
-ROWS = [*bits.ROWS, *deaths.ROWS, *wrong.ROWS, *unlike.ROWS, *fuzz.ROWS]
+ROWS = [*bits.ROWS, *deaths.ROWS, *wrong.ROWS, *unlike.ROWS, *elastic.ROWS, *fuzz.ROWS]
