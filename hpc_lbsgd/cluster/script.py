@@ -37,14 +37,18 @@ class Job:
     asked: dict[str, str] = field(default_factory=dict)  # sbatch's options, where the site's are not what is wanted
 
     @property
+    def takes_what_is_free(self) -> bool:
+        return self.least not in (None, self.nodes)
+
+    @property
     def outlives_nodes(self) -> bool:
-        return bool(self.spare or self.least not in (None, self.nodes))
+        return bool(self.spare) or self.takes_what_is_free
 
     @property
     def node_range(self) -> str:
         """As sbatch's --nodes has it."""
         most = self.nodes + self.spare
-        return f"{self.least}-{most}" if self.least not in (None, self.nodes) else str(most)
+        return f"{self.least}-{most}" if self.takes_what_is_free else str(most)
 
     @property
     def script_name(self) -> str:
@@ -77,7 +81,9 @@ def directives(job: Job, site: Site) -> Iterator[str]:
         "account": site.account,
         "qos": site.qos,
         "nodes": job.node_range,
-        "ntasks-per-node": 1 if job.one_task else site.ranks,
+        # Slurm (22.05) gives no more nodes than the fewest would have tasks: a range asks for cores instead
+        "ntasks-per-node": 1 if job.one_task else None if job.takes_what_is_free else site.ranks,
+        "mincpus": site.ranks * site.cores if job.takes_what_is_free else None,
         # not --gpus-per-task: every rank must see all GPUs of its node, for NCCL
         "gpus-per-node": site.gpus_per_node if site.gpus and not job.one_task else None,
         "cpus-per-task": site.cores * (site.ranks if job.one_task else 1),
@@ -127,6 +133,7 @@ def settings(job: Job, site: Site, python: str, body: str) -> Iterator[str]:
         "wrap": wrap,
         "max_restarts": site.max_restarts,
         "chain": job.stage,
+        "each": site.ranks if job.takes_what_is_free else "",
         "least": (job.least or job.nodes) if job.outlives_nodes else "",
         "most": job.nodes if job.outlives_nodes else "",
         "grow_every_s": job.grow_every_s,

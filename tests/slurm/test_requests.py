@@ -35,6 +35,8 @@ def test_a_range_of_nodes(nodes, spare, asked, least, most):
     lines = lines_of(nodes=nodes, spare=spare)
     assert {f"#SBATCH --nodes={asked}", f"least={least}", f"most={most}"} < set(lines)
     assert ("#SBATCH --no-kill" in lines) is bool(least)
+    assert ("#SBATCH --ntasks-per-node=8" in lines) is ("-" not in asked)
+    assert ({"#SBATCH --mincpus=8", "each=8"} < set(lines)) is ("-" in asked)
 
 
 def test_limits_are_slurms():

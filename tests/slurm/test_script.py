@@ -63,7 +63,7 @@ def elastic(folder, *starts, lost=True, nodes_here=4, **keys):
         (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >>asked\n{body}\n')
         (folder / name).chmod(0o755)
     job = Job("train", "x", nodes_here, [], "", **keys)
-    (folder / "job.sbatch").write_text(render(job, sites.Site(), str(folder / "python")))
+    (folder / "job.sbatch").write_text(render(job, sites.Site(ranks_per_node=2), str(folder / "python")))
     slurm = {**JOB, "SLURM_JOB_NODELIST": "n[1-2,9,4]", "SLURM_NTASKS": "8"}
     found = subprocess.run(
         ["bash", "job.sbatch", "r.yaml", "--run=run"], cwd=folder, capture_output=True, text=True, timeout=60,
@@ -82,8 +82,8 @@ EXPLAINED = 'printf \'{\n "status": "failed"\n}\n\' >run/status.json; echo n2 >s
 def test_ranks_start_again_on_the_nodes_that_are_left(tmp_path):
     said, starts, asked = elastic(tmp_path, "exit 137", DONE, least=3)
     assert "lost n9; goes on with 3 nodes" in said and "done: run" in said
-    assert "--nodes=4 --ntasks=8 --nodelist=n1,n2,n9,n4 " in starts[0]
-    assert "--nodes=3 --ntasks=6 --nodelist=n1,n2,n4 " in starts[1]
+    assert "--nodelist=n1,n2,n9,n4 --nodes=4 --ntasks=8 " in starts[0]
+    assert "--nodelist=n1,n2,n4 --nodes=3 --ntasks=6 " in starts[1]
     assert "scontrol requeue 9" not in asked
 
 
