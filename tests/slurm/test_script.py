@@ -47,9 +47,9 @@ def run_script(
     return found.returncode, found.stderr, (folder / "asked").read_text()
 
 
-def elastic(folder, *starts, lost=True, nodes_here=4, **keys):
+def elastic(folder, *starts, lost=True, nodes_here=4, up="", **keys):
     """What the script says, and what it asked of Slurm. Four nodes, two ranks each; `starts`: shell, one a start
-    of the ranks. lost: n9 answers no more."""
+    of the ranks. lost: n9 answers no more. up: what sinfo says."""
     (folder / "starts").write_text("0")
     for i, text in enumerate(starts, 1):
         (folder / f"start-{i}").write_text(text)
@@ -58,13 +58,14 @@ def elastic(folder, *starts, lost=True, nodes_here=4, **keys):
                  "n=$(($(cat starts) + 1)); echo $n >starts; . ./start-$n"),
         ("python", 'case "$*" in *" own "*) echo me ;; *" suspects "*) cat suspects 2>/dev/null ;; esac'),
         ("squeue", "echo RUNNING"),
-        ("scontrol", '[ "$2" != hostnames ] || printf "n1\\nn2\\nn9\\nn4\\n"'),
+        ("scontrol", '[ "$2" != hostnames ] || echo "$3" | tr , "\\n"'),
+        ("sinfo", f"printf '{up}'"),
     ):  # fmt: skip
         (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >>asked\n{body}\n')
         (folder / name).chmod(0o755)
     job = Job("train", "x", nodes_here, [], "", **keys)
     (folder / "job.sbatch").write_text(render(job, sites.Site(ranks_per_node=2), str(folder / "python")))
-    slurm = {**JOB, "SLURM_JOB_NODELIST": "n[1-2,9,4]", "SLURM_NTASKS": "8"}
+    slurm = {**JOB, "SLURM_JOB_NODELIST": "n1,n2,n9,n4", "SLURM_NTASKS": "8", "SLURM_JOB_PARTITION": "p"}
     found = subprocess.run(
         ["bash", "job.sbatch", "r.yaml", "--run=run"], cwd=folder, capture_output=True, text=True, timeout=60,
         env={**os.environ, **slurm, "PATH": f"{folder}:{os.environ['PATH']}"},
@@ -91,6 +92,15 @@ def test_with_too_few_nodes_left_the_job_is_queued_again_without_the_lost(tmp_pa
     said, starts, asked = elastic(tmp_path, "exit 137", least=4)
     assert "lost n9; queued again without n9" in said and len(starts) == 1
     assert "scontrol update JobId=9 ExcNodeList=n9" in asked
+
+
+@pytest.mark.parametrize("spare, kept", [("n5 idle", True), ("n5 down*", False)])
+def test_a_node_is_not_left_out_where_the_partition_has_too_few_without_it(spare, kept, tmp_path):
+    """n9 comes back, perhaps; without it the job would wait for ever."""
+    nodes = "\n".join(["n1 alloc", "n2 mix", "n4 comp", "n9 down*", spare]) + "\n"
+    said, _, asked = elastic(tmp_path, "exit 137", up=nodes.replace("\n", "\\n"))
+    assert ("scontrol update JobId=9 ExcNodeList=n9" in asked) is kept
+    assert said.rstrip().endswith("queued again without n9" if kept else "lost n9; queued again")
 
 
 def test_a_spare_node_takes_the_place_of_one_that_hung(tmp_path):
