@@ -15,8 +15,8 @@ those of a run on one rank that nothing disturbed, bit for bit; each step, epoch
     make faults PART=page                           # this page from that file
 
 An injection takes about 0.1 s in process, and 4 to 12 s with ranks, on two shared cores. Not in it yet: checkpoint
-writes that fail, two owners, signals, images that go in mid-run, network cuts, Slurm, soak, Horovod's ranks; and rows
-below whose count says `of` have not run whole.
+writes that fail, two owners, signals, images that go in mid-run, network cuts, soak, Horovod's ranks; and rows below
+whose count says `of` have not run whole. A job on a real Slurm that loses nodes: [elastic](elastic.md).
 
 What rows found, and what was mended: a changed bit in a manifest or in `state.json` was believed, and one ended the
 process; metrics with bytes that are no UTF-8 could not be read; a cross-check named both ranks of a wrong gradient in
