@@ -70,8 +70,8 @@ class Watched:
         for _ in range(count):
             self.lab.call("scancel", self.fillers.pop())
 
-    def submit(self, recipe: Path) -> None:
-        site = labs.site(self.folder, ranks_per_node=1, max_restarts=5)
+    def submit(self, recipe: Path, launcher: str) -> None:
+        site = labs.site(self.folder, ranks_per_node=1, max_restarts=5, launcher=launcher)
         words = ["--nodes", f"{LEAST}-{MOST}", "--spare", SPARE, "--grow-every", 15 / 3600, "--site", site]
         (self.number,) = labs.submit(self.lab, recipe, self.run, *words)
 
@@ -161,12 +161,13 @@ def one(rng: random.Random, folder: Path) -> Iterator[Injection]:
     reason = labs.why_not()
     hold(not reason, reason)
     lab = labs.start(folder)
+    launcher = rng.choice(("srun", "mpirun"))
     try:
         recipe = prepare(folder)
         whole = undisturbed(lab, recipe, folder)
         job = Watched(lab, folder)
         job.free(3)
-        job.submit(recipe)
+        job.submit(recipe, launcher)
         for event in EVENTS:
             job.under_way(rng.randint(4, 9))
             nodes, starts, queued = len(job.hosts()), len(job.records("start")), lab.job(job.number)["Restarts"]
@@ -178,7 +179,7 @@ def one(rng: random.Random, folder: Path) -> Iterator[Injection]:
             first = next(r for r in job.records("step") if r["step"] > last["step"])
             seconds = seconds_of(first["time"]) - seconds_of(last["time"]) - median([first["step_s"], last["step_s"]])
             place = "in the same job" if lab.job(job.number)["Restarts"] == queued else "queued again"
-            yield Injection(f"{what}, on {nodes} nodes", f"{len(job.hosts())} nodes, {place}", round(seconds, 1),
+            yield Injection(f"{what}, on {nodes} nodes, by {launcher}", f"{len(job.hosts())} nodes, {place}", round(seconds, 1),
                             last["step"] + 1 - start["step"], said_last(job))  # fmt: skip
         (folder / "fast").touch()
         state = lab.wait(job.number, 240)["JobState"]
