@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -158,8 +159,9 @@ EVENTS = (more_nodes, rank_node_dies, preemption, rank_hangs, batch_node_dies, m
 
 
 def one(rng: random.Random, folder: Path) -> Iterator[Injection]:
-    reason = labs.why_not()
-    hold(not reason, reason)
+    if reason := labs.why_not():
+        print(f"elastic: {reason}", file=sys.stderr)
+        return
     lab = labs.start(folder)
     launcher = rng.choice(("srun", "mpirun"))
     try:
@@ -179,8 +181,9 @@ def one(rng: random.Random, folder: Path) -> Iterator[Injection]:
             first = next(r for r in job.records("step") if r["step"] > last["step"])
             seconds = seconds_of(first["time"]) - seconds_of(last["time"]) - median([first["step_s"], last["step_s"]])
             place = "in the same job" if lab.job(job.number)["Restarts"] == queued else "queued again"
-            yield Injection(f"{what}, on {nodes} nodes, by {launcher}", f"{len(job.hosts())} nodes, {place}", round(seconds, 1),
-                            last["step"] + 1 - start["step"], said_last(job))  # fmt: skip
+            after = f"{len(job.hosts())} nodes by {launcher}, {place}"
+            lost = last["step"] + 1 - start["step"]
+            yield Injection(f"{what}, on {nodes} nodes", after, round(seconds, 1), lost, said_last(job))
         (folder / "fast").touch()
         state = lab.wait(job.number, 240)["JobState"]
         hold(state == "COMPLETED", state, job.log())
