@@ -15,6 +15,7 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.runs import RESUME
+from hpc_lbsgd.sections import GROWING
 from hpc_lbsgd.theory.schedule import Schedule
 
 VALUE = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"  # of an array: it names a folder
@@ -132,6 +133,14 @@ def training_jobs(name: str, recipe: Recipe, words: list[str], site: Site, run: 
         of_stage = -(-nodes * workers // pieces[0][0])
         jobs.append(Job("train", f"{plain_name(name)}.{i + 1}", of_stage, words_here, log, stage, str(i + 1), starts))
     return jobs
+
+
+def idle(recipe: Recipe, site: Site, request: Request) -> str | None:
+    """What to say where a job may get more ranks than there is work for."""
+    workers, ranks = recipe.batch.workers, request.range[1] * site.ranks
+    if workers == "per_rank" or workers >= ranks or recipe.schedule.kind in GROWING:
+        return None
+    return f"--nodes {request.nodes}: {ranks - workers} of {ranks} ranks have no work, for batch.workers = {workers}"
 
 
 def array(job: Job, run: str, key: str, values: list[str]) -> Job:

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,11 +19,11 @@ from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.scaling import run as scaling
 from hpc_lbsgd.bench.scaling.results import Folder
 from hpc_lbsgd.cluster import forecast, sites
-from hpc_lbsgd.cluster.jobs import Request, data_jobs, sweep_jobs, training_jobs
+from hpc_lbsgd.cluster.jobs import Request, data_jobs, idle, sweep_jobs, training_jobs
 from hpc_lbsgd.cluster.script import Job, plain_name, render, sbatch_line
 from hpc_lbsgd.cluster.submitted import SubmittedJob
 from hpc_lbsgd.errors import EXIT_DONE, RequestError, RunError
-from hpc_lbsgd.runs import as_word, choose_run
+from hpc_lbsgd.runs import RESUME, as_word, choose_run
 
 SBATCH_TIMEOUT_S = 60
 
@@ -34,7 +35,7 @@ class Prepared:
     jobs: list[Job]
     texts: list[str]  # their scripts
     run: str | None  # run folder; of an array, that of its runs
-    forecast: str | None = None
+    notes: list[str]  # for people
     asked: dict | None = None  # of a sweep
 
     def tasks(self, job: Job, number: str) -> list[SubmittedJob]:
@@ -65,22 +66,23 @@ def submit(recipe: str, settings: Sequence[str] = (), site: str = "generic", **r
     `jobs.Request`, as flags of the command are called: nodes="4-32", spare=1, time="2:00:00", run="runs/mine".
     Raises RequestError before anything is submitted, RunError where Slurm refuses the job.
     """
-    (job,) = submit_all(recipe, settings, site, Request(**request), most=1)
+    several = [key for key in ("array", "chain", "sweep", "data") if request.get(key)]
+    if several:
+        raise RequestError(f"{several[0]}: submit has one job; for arrays there is submit_array, else the command")
+    (job,) = submit_all(recipe, settings, site, request)
     return job
 
 
-def submit_array(recipe: str, array: str, settings: Sequence[str] = (), site: str = "generic", **request):
-    """Submit a job a value of a recipe's key, such as array="seed=0-4"; returns them in this order."""
-    return submit_all(recipe, settings, site, Request(array=array, **request))
-
-
-def submit_all(
-    recipe: str, settings: Sequence[str], site: str, request: Request, most: int | None = None
+def submit_array(
+    recipe: str, array: str, settings: Sequence[str] = (), site: str = "generic", **request
 ) -> list[SubmittedJob]:
-    found = prepare(str(recipe), list(settings), str(site), request)
-    if most and (len(found.jobs) > most or request.array):
-        raise RequestError("submit: one job; for an array there is submit_array, for others the command submit")
-    return queue(found)
+    """Submit a job a value of a recipe's key, such as array="seed=0-4"; returns them in this order."""
+    return submit_all(recipe, settings, site, {**request, "array": array})
+
+
+def submit_all(recipe: str, settings: Sequence[str], site: str, request: dict) -> list[SubmittedJob]:
+    resume = RESUME if request.get("resume") else None
+    return queue(prepare(str(recipe), list(settings), str(site), Request(**{**request, "resume": resume})))
 
 
 def prepare(name: str, settings: list[str], site_name: str, request: Request) -> Prepared:
@@ -94,7 +96,11 @@ def prepare(name: str, settings: list[str], site_name: str, request: Request) ->
         named = request.run and site.folder_of_run(request.run)
         # an array's runs are looked at below
         resume = None if request.array else request.resume
-        run = as_word(choose_run(label, named, resume, Path(site.folder_of_run(site.runs))).path)
+        runs = Path(site.folder_of_run(site.runs))
+        run = as_word(choose_run(label, named, resume, runs).path)
+        while not (named or resume) and Path(run).exists():  # another one was submitted in this second
+            time.sleep(0.1)
+            run = as_word(choose_run(label, named, resume, runs).path)
     if request.data:
         jobs = data_jobs(stem, recipe)
     elif request.sweep:
@@ -109,8 +115,8 @@ def prepare(name: str, settings: list[str], site_name: str, request: Request) ->
         choose_run(label, folder, request.resume)
     jobs = [replace(job, asked={**job.asked, **request.options()}) for job in jobs]
     texts = [render(job, site, sys.executable) for job in jobs]
-    told = forecast.said(recipe, site, request, run) if len(jobs) == 1 and not request.data else None
-    return Prepared(jobs, texts, run, told, asked)
+    told = [forecast.said(recipe, site, request, run), idle(recipe, site, request)] if len(jobs) == 1 and run else []
+    return Prepared(jobs, texts, run, [text for text in told if text], asked)
 
 
 def command(
@@ -118,8 +124,8 @@ def command(
 ) -> int:
     """`submit`: prints the jobs' numbers."""
     found = prepare(name, settings, site, request)
-    if found.forecast:
-        print(f"hpc-lbsgd: {found.forecast}", file=sys.stderr)
+    for note in found.notes:
+        print(f"hpc-lbsgd: {note}", file=sys.stderr)
     if dry_run:
         show(found, as_json)
         return EXIT_DONE

@@ -198,13 +198,25 @@ def test_a_job_from_python(slurm):
     assert job.state == "CANCELLED" and "scancel 7" in (slurm / "asked").read_text()
 
 
+def test_jobs_of_one_second_have_folders_of_their_own(slurm):
+    assert submit("goyal-resnet50").run != submit("goyal-resnet50").run
+
+
+def test_ranks_without_work_are_said():
+    def notes(nodes, *settings):
+        return submission.prepare("goyal-resnet50", list(settings), "generic", Request(nodes=nodes)).notes
+
+    assert notes("2-4", "batch.workers=16") == ["--nodes 2-4: 16 of 32 ranks have no work, for batch.workers = 16"]
+    assert notes("2-4", "batch.workers=32") == notes("2-4") == []
+
+
 def test_an_array_from_python_and_what_is_no_single_job(slurm):
     jobs = submit_array("goyal-resnet50", "seed=5,8", run="all")
     assert [(j.number, j.run, str(j.log)) for j in jobs] == [
         ("7_0", "all/seed=5", "all/job-7_0.log"),
         ("7_1", "all/seed=8", "all/job-7_1.log"),
     ]
-    with pytest.raises(RequestError, match="submit: one job"):
+    with pytest.raises(RequestError, match="array: submit has one job"):
         submit("goyal-resnet50", array="seed=5,8", run="other")
     found = command("submit", "goyal-resnet50", "--array", "seed=5,8", "--run", "more here")
     assert "report on all: hpc-lbsgd report 'more here'/seed=*" in found.stdout, found.stderr
