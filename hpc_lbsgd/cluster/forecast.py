@@ -21,7 +21,7 @@ def said(recipe: Recipe, site: Site, request: Request, run: str) -> str | None:
     folder = RunFolder(Path(run))
     rate, source = request.images_per_s, "as you say"
     if rate is None:
-        rate, source = rate_of(folder), f"as {run} did last"
+        rate, source = rate_of(folder), f"as {run} had"
     if rate is None:
         return None
     if folder.exists():
@@ -40,12 +40,11 @@ def said(recipe: Recipe, site: Site, request: Request, run: str) -> str | None:
         schedule = recipe.with_workers(ranks).build_schedule(samples)
         reached.append((step_after(schedule, done, ranks, rate, (end - now).total_seconds()), schedule))
     words = [f"step {step:,} of {s.steps:,} (epoch {epochs(s, step):.3g} of {s.epochs})" for step, s in reached]
-    what = (
-        words[0]
-        if request.range[0] == request.range[1]
-        else f"{words[0]} on {request.range[0]} nodes, {words[1]} on {request.range[1]}"
+    least, most = request.range
+    what = words[0] if least == most else f"{words[0]} on {least} nodes, {words[1]} on {most}"
+    return (
+        f"by {end:%Y-%m-%d %H:%M}, started now: {what}, at {rate:,.4g} images/s a rank {source}, waits for sums apart"
     )
-    return f"would have reached by {end:%Y-%m-%d %H:%M}, started now: {what}; at {rate:.3g} images/s a rank, {source}"
 
 
 def rate_of(folder: RunFolder) -> float | None:

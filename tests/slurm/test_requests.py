@@ -108,7 +108,7 @@ def test_what_will_have_been_reached_follows_from_a_rate():
     site = sites.Site(ranks_per_node=1)
     said = forecast.said(validate(SLOW), site, Request(nodes="2-4", time="20:00", images_per_s=2.0), "nowhere")
     assert "step 150 of 300 (epoch 5 of 10) on 2 nodes, step 300 of 300 (epoch 10 of 10) on 4" in said, said
-    assert "at 2 images/s a rank, as you say" in said
+    assert "at 2 images/s a rank as you say" in said
     soon = (datetime.now() + timedelta(minutes=10, seconds=2)).isoformat(timespec="seconds")
     request = Request(nodes=2, time="20:00", deadline=soon, images_per_s=2.0)
     assert "step 75 of 300" in forecast.said(validate(SLOW), site, request, "nowhere")
@@ -125,7 +125,7 @@ def test_a_run_that_goes_on_has_a_rate(tmp_path):
     folder.checkpoints.mkdir()
     (folder.checkpoints / "LATEST").write_text("step-00000100\n")
     said = forecast.said(validate(SLOW), sites.Site(ranks_per_node=1), Request(nodes=2, time="20"), str(tmp_path))
-    assert "step 250 of 300" in said and f"as {tmp_path} did last" in said
+    assert "step 250 of 300" in said and f"as {tmp_path} had" in said
 
 
 @pytest.mark.parametrize(
