@@ -73,7 +73,7 @@ class Watched:
 
     def submit(self, recipe: Path, launcher: str) -> None:
         site = labs.site(self.folder, ranks_per_node=1, max_restarts=5, launcher=launcher)
-        words = ["--nodes", f"{LEAST}-{MOST}", "--spare", SPARE, "--grow-every", 15 / 3600, "--site", site]
+        words = ["--nodes", f"{LEAST}-{MOST}", "--spare", SPARE, "--grow-every", 5 / 3600, "--site", site]
         (self.number,) = labs.submit(self.lab, recipe, self.run, *words)
 
     def log(self) -> str:
