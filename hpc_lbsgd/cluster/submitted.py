@@ -52,10 +52,10 @@ class SubmittedJob:
         if found is None or found.returncode:
             raise RunError(f"scancel {self.number}: {found.stderr.strip() if found else 'Slurm does not answer'}")
 
-    def result(self, timeout_s: float | None = None) -> dict:
+    def result(self, timeout_s: float | None = None, poll_s: float = 10.0) -> dict:
         """Wait for its end; returns {"status": what status.json says, "step": the last record of this kind, "eval": the
         same, ...}, a key a kind of record. Raises RunError for a job that failed, with what its run says about it."""
-        state = self.wait(timeout_s)
+        state = self.wait(timeout_s, poll_s)
         folder = RunFolder(self.run or ".")
         status = folder.status() or {}
         if state != "COMPLETED" or status.get("status") == "failed":
