@@ -112,7 +112,7 @@ def test_a_spare_node_takes_the_place_of_one_that_hung(tmp_path):
 @pytest.mark.parametrize("spare, ends", [(1, "goes on with 3 nodes"), (0, "queued again without n2")])
 def test_a_slow_node_is_left_out_at_the_next_stop(spare, ends, tmp_path):
     said, starts, _ = elastic(tmp_path, f"{STOPPED}; echo n2 >suspects", DONE, nodes_here=4 - spare, spare=spare)
-    assert f"stopped at a safe point; {ends}" in said and len(starts) == 1 + spare
+    assert f"stopped at a safe point, n2 slow; {ends}" in said and len(starts) == 1 + spare
 
 
 def test_a_failure_that_a_rank_explains_is_the_end_also_where_a_node_was_slow(tmp_path):
