@@ -88,6 +88,14 @@ def test_ranks_start_again_on_the_nodes_that_are_left(tmp_path):
     assert "scontrol requeue 9" not in asked
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_refusal_counts_where_all_nodes_answer(lost, tmp_path):
+    """mpirun refuses to start anything where a node is gone."""
+    said, starts, asked = elastic(tmp_path, "exit 2", DONE, least=3, lost=lost)
+    assert len(starts) == 1 + lost and ("lost n9; goes on with 3 nodes" in said) is lost
+    assert lost or "failed with 2, not queued again" in said
+
+
 def test_with_too_few_nodes_left_the_job_is_queued_again_without_the_lost(tmp_path):
     said, starts, asked = elastic(tmp_path, "exit 137", least=4)
     assert "lost n9; queued again without n9" in said and len(starts) == 1
