@@ -11,7 +11,6 @@ from pathlib import Path
 from hpc_lbsgd import __version__, completion, progress
 from hpc_lbsgd.arguments import (
     add_command,
-    nodes_sweep,
     positive,
     positive_float,
     step_range,
@@ -24,6 +23,7 @@ from hpc_lbsgd.arguments import (
     with_set,
 )
 from hpc_lbsgd.bench import commands as bench
+from hpc_lbsgd.cluster import commands as batch
 from hpc_lbsgd.complaints import complain, leave_to_rank_0
 from hpc_lbsgd.data import commands as data
 from hpc_lbsgd.errors import (
@@ -38,7 +38,7 @@ from hpc_lbsgd.errors import (
 from hpc_lbsgd.parallel import world
 from hpc_lbsgd.parallel.launchers import FLAVOURS
 from hpc_lbsgd.report import commands as reports
-from hpc_lbsgd.runs import RESUME, name_of
+from hpc_lbsgd.runs import name_of
 from hpc_lbsgd.signals import Steadfast
 from hpc_lbsgd.trained import commands as trained
 
@@ -91,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
     add_runs(command)
     reports.add(command)
     trained.add(command)
-    add_jobs(command)
+    add_launch(command)
+    batch.add(command)
     bench.add(commands)
     add_reproduce(command)
     p = command("completion", complete, help="what a shell reads to complete commands, flags, recipes and keys at TAB")
@@ -153,44 +154,13 @@ def add_runs(command) -> None:
     with_json(p)
 
 
-def add_jobs(command) -> None:
+def add_launch(command) -> None:
     p = command("launch", launch, help="compose and run the mpirun line of a job",
                 example="launch --np 8 -- train fashion-mnist --run runs/first")  # fmt: skip
     p.add_argument("--np", type=positive, required=True, dest="ranks", metavar="RANKS", help="ranks to start")
     with_hosts(p, FLAVOURS)
     p.add_argument("--dry-run", action="store_true", help="print the command and stop")
     p.add_argument("job", nargs=argparse.REMAINDER, help="-- train RECIPE ..., or -- preflight RECIPE")
-
-    p = command("submit", submit, help="render the sbatch job of a recipe for a site, and submit it",
-                example="submit goyal-resnet50 --nodes 32 --site my-site.yaml")  # fmt: skip
-    with_recipe(p)
-    p.add_argument(
-        "--nodes", type=positive, default=1, help="nodes; a chain: of the first stage (default: %(default)s)"
-    )
-    p.add_argument("--site", default="generic", help="a site file, or a shipped site's name (default: %(default)s)")
-    p.add_argument("--time", help="time limit of a job, as Slurm writes it (default: the site's)")
-    p.add_argument(
-        "--run", help="run folder (default: RECIPE-TIME in the site's folder of runs; with --resume the newest)"
-    )
-    p.add_argument(
-        RESUME, action="store_const", const=RESUME, help="go on with the run that is in --run; refused where none is"
-    )
-    what = p.add_mutually_exclusive_group()
-    what.add_argument("--chain", action="store_true", help="a job a stage, each with the nodes that its batch wants")
-    what.add_argument(
-        "--sweep", type=nodes_sweep, metavar="nodes=A,B", help="the scaling benchmark, a job a number; then its report"
-    )
-    what.add_argument("--data", action="store_true", help="list the recipe's data folders on a node, do not train")
-    p.add_argument("--rounds", type=positive, help="--sweep: rounds, as bench scaling has them")
-    p.add_argument("--steps", type=positive, help="--sweep: steps, as bench scaling has them")
-    how = p.add_mutually_exclusive_group()
-    how.add_argument("--dry-run", action="store_true", help="print the script and stop")
-    how.add_argument("--test-only", action="store_true", help="ask Slurm whether it would take the job, and stop")
-    with_json(p)
-
-    p = command("own", own, help="for batch scripts: take a run folder for this job, its ranks and its restarts")
-    p.add_argument("--run", required=True, help="run folder")
-    p.add_argument("--release", type=int, metavar="CODE", help="give it up: the job ends with CODE, for good")
 
 
 def add_reproduce(command) -> None:
@@ -337,23 +307,8 @@ def launch(args) -> int:
     return launches.launch(layout, inner, args.dry_run, args.mpi)
 
 
-def submit(args) -> int:
-    from hpc_lbsgd.cluster import submit as submits
-
-    keys = ("nodes", "run", "resume", "chain", "sweep", "rounds", "steps", "data", "dry_run", "test_only")
-    request = submits.Request(time_limit=args.time, **{key: getattr(args, key) for key in keys})
-    return submits.submit(args.recipe, args.settings, args.site, request, args.json)
-
-
 def complete(args) -> int:
     print(completion.script(args.shell))
-    return EXIT_DONE
-
-
-def own(args) -> int:
-    from hpc_lbsgd import owner
-
-    owner.own(args.run, args.release)
     return EXIT_DONE
 
 

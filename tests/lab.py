@@ -283,17 +283,18 @@ def log_of(lab, number):
 
 
 class Victim:
-    """A job of two nodes, one rank each, that is hurt in many ways."""
+    """A job of two or three nodes, one rank each, that is hurt in many ways. lost: nodes that died on the way."""
 
     def __init__(self, lab: Lab, run: Path, number: int | str):
         self.lab, self.run, self.folder, self.number = lab, run, run.parent, number
+        self.lost: list[str] = []
 
     def log(self) -> str:
         return log_of(self.lab, self.number)
 
     def second_node(self) -> str:
         nodes = self.lab.call("scontrol", "show", "hostnames", self.lab.job(self.number)["NodeList"]).stdout.split()
-        return nodes[1]
+        return [node for node in nodes if node not in self.lost][1]
 
     def wait_for_new_steps(self, count, within_s=200):
         """Until this start has done some steps, and has a checkpoint."""
@@ -339,5 +340,6 @@ class Victim:
         self.lab.call("srun", *where, "--gpus-per-node=0", "kill", "-KILL", pid)
 
     def killed_node(self):
-        self.lost = self.second_node()
-        self.lab.kill_node(self.lost)
+        node = self.second_node()
+        self.lost.append(node)
+        self.lab.kill_node(node)

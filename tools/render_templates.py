@@ -1,9 +1,9 @@
-"""Writes the site's part of slurm/*.sbatch as `submit --site generic` would: run it after a change of submit.py."""
+"""Writes the site's part of slurm/*.sbatch as `submit --site generic` would: run it after a change of script.py."""
 
 from pathlib import Path
 
 from hpc_lbsgd.cluster import sites
-from hpc_lbsgd.cluster.submit import Job, render
+from hpc_lbsgd.cluster.script import Job, render
 
 FOLDER = Path(__file__).parents[1] / "slurm"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.signals import ASKED, STOPS, say
 
+SPARE_NODES = "HPC_LBSGD_SPARE_NODES"  # from a batch script: how many it has
 LOOK_EVERY_S = 1.0  # a look at a parallel file system is not free
 
 
@@ -50,3 +52,7 @@ class Stops:
             self._looked = time.monotonic()
             self._asked = self._asked or self._folder.stop_file.exists()
         return self._asked
+
+    def for_spare(self) -> None:
+        """A node is slow: where the job has a spare one, its script starts the ranks again with that in its place."""
+        self._asked = self._asked or int(os.environ.get(SPARE_NODES) or 0) > 0

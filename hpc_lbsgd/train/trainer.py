@@ -198,6 +198,8 @@ class Trainer:
         self.journal.step(point, outcome, seconds, **more)
         for event, facts in self.slow.step(outcome.own_s, point.global_batch / self.engine.size):
             self.journal.event(event, step=point.step, **facts)
+            if event == "slow":
+                self.stops.for_spare()
         if outcome.flushed and outcome.flushed > max(verdict.FLUSHED_WARN, 2 * self.flushed_said):
             self._say_lost(point, outcome.flushed)
 
@@ -326,12 +328,13 @@ class Trainer:
         self.journal.sync()
         raise RunError(message, everywhere=True)
 
-    def _on_stall(self, message: str, speaks: bool) -> None:
+    def _on_stall(self, message: str, speaks: bool, hosts: list[str]) -> None:
         """From the watchdog's thread. One rank speaks for those alive, all of them end the job."""
         if speaks:
             print(f"hpc-lbsgd: {message}", file=sys.stderr, flush=True)
             # nothing says that it is the run's fault: a batch script queues the job again
             facts = {"rank": self.engine.rank, "host": socket.gethostname(), "crashed": True, "error": message}
+            facts["stalest_hosts"] = hosts  # which it then leaves out
             # a file system that hangs would hang this too, and the job is to end
             claim = threading.Thread(target=self.folder.claim_failure, kwargs=facts, daemon=True)
             claim.start()
@@ -341,7 +344,7 @@ class Trainer:
     def _on_stuck(self, message: str) -> None:
         """From the writer's deadline: rank 0 alone writes."""
         where = f"rank {self.engine.rank} on {socket.gethostname()}"
-        self._on_stall(f"{where}: {message}", True)
+        self._on_stall(f"{where}: {message}", True, [])
 
     # ---------------------------------------------------------------- end
 

@@ -21,16 +21,15 @@ from hpc_lbsgd.records import RunFolder
 # Phases that may take long while every rank beats, in stall timeouts: the ranks that wait for one of them are no stall.
 # A thread beats where a write hangs, so a checkpoint has an end of its own.
 LONG = {"start": math.inf, "compile": math.inf, "evaluation": math.inf, "checkpoint": 10.0}
+OnStall = Callable[[str, bool, list[str]], None]
 EXEMPT = "end"  # ranks leave, and need not beat
 
 
 class Watchdog:
-    """Beats every few seconds, and calls `on_stall(message, speaks)` when nothing moved for `timeout_s`: all
-    ranks that are alive notice, the first of them speaks."""
+    """Beats every few seconds, and calls `on_stall(message, speaks, hosts)` when nothing moved for `timeout_s`: all
+    ranks that are alive notice, the first of them speaks. hosts: those of the stalest ranks, as far as known."""
 
-    def __init__(
-        self, folder: RunFolder, rank: int, size: int, timeout_s: float, on_stall: Callable[[str, bool], None]
-    ):
+    def __init__(self, folder: RunFolder, rank: int, size: int, timeout_s: float, on_stall: OnStall):
         self.folder, self.rank, self.size, self.timeout_s, self.on_stall = folder, rank, size, timeout_s, on_stall
         self.interval_s = min(5.0, timeout_s / 4)
         self._state = ("start", 0)
@@ -96,7 +95,8 @@ class Watchdog:
             speaks = self.rank == min(set(range(self.size)) - set(silent))
             if not speaks:
                 self._beat_for(2 * self.interval_s)  # let the one that speaks be heard
-            self.on_stall(self._diagnosis(silent, beats), speaks)
+            message, hosts = self._diagnosis(silent, beats)
+            self.on_stall(message, speaks, hosts)
             return
 
     def _takes_long(self, beats: dict[int, dict]) -> bool:
@@ -122,8 +122,8 @@ class Watchdog:
         silent = [r for r in others if second.get(r, {}).get("beat") == first.get(r, {}).get("beat")]
         return silent, second
 
-    def _diagnosis(self, silent: list[int], beats: dict[int, dict]) -> str:
-        """Who holds the job up: ranks that no longer beat, else those that do not wait for others."""
+    def _diagnosis(self, silent: list[int], beats: dict[int, dict]) -> tuple[str, list[str]]:
+        """Who holds the job up, in words and by host: ranks that no longer beat, else those that do not wait."""
         waited_s = self.timeout_s
         if silent:
             stalest, why = silent, "no heartbeat: stopped, swapped out, or its node is gone"
@@ -141,7 +141,8 @@ class Watchdog:
             for r in stalest[:8]
         )
         more = f" and {len(stalest) - 8} more" if len(stalest) > 8 else ""
-        return (
+        message = (
             f"no step for {waited_s:g} s (machine.stall_timeout_s). Stalest: {named}{more}: {why}. "
             "The job ends here; start it again with --resume"
         )
+        return message, sorted({beats[r]["host"] for r in stalest if r in beats})

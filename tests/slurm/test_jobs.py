@@ -190,14 +190,14 @@ def test_doctor_sums_on_the_nodes_of_a_job(lab, folder):
 # ---------------------------------------------------------------- life-cycle
 
 
-WAYS = ["signal", "time_limit", "preemption", "requeue", "killed_rank", "killed_node"]
+WAYS = ["signal", "time_limit", "preemption", "requeue", "killed_rank", "killed_node", "killed_node"]
 
 
 @pytest.mark.timeout(900)
 def test_whatever_ends_a_start_the_job_ends_as_if_nothing_had_been(lab, slow_recipe, folder):
     run = folder / "hurt"
     recipe = write_recipe(folder / "hurt.yaml", slow_recipe)
-    job = Victim(lab, run, *submit(lab, recipe, run, "--nodes", 2, "--site", site(folder, "two", ranks_per_node=1)))
+    job = Victim(lab, run, *submit(lab, recipe, run, "--nodes", "2-3", "--site", site(folder, "two", ranks_per_node=1)))
     owners = set()
     for count, way in enumerate(WAYS, 1):
         job.wait_for_start(count)
@@ -212,10 +212,12 @@ def test_whatever_ends_a_start_the_job_ends_as_if_nothing_had_been(lab, slow_rec
             assert refused.returncode == 2 and f"in use by Slurm job {job.number} " in refused.stderr, refused.stderr
     job.wait_for_start(len(WAYS) + 1)
     assert len(owners) == 1
+    assert [start["ranks"] for start in records(run, "start")] == [3] * 6 + [2, 3]  # the seventh start: in the same job
     facts = lab.job(job.number)
-    assert job.lost in facts["ExcNodeList"] and job.lost not in facts["NodeList"]
     (folder / "fast").touch()
-    lab.start_node(job.lost)
+    for node in job.lost:
+        assert node not in facts["NodeList"]
+        lab.start_node(node)
     assert lab.wait(job.number, 120)["JobState"] == "COMPLETED", job.log()
     assert [r["step"] for r in records(run, "step")] == list(range(STEPS))
     assert [r["attempt"] for r in records(run, "event") if r["event"] == "resume"] == list(range(1, len(WAYS) + 1))
@@ -223,7 +225,8 @@ def test_whatever_ends_a_start_the_job_ends_as_if_nothing_had_been(lab, slow_rec
     assert not (run / "owner.json").exists()
     log = job.log()
     assert log.count("asked to stop at a safe point") >= 2
-    assert "no rank said why" in log and f"lost {job.lost}; queued again without" in log
+    assert "no rank said why" in log and f"lost {job.lost[0]}; goes on with 2 nodes" in log
+    assert f"lost {job.lost[1]}; queued again without {','.join(job.lost)}" in log
 
 
 def test_a_failure_that_a_rank_explains_is_the_end(lab, exact_recipe, folder):

@@ -7,31 +7,125 @@ import pytest
 
 from hpc_lbsgd import yaml12
 from hpc_lbsgd.cluster import sites
-from hpc_lbsgd.cluster.submit import Job, render
+from hpc_lbsgd.cluster.script import Job, render
 
 JOB = {"SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1",
        "SLURMD_NODENAME": "n1"}  # fmt: skip
 ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
 
 
-def run_script(folder, status="", code=0, text="{gpus_per_node: 8}", python="true", run="run", more=(), **env):
+def run_script(
+    folder,
+    status="",
+    code=0,
+    text="{gpus_per_node: 8}",
+    python="true",
+    run="run",
+    more=(),
+    result="run",
+    job=None,
+    **env,
+):
     """(exit code, what it said). Slurm's controller is away for the first two questions; `asked` has all of them."""
-    result = f'printf \'{{\n "status": "{status}"\n}}\n\' >run/status.json; ' if status else ""
+    ended = f'printf \'{{\n "status": "{status}"\n}}\n\' >./{result}/status.json; ' if status else ""
     for name, body in (
-        ("srun", f'case "$*" in *" true") exit 0 ;; *" own "*) echo me; exit 0 ;; esac\n{result}exit {code}'),
+        ("srun", f'case "$*" in *" true") exit 0 ;; *" own "*) echo me; exit 0 ;; esac\n{ended}exit {code}'),
         ("squeue", "n=$(cat n 2>/dev/null || echo 0); echo $((n+1)) >n\n[ $n -gt 1 ] || exit 1; echo RUNNING"),
-        ("scontrol", '[ "$1" != ping ] || { [ "$(cat n)" -gt 1 ]; exit; }\n[ "$1" != hostnames ] || echo n1'),
+        ("scontrol", '[ "$1" != ping ] || { [ "$(cat n)" -gt 1 ]; exit; }\n[ "$2" != hostnames ] || echo n1'),
     ):
         (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >>asked\n{body}\n')
         (folder / name).chmod(0o755)
     (folder / "job.sbatch").write_text(
-        render(Job("train", "x", 1, [], ""), sites.Site.model_validate(yaml12.mapping(text, "site")), python)
+        render(
+            Job("train", "x", 1, [], "", **(job or {})), sites.Site.model_validate(yaml12.mapping(text, "site")), python
+        )
     )
     found = subprocess.run(
         ["bash", "job.sbatch", "r.yaml", f"--run={run}", *more], cwd=folder, capture_output=True, text=True, timeout=60,
         env={**os.environ, **JOB, **env, "PATH": f"{folder}:{os.environ['PATH']}"},
     )  # fmt: skip
     return found.returncode, found.stderr, (folder / "asked").read_text()
+
+
+def elastic(folder, *starts, lost=True, nodes_here=4, up="", **keys):
+    """What the script says, and what it asked of Slurm. Four nodes, two ranks each; `starts`: shell, one a start
+    of the ranks. lost: n9 answers no more. up: what sinfo says."""
+    (folder / "starts").write_text("0")
+    for i, text in enumerate(starts, 1):
+        (folder / f"start-{i}").write_text(text)
+    for name, body in (
+        ("srun", f'case "$*" in *"n9 true") exit {int(lost)} ;; *" true"|*"bash -c"*) exit 0 ;; esac\n'
+                 "n=$(($(cat starts) + 1)); echo $n >starts; . ./start-$n"),
+        ("python", 'case "$*" in *" own "*) echo me ;; *" suspects "*) cat suspects 2>/dev/null ;; esac'),
+        ("squeue", "echo RUNNING"),
+        ("scontrol", '[ "$2" != hostnames ] || echo "$3" | tr , "\\n"'),
+        ("sinfo", f"printf '{up}'"),
+    ):  # fmt: skip
+        (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >>asked\n{body}\n')
+        (folder / name).chmod(0o755)
+    job = Job("train", "x", nodes_here, [], "", **keys)
+    (folder / "job.sbatch").write_text(render(job, sites.Site(ranks_per_node=2), str(folder / "python")))
+    slurm = {**JOB, "SLURM_JOB_NODELIST": "n1,n2,n9,n4", "SLURM_NTASKS": "8", "SLURM_JOB_PARTITION": "p"}
+    found = subprocess.run(
+        ["bash", "job.sbatch", "r.yaml", "--run=run"], cwd=folder, capture_output=True, text=True, timeout=60,
+        env={**os.environ, **slurm, "PATH": f"{folder}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    asked = (folder / "asked").read_text().splitlines()
+    return found.stderr, [line for line in asked if " train " in line], asked
+
+
+DONE = 'printf \'{\n "status": "done"\n}\n\' >run/status.json'
+STOPPED = DONE.replace("done", "stopped")
+HUNG = 'printf \'{\n "status": "failed",\n "crashed": true\n}\n\' >run/status.json; echo n2 >suspects; exit 1'
+EXPLAINED = 'printf \'{\n "status": "failed"\n}\n\' >run/status.json; echo n2 >suspects; exit 1'
+
+
+def test_ranks_start_again_on_the_nodes_that_are_left(tmp_path):
+    said, starts, asked = elastic(tmp_path, "exit 137", DONE, least=3)
+    assert "lost n9; goes on with 3 nodes" in said and "done: run" in said
+    assert "--nodelist=n1,n2,n9,n4 --nodes=4 --ntasks=8 " in starts[0]
+    assert "--nodelist=n1,n2,n4 --nodes=3 --ntasks=6 " in starts[1]
+    assert "scontrol requeue 9" not in asked
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_refusal_counts_where_all_nodes_answer(lost, tmp_path):
+    """mpirun refuses to start anything where a node is gone."""
+    said, starts, asked = elastic(tmp_path, "exit 2", DONE, least=3, lost=lost)
+    assert len(starts) == 1 + lost and ("lost n9; goes on with 3 nodes" in said) is lost
+    assert lost or "failed with 2, not queued again" in said
+
+
+def test_with_too_few_nodes_left_the_job_is_queued_again_without_the_lost(tmp_path):
+    said, starts, asked = elastic(tmp_path, "exit 137", least=4)
+    assert "lost n9; queued again without n9" in said and len(starts) == 1
+    assert "scontrol update JobId=9 ExcNodeList=n9" in asked
+
+
+@pytest.mark.parametrize("spare, kept", [("n5 idle", True), ("n5 down*", False)])
+def test_a_node_is_not_left_out_where_the_partition_has_too_few_without_it(spare, kept, tmp_path):
+    """n9 comes back, perhaps; without it the job would wait for ever."""
+    nodes = "\n".join(["n1 alloc", "n2 mix", "n4 comp", "n9 down*", spare]) + "\n"
+    said, _, asked = elastic(tmp_path, "exit 137", up=nodes.replace("\n", "\\n"))
+    assert ("scontrol update JobId=9 ExcNodeList=n9" in asked) is kept
+    assert said.rstrip().endswith("queued again without n9" if kept else "lost n9; queued again")
+
+
+def test_a_spare_node_takes_the_place_of_one_that_hung(tmp_path):
+    said, starts, asked = elastic(tmp_path, HUNG, DONE, nodes_here=2, least=2, spare=2)
+    assert "--nodelist=n1,n2 " in starts[0] and "--nodelist=n1,n4 " in starts[1], starts
+    assert "lost n2,n9; goes on with 2 nodes" in said  # the other spare was no help
+
+
+@pytest.mark.parametrize("spare, ends", [(1, "goes on with 3 nodes"), (0, "queued again without n2")])
+def test_a_slow_node_is_left_out_at_the_next_stop(spare, ends, tmp_path):
+    said, starts, _ = elastic(tmp_path, f"{STOPPED}; echo n2 >suspects", DONE, nodes_here=4 - spare, spare=spare)
+    assert f"stopped at a safe point, n2 slow; {ends}" in said and len(starts) == 1 + spare
+
+
+def test_a_failure_that_a_rank_explains_is_the_end_also_where_a_node_was_slow(tmp_path):
+    said, starts, _ = elastic(tmp_path, EXPLAINED, least=2, lost=False)
+    assert "failed with 1, not queued again" in said and len(starts) == 1
 
 
 def test_a_controller_that_is_away_is_asked_again_and_of_an_array_about_this_task_alone(tmp_path):
@@ -51,6 +145,12 @@ def test_in_a_container_of_pyxis_python_is_looked_for_inside(tmp_path):
     text = "{container: {runtime: pyxis, image: x.sqsh}, python: /in/the/image/python}"
     code, said, asked = run_script(tmp_path, "done", text=text)
     assert code == 0 and "--container-image=x.sqsh /in/the/image/python" in asked, said
+
+
+def test_a_task_of_an_array_has_its_value_and_its_run(tmp_path):
+    job = {"array_key": "optim.base_lr", "array_values": ["0.1", "0.2"]}
+    code, said, asked = run_script(tmp_path, "done", run="-x", result="'-x/optim.base_lr=0.2'", job=job, **ARRAY)
+    assert code == 0 and "--set optim.base_lr=0.2 --run ./-x/optim.base_lr=0.2 --resume-if-exists" in asked, said
 
 
 def test_a_run_folder_may_begin_with_a_dash(tmp_path):

@@ -11,8 +11,9 @@ import pytest
 from conftest import command
 
 from hpc_lbsgd import yaml12
-from hpc_lbsgd.cluster import sites, submit
-from hpc_lbsgd.cluster.submit import Job, Request, render
+from hpc_lbsgd.cluster import jobs, script, sites
+from hpc_lbsgd.cluster.jobs import Request
+from hpc_lbsgd.cluster.script import Job, render
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import read, validate
 
@@ -55,8 +56,8 @@ def test_golden_on_the_lab(nodes):
 
 
 def test_golden_of_a_rich_site(tmp_path):
-    job = Job("train", "resnet.2", 4, [], "", "2 of 3")
-    golden("train-rich.sbatch", render(job, site(RICH, tmp_path), "/opt/my env/python", "2-00:00:00"))
+    job = Job("train", "resnet.2", 4, [], "", "2 of 3", asked={"time": "2-00:00:00"})
+    golden("train-rich.sbatch", render(job, site(RICH, tmp_path), "/opt/my env/python"))
 
 
 def test_golden_data():
@@ -72,8 +73,8 @@ def test_golden_scaling(nodes):
 
 def test_golden_scaling_and_allreduce_of_a_rich_site(tmp_path):
     for name in ("scaling", "allreduce"):
-        job = Job(name, "resnet", 4, [], "")
-        golden(f"{name}-rich.sbatch", render(job, site(RICH, tmp_path), "/opt/my env/python", "2-00:00:00"))
+        job = Job(name, "resnet", 4, [], "", asked={"time": "2-00:00:00"})
+        golden(f"{name}-rich.sbatch", render(job, site(RICH, tmp_path), "/opt/my env/python"))
 
 
 def test_golden_report():
@@ -151,7 +152,7 @@ def test_unknown_site_names_those_there_are():
 
 
 def header(text):
-    return text.split(submit.BEGIN)[1].split(submit.END)[0]
+    return text.split(script.BEGIN)[1].split(script.END)[0]
 
 
 def run_header(text, folder):
@@ -272,7 +273,9 @@ def test_what_a_start_of_the_script_says_about_its_run(there, words, flag, tmp_p
 for word; do echo "$word"; done >"$LOG"
 echo ' "status": "done"' >"$RUN/status.json"
 """)
-    srun.chmod(0o755)
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho n1\n")
+    for program in ("srun", "scontrol"):
+        (tmp_path / program).chmod(0o755)
     script = tmp_path / "job.sbatch"
     script.write_text(render(Job("train", "x", 1, [], ""), sites.read("lab"), "true"))
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1"}
@@ -292,7 +295,7 @@ def test_a_rank_that_was_named_as_hung_queues_the_job_again(crashed, code, tmp_p
     for name, text in (
         ("srun", f"case \"$*\" in *true) exit 0 ;; esac\nprintf '%s\\n' '{status}' >{run}/status.json\nexit 1"),
         ("squeue", "echo RUNNING"),
-        ("scontrol", f'[ "$1" = requeue ] && echo "$2" >>{asked}; [ "$1" != hostnames ] || echo n1'),
+        ("scontrol", f'[ "$1" = requeue ] && echo "$2" >>{asked}; [ "$2" != hostnames ] || echo n1'),
     ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\nexit 0\n")
         (tmp_path / name).chmod(0o755)
@@ -308,7 +311,7 @@ def test_a_rank_that_was_named_as_hung_queues_the_job_again(crashed, code, tmp_p
 
 def chain(recipe, nodes, text="{gpus_per_node: 8}", resume=None, run="run"):
     lab = sites.Site.model_validate(yaml12.mapping(text, "lab"))
-    return submit.training_jobs("r", recipe, ["r.yaml"], lab, run, Request(nodes=nodes, resume=resume, chain=True))
+    return jobs.training_jobs("r", recipe, ["r.yaml"], lab, run, Request(nodes=nodes, resume=resume, chain=True))
 
 
 def test_a_chain_has_the_nodes_that_each_stage_wants():

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.train.slow import HELD, WINDOW, SlowRanks
+from hpc_lbsgd.train.stops import SPARE_NODES, Stops
 
 
 def told(times, samples=8.0, ranks=None):
@@ -50,3 +52,14 @@ def test_ranks_that_take_turns_in_being_slow_do_not_fill_the_log():
         slow = int(rng.integers(2))
         steps += [tuple(0.02 if r == slow else 0.002 for r in range(2))] * int(rng.integers(5, 16))
     assert len(told(steps)) < len(steps) / 30
+
+
+@pytest.mark.parametrize("spare, stops", [("1", True), ("0", False), (None, False)])
+def test_a_slow_node_is_worth_a_stop_where_another_stands_by(spare, stops, monkeypatch, tmp_path):
+    monkeypatch.delenv(SPARE_NODES, raising=False)
+    if spare:
+        monkeypatch.setenv(SPARE_NODES, spare)
+    found = Stops(alone=False)
+    found.watch(RunFolder(tmp_path), lead=True)
+    found.for_spare()
+    assert found.asked() is stops

@@ -1,6 +1,7 @@
 """A rank that stops is named in every phase; a phase that takes long is none of the watchdog's business."""
 
 import queue
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -21,9 +22,10 @@ def test_a_silent_rank_is_named(tmp_path, phase):
     gone.stop()
     there = Watchdog(folder, 0, 2, TIMEOUT_S, lambda *said: heard.put(said))
     there.enter(phase, 3)
-    message, speaks = heard.get(timeout=30)
+    message, speaks, hosts = heard.get(timeout=30)
     there.stop()
     assert speaks and "Stalest: rank 1 on" in message and "no heartbeat" in message
+    assert hosts == [socket.gethostname()]
 
 
 def test_long_phases_may_take_long_where_all_beat(tmp_path):
@@ -35,7 +37,7 @@ def test_long_phases_may_take_long_where_all_beat(tmp_path):
         with pytest.raises(queue.Empty):
             heard.get(timeout=5 * TIMEOUT_S)
     ranks[1].enter("data", 2)  # and this one holds up the other
-    message, _ = heard.get(timeout=30)
+    message, *_ = heard.get(timeout=30)
     for rank in ranks:
         rank.stop()
     assert "Stalest: rank 1 on" in message and "alive, in phase 'data' of step 2" in message
@@ -76,7 +78,7 @@ def test_ranks_that_wait_for_a_checkpoint_wait_as_long_as_it_may_take(tmp_path, 
     heard = queue.Queue()
 
     def on_stall(rank):
-        return lambda message, speaks: heard.put((rank, message, speaks))
+        return lambda message, speaks, _: heard.put((rank, message, speaks))
 
     ranks = [Watchdog(RunFolder(tmp_path), r, 2, TIMEOUT_S, on_stall(r)) for r in (0, 1)]
     ranks[0].enter("checkpoint", 3)

@@ -18,8 +18,8 @@ nothing disturbed, bit for bit; each step, epoch and evaluation is on record onc
     make faults PART=page                           # this page from that file
 
 One seed is one chain of injections, and the same chain again; timing between processes is the machine's. A chain is on
-record as a whole or not at all. Rows whose count says `of` have not run whole. What is not in it: a soak of many
-hours, fuzzed shard indexes, checkpoints and metrics, GPUs, more than one machine.
+record as a whole or not at all. Rows whose count says `of` have not run whole. A job on a real Slurm that loses nodes:
+[elastic](elastic.md). What is not in it: fuzzed shard indexes, checkpoints and metrics, GPUs, more than one machine.
 
 What rows found is mended, with a test each:
 

@@ -56,8 +56,9 @@ class Hurt(Victim):
 
     def node_hangs(self) -> None:
         """Every process of it stops: its heart beats no more, and nobody hears that it died."""
-        self.lost = self.second_node()
-        space = f"/proc/{self.lab.init_of(self.lost)}/ns/pid"
+        node = self.second_node()
+        self.lost.append(node)
+        space = f"/proc/{self.lab.init_of(node)}/ns/pid"
         each = f'for p in /proc/[0-9]*; do [ "$(readlink $p/ns/pid)" = "$(readlink {space})" ]'
         self.lab.call("bash", "-c", each + " && kill -STOP ${p#/proc/}; done; true")
 
@@ -127,10 +128,10 @@ def one(rng: random.Random, _: Path) -> Iterator[Injection]:
         took = time.monotonic() - begun
         if way in ("killed_node", "node_hangs"):
             facts = running.job(owner)
-            hold(job.lost not in facts["NodeList"], f"{way}: {job.lost} again", job.log())
+            hold(job.lost[-1] not in facts["NodeList"], f"{way}: {job.lost[-1]} again", job.log())
             if way == "node_hangs":
-                running.kill_node(job.lost)
-            running.start_node(job.lost)
+                running.kill_node(job.lost[-1])
+            running.start_node(job.lost.pop())
         yield Injection(f"{WAYS[way]}, after {steps} steps of start {count}", "queued again, goes on", round(took, 1),
                         max(done - runs.resumed_at(run), 0), job.log_file.read_text().splitlines()[-1])  # fmt: skip
     (folder / "fast").touch()

@@ -3,6 +3,7 @@
 import bits
 import deaths
 import disks
+import elastic
 import fuzz
 import images
 import network
@@ -24,4 +25,5 @@ ROWS = [
     *network.ROWS,
     *fuzz.ROWS,
     *slurm_lab.ROWS,
+    *elastic.ROWS,
 ]
