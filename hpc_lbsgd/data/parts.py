@@ -24,6 +24,10 @@ from hpc_lbsgd.records import write_atomically
 VERSION = 1  # of what rows mean; another one makes all pieces stale
 
 
+class Unread(str):
+    """What is wrong with a file that could not be read: with the storage, perhaps, and not with the file."""
+
+
 class Share(NamedTuple):
     """One of `count` parts of some work, numbered from 0."""
 
@@ -85,6 +89,8 @@ def kept(folder: str, function: Callable, identity: Callable, arguments: tuple) 
         return [row if isinstance(row, str) else tuple(row) for row in json.loads(path.read_bytes())]
     except (OSError, ValueError):
         made = function(*arguments)
+    if any(isinstance(row, Unread) for row in made):
+        return made  # looked at again when it is asked for again
     if Path(folder).is_dir():  # else another process has ended the same work
         write_atomically(path, json.dumps(made))
     return made
