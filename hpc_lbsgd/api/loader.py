@@ -49,10 +49,12 @@ class Loader:
         channels_last: bool = False,
         **keys: Any,
     ):
-        self._data = validated(Data, {"train": str(path), **keys}, "lb.Loader")
+        self._data = validated(Data, {**keys, "train": str(path)}, "lb.Loader")
         self._manifest = Manifest(find(path))
         loaders.check_sizes(self._data, self._manifest, train=True)
         self.shuffle = GlobalShuffle(len(self._manifest), schedule, seed, start, rank, size)
+        if self.shuffle.rank == 0:
+            self._manifest.check_files()
         self.classes: list[str] = list(self._manifest.classes)
         world = begun()
         self._threads = threads or min(8, worlds.cores_per_rank(world.local_size if world else 1))
