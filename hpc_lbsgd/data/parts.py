@@ -8,6 +8,7 @@ changed meanwhile has another digest, and is looked at anew. The folder goes whe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -91,7 +92,7 @@ def kept(folder: str, function: Callable, identity: Callable, arguments: tuple) 
         made = function(*arguments)
     if any(isinstance(row, Unread) for row in made):
         return made  # looked at again when it is asked for again
-    if Path(folder).is_dir():  # else another process has ended the same work
+    with contextlib.suppress(FileNotFoundError):  # another process has ended the same work, and removed the folder
         write_atomically(path, json.dumps(made))
     return made
 
