@@ -125,7 +125,7 @@ class Watch:
     def others(self) -> list[tuple[int, int]]:
         """Of what no step changes, as it is now: another value after any change."""
         now = [held.by.get(held.key) for held in self._others]
-        return [(id(tensor), -1 if tensor is None else tensor._version) for tensor in now]
+        return [(id(t), -1 if t is None or t.is_inference() else t._version) for t in now]
 
     def check_others(self, before: list[tuple[int, int]]) -> None:
         """Raise RunError where a forward changed what it does not account for."""
