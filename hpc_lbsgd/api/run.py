@@ -205,14 +205,14 @@ class Run:
 
     def _refuse_lost(self, point: Point, verdict: Verdict) -> None:
         """Say where fixed point makes gradients zero; a run whose first step has little else is not begun."""
-        bits, lost = self.replica.buckets.bits, verdict.flushed or 0.0
-        if not verdict.finite or bits is None or lost <= max(FLUSHED_WARN, 2 * self._lost_said):
+        fixed, lost = self.replica.buckets.fixed, verdict.flushed or 0.0
+        if not verdict.finite or not fixed or lost <= max(FLUSHED_WARN, 2 * self._lost_said):
             return
         self._lost_said = lost
         said = (
-            f"run.reduce: step {point.step}: {lost:.0%} of the gradients that are not zero are below 2^-{bits + 1}, "
-            f"and any-ranks makes them zero: raise lb.distribute(fixed_point_bits={bits}), at most 52, or scale the "
-            "losses up and the learning rate down"
+            f"run.reduce: step {point.step}: {lost:.0%} of gradients that are not zero are below 2^-{fixed.bits + 1}, "
+            f"and any-ranks makes them zero: raise lb.distribute(fixed_point_bits={fixed.bits}), at most 52, or scale "
+            "the losses up and the learning rate down"
         )
         if lost > FLUSHED_STOP and not self._ever_sound:
             raise RunError(said, everywhere=True)
