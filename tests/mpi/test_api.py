@@ -22,8 +22,8 @@ def test_a_script_makes_the_same_bits_alone_and_on_three_ranks_and_opens_their_f
 
 
 def test_habits_that_differ_by_rank_are_one_ranks_or_refused():
-    alone = subprocess.run([sys.executable, HABITS], capture_output=True, text=True, timeout=120)
-    ranks = mpirun(3, HABITS, timeout=120)
+    alone = subprocess.run([sys.executable, HABITS], capture_output=True, text=True, timeout=240)
+    ranks = mpirun(3, HABITS)
     assert alone.returncode == ranks.returncode == 0, alone.stderr + ranks.stdout + ranks.stderr
     one, three = ({line.split(": ", 1)[0]: line for line in job.stdout.splitlines()} for job in (alone, ranks))
     assert len(one) == len(three) == 8
