@@ -62,3 +62,16 @@ def drawn_from(key: int) -> Iterator[None]:
         torch.set_rng_state(of_torch)
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """What is drawn here leaves torch's generators as they were: between parts a script draws what its own seed says,
+    the same on all ranks."""
+    cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)

@@ -10,6 +10,7 @@ from typing import Any
 from hpc_lbsgd.api.shuffle import GlobalShuffle, Step
 from hpc_lbsgd.api.world import begun
 from hpc_lbsgd.data import loader as loaders
+from hpc_lbsgd.data.bounded import copied
 from hpc_lbsgd.data.manifest import Manifest, find
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.parallel import world as worlds
@@ -32,7 +33,7 @@ class Loader:
     keys            those of a recipe's `data` section: loader, image_size, channels, augment, mean, std ...
 
     What is random - crops, flips - is a function of (seed, epoch, sample). `classes`: their names, in order of labels.
-    Images are good until the next part is taken. Raises RequestError for what cannot be loaded.
+    Raises RequestError for what cannot be loaded.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class Loader:
         channels_last: bool = False,
         **keys: Any,
     ):
-        self._data = validated(Data, {"train": str(path), **keys}, "lb.Loader")
+        self._data = validated(Data, {**keys, "train": str(path)}, "lb.Loader")
         self._manifest = Manifest(find(path))
         loaders.check_sizes(self._data, self._manifest, train=True)
         self.shuffle = GlobalShuffle(len(self._manifest), schedule, seed, start, rank, size)
+        if self.shuffle.rank == 0:
+            self._manifest.check_files()
         self.classes: list[str] = list(self._manifest.classes)
         world = begun()
         self._threads = threads or min(8, worlds.cores_per_rank(world.local_size if world else 1))
@@ -73,6 +76,8 @@ class Loader:
             shuffle.device,
         )
         batches = made.batches(starmap(Request, shuffle.passes()))
+        if shuffle.device.type == "cpu":  # where a loader uses memory again, and a script may keep its parts
+            batches = map(copied, batches)
         return shuffle.parted((batch.images, batch.labels) for batch in batches)
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from hpc_lbsgd.api.run import Verdict
+from hpc_lbsgd.api.verdict import Verdict
 from hpc_lbsgd.theory import noise
 
 

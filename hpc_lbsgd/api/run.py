@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
-from hpc_lbsgd.api.shuffle import Part, Step
+from hpc_lbsgd.api.fit import DISTRIBUTED, refuse_unfit, refuse_unlike, refuse_unlike_shuffle, share_optimizer
+from hpc_lbsgd.api.keyed import own_random_numbers
+from hpc_lbsgd.api.shuffle import GlobalShuffle, Part, Step
+from hpc_lbsgd.api.verdict import BAD_RANK_SUM, BAD_RANKS, COUNT, FLUSHED, NONZERO, WORKERS, Verdict
+from hpc_lbsgd.api.watch import Watch
 from hpc_lbsgd.api.world import Determinism, World, current
 from hpc_lbsgd.errors import RequestError, RunError
-from hpc_lbsgd.theory import noise
-from hpc_lbsgd.train.own_optim import refuse_closure, refuse_sparse
+from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train.replica import Distributed, unfold_expanded
-from hpc_lbsgd.train.step import measurement_of
+from hpc_lbsgd.train.step import COUNT_FLUSHED_EVERY
+from hpc_lbsgd.train.verdict import FLUSHED_STOP, FLUSHED_WARN
 from hpc_lbsgd.train.workers import groups_in_step
 
 FIRST_BUCKET_MB = 1.0  # so that communication starts early
-# The control vector, summed once a step beside the gradients; after these a slot a worker for its loss, then one for
-# its squared norm, so that they do not depend on the rank count either.
-COUNT, BAD_RANKS, BAD_RANK_SUM, WORKERS = range(4)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What every rank knows after a sum; true where every rank's losses and gradients are finite."""
-
-    finite: bool
-    loss: float  # mean over the step's samples, over all ranks
-    count: int  # samples of the step
-    bad_ranks: int  # ranks whose own losses or gradients were not finite, or beyond fixed point's range
-    bad_rank: int | None  # that rank, if it is one
-    measurement: noise.Measurement | None  # where the schedule measures the noise scale
-
-    def __bool__(self) -> bool:
-        return self.finite
+OUTSIDE = (
+    "in training mode outside of run.part it would measure this rank's own samples: call model.eval() first; the model "
+    "of another run, as in a GAN, has eval() or a part of its own"
+)
 
 
 class Run:
@@ -81,20 +71,22 @@ class Run:
             first_bucket_bytes=FIRST_BUCKET_MB * 2**20,
             calls=norm_calls,
         )
-        self._places = {name: (p, place) for name, p, place in self._laid()}
+        self._watch = Watch(self.replica, world)
+        self._shuffles: WeakSet[GlobalShuffle] = WeakSet()  # that all ranks were found to have
+        self._lost_said = 0.0
+        self._loaded: int | None = None  # the step that `lb.load` said, until one is begun
         self._step: Step | None = None  # under way
         self._part: Part | None = None  # of the pass under way
-        self._losses_went = self._sound = False
+        self._losses_went = self._sound = self._ever_sound = False
         self._passes = 0
         optimizer.register_step_pre_hook(self._before_update)
         optimizer.register_step_post_hook(self._after_update)
         optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
         self.replica.synchronise()
-
-    def _laid(self) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-        for bucket in self.replica.buckets.buckets:
-            for view in bucket.layout.views:
-                yield view.name, view.parameter, bucket.places[view.name]
+        share_optimizer(world.engine, optimizer)
+        self.replica.context.outside = OUTSIDE
+        for _, parameter, *_ in self._watch.places:
+            setattr(parameter, DISTRIBUTED, True)
 
     # ---------------------------------------------------------------- a step
 
@@ -108,25 +100,40 @@ class Run:
                 "that no number of ranks changes which samples are computed together"
             )
         self._begin(part.step)
-        if part.step.reduced:
+        if self in part.step.reduced:
             raise RunError(f"run.part: step {part.step.step} was reduced already, and a part more would not be in it")
+        self._refuse_out_of_turn(part)
         replica, point = self.replica, part.step.point
-        replica.begin_pass(point.step, [part.worker], [part.count])
-        replica.buckets.arm(part.last, point.measured)
-        self._part, self._losses_went = part, False
-        try:
-            yield part
-            if not self._losses_went:
-                raise RunError(
-                    f"run.part: worker {part.worker}'s ended without run.backward(losses): its gradients are in no sum"
-                )
-        except BaseException:
-            self._step = None  # what this rank has of the step is void
-            raise
-        finally:
-            self._part = None
-            replica.end_pass()
+        others = self._watch.others()
+        with own_random_numbers():
+            replica.begin_pass(point.step, [part.worker], [part.count])
+            replica.buckets.arm(part.last, point.measured)
+            self._part, self._losses_went = part, False
+            try:
+                yield part
+                if not self._losses_went:
+                    raise RunError(
+                        f"run.part: worker {part.worker}'s ended without run.backward(losses): its gradients are in no "
+                        "sum"
+                    )
+                self._watch.check_gradients(point.step)
+                self._watch.check_others(others)
+            except BaseException:
+                self._step = None  # what this rank has of the step is void
+                raise
+            finally:
+                self._part = None
+                replica.end_pass()
         self._passes += 1
+
+    def _refuse_out_of_turn(self, part: Part) -> None:
+        mine = part.step.mine
+        due = mine[self._passes] if self._passes < len(mine) else None
+        if part.worker != due:
+            raise RunError(
+                f"run.part: worker {part.worker}'s, where {'none is' if due is None else f'worker {due} is'} due: each "
+                "of step.workers goes once, in their order; after an error in a part the step begins with its first"
+            )
 
     def backward(self, losses: torch.Tensor) -> None:
         """Inside `part`, once: `losses` holds one a sample, shape (n,); their sum over kn is differentiated, so that
@@ -159,6 +166,7 @@ class Run:
         square = replica.buckets.end_pass()
         if square is not None:
             self._squares[part.worker] = square
+        self._watch.note_gradients()
         self._losses_went = True
 
     def reduce(self, step: Step) -> Verdict:
@@ -167,7 +175,7 @@ class Run:
         if self._part is not None:
             raise RunError("run.reduce: inside of `with run.part(part)`")
         self._begin(step)
-        if step.reduced:
+        if self in step.reduced:
             raise RunError(f"run.reduce: step {step.step} was reduced already; its sums would be summed again")
         if self._passes < len(step.mine):
             raise RunError(
@@ -182,63 +190,108 @@ class Run:
         control[COUNT] = sum(stop - start for start, stop in map(point.worker_range, step.mine))
         control[BAD_RANKS] = bad
         control[BAD_RANK_SUM] = bad * engine.rank
+        if buckets.flushed is not None:
+            control[NONZERO : FLUSHED + 1] = buckets.flushed
         handle = engine.start_sum(control, "control")  # after all buckets: some engines match sums by order
         finite = buckets.finish()
         engine.wait(handle)
         big_square = buckets.square() if point.measured else control[COUNT]
         sums = torch.cat([control, torch.stack([big_square, finite.double()])]).tolist()
-        k, bad_ranks = point.workers, round(sums[BAD_RANKS])
-        of_workers, squares = sums[WORKERS : WORKERS + k], sums[WORKERS + k : WORKERS + 2 * k]
-        ok = bool(sums[-1]) and not bad_ranks
-        step.reduced, self._sound, self.step = True, ok, point.step + 1
-        return Verdict(
-            finite=ok,
-            loss=math.fsum(of_workers) / round(sums[COUNT]) if all(map(math.isfinite, of_workers)) else math.nan,
-            count=round(sums[COUNT]),
-            bad_ranks=bad_ranks,
-            bad_rank=round(sums[BAD_RANK_SUM]) if bad_ranks == 1 else None,
-            measurement=measurement_of(point, squares, sums[-2]) if point.measured and ok else None,
+        verdict = Verdict.of(point, sums)
+        self._refuse_lost(point, verdict)
+        step.reduced.add(self)
+        self._sound, self.step = verdict.finite, point.step + 1
+        return verdict
+
+    def _refuse_lost(self, point: Point, verdict: Verdict) -> None:
+        """Say where fixed point makes gradients zero; a run whose first step has little else is not begun."""
+        fixed, lost = self.replica.buckets.fixed, verdict.flushed or 0.0
+        if not verdict.finite or not fixed or lost <= max(FLUSHED_WARN, 2 * self._lost_said):
+            return
+        self._lost_said = lost
+        said = (
+            f"run.reduce: step {point.step}: {lost:.0%} of gradients that are not zero are below 2^-{fixed.bits + 1}, "
+            f"and any-ranks makes them zero: raise lb.distribute(fixed_point_bits={fixed.bits}), at most 52, or scale "
+            "the losses up and the learning rate down"
         )
+        if lost > FLUSHED_STOP and not self._ever_sound:
+            raise RunError(said, everywhere=True)
+        if self.world.rank == 0:
+            warnings.warn(said, stacklevel=3)
 
     @property
     def between_steps(self) -> bool:
         """Nothing is under way: the last step was taken, or given up for its verdict."""
-        return self._step is None or (self._step.reduced and not self._sound)
+        return self._step is None or (self in self._step.reduced and not self._sound)
+
+    def check_model(self) -> None:
+        """Raise RunError where the model is not as it was distributed."""
+        self._watch.check()
+
+    def resume_at(self, step: int) -> None:
+        """Of `lb.load`: the step to go on from, which the next one must be."""
+        self.step = self._loaded = step
 
     def _begin(self, step: Step) -> None:
         """A step's first part or, on a rank without one, its reduce."""
         if step is self._step:
-            if not step.reduced:
-                self._refuse_replaced()
+            if self not in step.reduced:
+                self._watch.check_gradients(step.step)
             return
-        if step.reduced:
+        if self in step.reduced:
             raise RunError(f"step {step.step} was reduced already, and is over")
+        self._refuse_another_place(step)
+        self._watch.check()
+        point, buckets = step.point, self.replica.buckets
+        self._end_sums()
+        if step.shuffle not in self._shuffles:
+            refuse_unlike_shuffle(self.world.engine, step.shuffle)
+            self._shuffles.add(step.shuffle)
         self._place_gradients()
-        k = step.point.workers
-        self.replica.context.bn_group = self._bn_group or step.point.samples_per_worker
-        self.replica.buckets.begin(k)
+        k = point.workers
+        self.replica.context.bn_group = self._bn_group or point.samples_per_worker
+        buckets.begin(k, count_flushed=not self._ever_sound or point.step % COUNT_FLUSHED_EVERY == 0)
+        self._watch.note_gradients()
         self._control = torch.zeros(WORKERS + 2 * k, dtype=torch.float64, device=self.world.device)
         self._losses, self._squares = self._control[WORKERS : WORKERS + k], self._control[WORKERS + k :]
-        self._step, self._passes, step.begun = step, 0, True
+        self._step, self._passes, self._loaded = step, 0, None
+        step.begun.add(self)
+
+    def _end_sums(self) -> None:
+        """Of a step that was given up after they had begun, where nobody else waits for them."""
+        for bucket in self.replica.buckets.buckets:
+            if bucket.handle is not None and self.world.size > 1:
+                raise RunError(
+                    "the step before was given up on this rank after its sums had begun, and other ranks wait for "
+                    "them: end the script on all ranks, and go on from what lb.save kept"
+                )
+            if bucket.handle is not None:
+                self.world.engine.wait(bucket.handle)
+                bucket.handle = None
+
+    def _refuse_another_place(self, step: Step) -> None:
+        shuffle, world = step.shuffle, self.world
+        if (shuffle.rank, shuffle.size) != (world.rank, world.size):
+            raise RunError(
+                f"step {step.step} is of rank {shuffle.rank} of {shuffle.size}, and this is rank {world.rank} of "
+                f"{world.size}: make lb.GlobalShuffle (lb.Loader) after lb.init, without rank= and size="
+            )
+        if self._loaded is not None and self._loaded == self.step != step.step:
+            raise RunError(
+                f"lb.load said to go on from step {self._loaded}, and this is step {step.step}: "
+                f"lb.GlobalShuffle(..., start={self._loaded}); for another schedule from its beginning, run.step = 0"
+            )
 
     # ---------------------------------------------------------------- the optimizer
 
     def _place_gradients(self) -> None:
         """Every parameter's gradient in its bucket again, whichever zero_grad there was."""
-        for parameter, place in self._places.values():
+        for _, parameter, _, place, _ in self._watch.places:
             parameter.grad = place
-
-    def _refuse_replaced(self) -> None:
-        for name, (parameter, place) in self._places.items():
-            if parameter.grad is not place:
-                raise RunError(
-                    f"the gradient of {name} was replaced between the parts of step {self.step}: clear gradients after "
-                    "optimizer.step(), not inside a step"
-                )
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         """In place of the optimizer's: gradients live in buckets, and stay there in either form."""
-        if self._step is not None and not self._step.reduced and self._passes:
+        if self._step is not None and self not in self._step.reduced and self._passes:
             raise RunError("optimizer.zero_grad: between the parts of a step, whose sums it would take away")
         self.replica.buckets.clear()
         self._place_gradients()
@@ -250,18 +303,19 @@ class Run:
                 "optimizer.step(closure): a closure computes forward and backward again, outside of the parts that are "
                 "summed over ranks; call optimizer.step() after run.reduce(step)"
             )
-        if self._step is None or not self._step.reduced:
+        if self._step is None or self not in self._step.reduced:
             raise RunError("optimizer.step: before run.reduce(step), this rank's gradients are not the sum over all")
         if not self._sound:
             raise RunError(
                 f"optimizer.step: the gradients of step {self._step.step} are not finite; "
                 "`if run.reduce(step): optimizer.step()`"
             )
+        self._watch.check_optimizer(optimizer)
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         assert self._step is not None
         self.replica.running.update(self.replica.buckets.statistics, self._step.point.share)
-        self._step = None
+        self._step, self._ever_sound = None, True
 
 
 def distribute(
@@ -298,32 +352,9 @@ def distribute(
             f"lb.distribute(bucket_mb={bucket_mb}, bn_group={bn_group}, fixed_point_bits={fixed_point_bits}): "
             "above 0; at least 1; 8 to 52"
         )
-    _refuse_unfit(model, optimizer)
+    refuse_unfit(model, optimizer, norm_calls)
+    refuse_unlike(
+        world, model, optimizer, seed=seed, bn_group=bn_group, bucket_mb=bucket_mb, norm_calls=norm_calls,
+        fixed_point_bits=fixed_point_bits,
+    )  # fmt: skip
     return Run(model, optimizer, world, seed, bn_group, bucket_mb, norm_calls, fixed_point_bits)
-
-
-def _refuse_unfit(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    refuse_closure(optimizer, f"lb.distribute: {type(optimizer).__name__}")
-    refuse_sparse(optimizer, f"lb.distribute: {type(optimizer).__name__}")
-    wrapped = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    if isinstance(model, wrapped) or any("DistributedOptimizer" in c.__name__ for c in type(optimizer).__mro__):
-        raise RequestError("lb.distribute: takes the bare model and optimizer; it sums gradients itself")
-    if "zero_grad" in vars(optimizer):
-        raise RequestError("lb.distribute: this optimizer was distributed already; make a new one")
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not named:
-        raise RequestError("lb.distribute: the model has no parameter that trains")
-    types = {p.dtype for p in named.values()}
-    if len(types) > 1 or not types <= {torch.float32, torch.float64}:
-        raise RequestError(
-            f"lb.distribute: parameters of {', '.join(sorted(map(str, types)))}: all float32, or all float64; forward "
-            "may compute in bfloat16 (torch.autocast)"
-        )
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if missed := [name for name, p in named.items() if id(p) not in stepped]:
-        raise RequestError(
-            f"lb.distribute: {missed[0]} is in none of the optimizer's groups, and no step would move it: add it, or "
-            "set requires_grad to False"
-        )
-    if stepped - {id(p) for p in model.parameters()}:
-        raise RequestError("lb.distribute: the optimizer has parameters that are not the model's")

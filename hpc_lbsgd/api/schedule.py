@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.theory import schedule as theory
+
+
+def whole(key: str, value: SupportsIndex, least: int = 1) -> int:
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise RequestError(f"lb.Schedule({key}={value!r}): a whole number") from None
+    if found < least:
+        raise RequestError(f"lb.Schedule({key}={value}): at least {least}")
+    return found
+
+
+def number(key: str, value: float) -> float:
+    """As Python's own float, which optimizers keep and files may hold."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        raise RequestError(f"lb.Schedule({key}={value!r}): a number") from None
+    if not 0 <= found < math.inf:
+        raise RequestError(f"lb.Schedule({key}={value}): from 0 on, and finite")
+    return found
 
 
 class Schedule(theory.Schedule):
@@ -46,17 +69,21 @@ class Schedule(theory.Schedule):
         max_steps: int | None = None,
         measure_every: int = 0,
     ):
-        counts = {"samples": samples, "workers": workers, "samples_per_worker": samples_per_worker, "epochs": epochs}
-        for key, value in counts.items():
-            if value < 1:
-                raise RequestError(f"lb.Schedule({key}={value}): at least 1")
+        samples, workers = whole("samples", samples), whole("workers", workers)
+        samples_per_worker, epochs = whole("samples_per_worker", samples_per_worker), whole("epochs", epochs)
+        max_steps = None if max_steps is None else whole("max_steps", max_steps)
+        measure_every = whole("measure_every", measure_every, least=0)
+        lr, momentum = number("lr", lr), number("momentum", momentum)
+        factor, warmup_epochs = number("factor", factor), number("warmup_epochs", warmup_epochs)
+        if not factor:
+            raise RequestError("lb.Schedule(factor=0): above 0")
         if shape not in ("constant", "cosine") or last_batch not in ("partial", "drop"):
             raise RequestError(
                 f"lb.Schedule(shape={shape!r}, last_batch={last_batch!r}): constant or cosine; partial or drop"
             )
         if milestones and shape == "cosine":
             raise RequestError("lb.Schedule(milestones=..., shape='cosine'): one or the other")
-        marks = list(milestones)
+        marks = [whole("milestones", mark) for mark in milestones]
         if marks != sorted(set(marks)) or (marks and not 0 < marks[0] <= marks[-1] < epochs):
             raise RequestError(f"lb.Schedule(milestones={marks}): epochs that rise, above 0 and below {epochs}")
         if not 0 <= warmup_epochs < epochs:
@@ -66,10 +93,15 @@ class Schedule(theory.Schedule):
             raise RequestError(
                 f"lb.Schedule: a global batch of {kn} is more than {samples} samples, and drop leaves none"
             )
+        if measure_every and (workers == 1 or kn > samples):
+            raise RequestError(
+                f"lb.Schedule(measure_every={measure_every}): the noise scale is told from the gradients of several "
+                f"workers in a full step, and {'workers=1' if workers == 1 else f'a full step has {kn} samples'}"
+            )
         stages = theory.step_decay(workers, lr, momentum, marks, factor)
         if shape == "cosine":
             stages = [theory.Stage(0, workers, lr, momentum, "cosine")]
-        start = lr / workers if warmup_start_lr is None else warmup_start_lr
+        start = lr / workers if warmup_start_lr is None else number("warmup_start_lr", warmup_start_lr)
         warmup = theory.Warmup(warmup_epochs, start)
         super().__init__(samples, samples_per_worker, stages, epochs, last_batch, warmup, max_steps, measure_every)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+import operator
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from hpc_lbsgd.api.keyed import Sample
+from hpc_lbsgd.api.keyed import Keyed, Sample
 from hpc_lbsgd.api.world import begun
 from hpc_lbsgd.data.order import samples_in_order, workers_of_rank
 from hpc_lbsgd.errors import RequestError, RunError
@@ -46,12 +47,14 @@ class Part:
 class Step:
     """One step of all ranks: its place in the schedule, and this rank's parts of it."""
 
-    def __init__(self, point: Point, mine: Sequence[int], batches: Iterator[Any], device: torch.device):
-        self.point, self.mine = point, mine
-        self.workers = self._parts(batches, device)
+    def __init__(self, point: Point, mine: Sequence[int], batches: Iterator[Any], shuffle: GlobalShuffle):
+        self.point, self.mine, self.shuffle = point, mine, shuffle
+        self.workers = self._parts(batches, shuffle.device)
         """This rank's parts, in order; none where it has no worker at this step."""
         self.taken = 0
-        self.begun = self.reduced = False  # by a run
+        # runs that have; a script may have several, as for a GAN
+        self.begun: set[object] = set()
+        self.reduced: set[object] = set()
 
     @property
     def step(self) -> int:
@@ -73,11 +76,12 @@ class Step:
             except StopIteration:
                 raise RunError(f"step {self.step}: the loader ended before worker {worker}'s samples") from None
             start, stop = self.point.worker_range(worker)
-            rows = rows_of(batch)
-            if rows is not None and rows != stop - start:
+            found = lengths(batch)
+            if found and stop - start not in found:
                 raise RunError(
-                    f"step {self.step}: the loader gave {rows} samples for worker {worker}, which has {stop - start}: "
-                    "its data set or its collate_fn leaves some out, or adds to them"
+                    f"step {self.step}: the loader gave {' or '.join(map(str, sorted(found)))} samples for worker "
+                    f"{worker}, which has {stop - start}: its data set or its collate_fn leaves some out, or adds to "
+                    "them"
                 )
             self.taken += 1
             yield Part(self, worker, stop - start, self.taken == len(self.mine), batch)
@@ -95,14 +99,20 @@ class GlobalShuffle(Sampler[list[Sample]]):
 
     def __init__(
         self,
-        data: Sized | int,
+        data: Sized | SupportsIndex,
         schedule: Schedule,
         seed: int = 0,
         start: int = 0,
         rank: int | None = None,
         size: int | None = None,
     ):
-        samples = data if isinstance(data, int) else len(data)
+        try:
+            samples = operator.index(data) if isinstance(data, SupportsIndex) else len(data)
+        except TypeError:
+            raise RequestError(
+                f"lb.GlobalShuffle: {type(data).__name__} has no length; samples are asked for by number, from a data "
+                "set with __len__ and __getitem__"
+            ) from None
         if samples != schedule.samples:
             raise RequestError(f"lb.GlobalShuffle: {samples} samples, and a schedule of {schedule.samples}")
         if not 0 <= start <= schedule.steps:
@@ -134,17 +144,22 @@ class GlobalShuffle(Sampler[list[Sample]]):
 
     def steps(self, loader: DataLoader[Any]) -> Iterator[Step]:
         """Every step from `start` to the end, whether this rank has workers in it or not: ranks sum at each."""
-        if loader.batch_sampler is not self:
+        if getattr(loader, "batch_sampler", None) is not self:
             raise RequestError("shuffle.steps(loader): make the loader with batch_sampler=shuffle, this one")
+        if inside := wrapped_keyed(loader.dataset):
+            raise RequestError(
+                f"lb.Keyed is inside of {inside}, which hands plain numbers on, without their epoch: each epoch would "
+                f"draw the same. Put it around: lb.Keyed({inside}(...))"
+            )
         return self.parted(iter(loader))
 
     def parted(self, batches: Iterator[Any]) -> Iterator[Step]:
         """The steps of batches that were made in this order, one a part."""
         for number in range(self.start, self.schedule.steps):
             point = self.schedule.at(number)
-            step = Step(point, self.workers_at(point), batches, self.device)
+            step = Step(point, self.workers_at(point), batches, self)
             yield step
-            if step.begun and not step.reduced:
+            if step.begun - step.reduced:
                 raise RunError(f"step {number} ended, and was not reduced: run.reduce(step) after its parts")
             if step.taken < len(step.mine):
                 raise RunError(
@@ -153,21 +168,35 @@ class GlobalShuffle(Sampler[list[Sample]]):
                 )
 
 
+def wrapped_keyed(dataset: Any) -> str | None:
+    """The data set that has an `lb.Keyed` in it, by its class."""
+    inner = [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())]
+    if not isinstance(dataset, Keyed) and any(isinstance(d, Keyed) or wrapped_keyed(d) for d in inner if d is not None):
+        return type(dataset).__name__
+    return None
+
+
 def on(device: torch.device, batch: Any) -> Any:
     """A batch with its tensors on `device`."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping) and not hasattr(batch, "to"):
         return {key: on(device, value) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
         parts = [on(device, value) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch
+    return batch.to(device) if callable(getattr(batch, "to", None)) else batch  # graphs, encodings of texts
 
 
-def rows_of(batch: Any) -> int | None:
-    """Samples of a batch, by its first tensor; None where it has none."""
+def lengths(batch: Any) -> set[int]:
+    """Of all tensors and lists of a batch: one of them is the number of its samples. Of lists of images, of texts or
+    graphs laid end to end, others are not."""
     if isinstance(batch, torch.Tensor):
-        return len(batch) if batch.dim() else None
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((rows for rows in map(rows_of, values) if rows is not None), None)
+        return {len(batch)} if batch.dim() else set()
+    if isinstance(batch, Mapping):
+        return set().union(*map(lengths, batch.values()))
+    if isinstance(batch, (tuple, list)):
+        within = set().union(*map(lengths, batch))
+        pair = len(batch) == 2 and all(isinstance(b, torch.Tensor) for b in batch)
+        return within if pair else within | {len(batch)}
+    return set()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import os
+import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
@@ -30,6 +33,7 @@ class World:
     device: torch.device
     determinism: Determinism
     engine: Engine = field(repr=False)
+    settled: Mapping[str, object] = field(repr=False, default_factory=dict)  # by init, and to stay; none where off
 
 
 class Settings(NamedTuple):
@@ -41,6 +45,7 @@ class Settings(NamedTuple):
 
 
 _world: World | None = None
+_process = 0  # that began it: a fork of it is no rank
 
 
 def init(engine: Literal["horovod", "torch"] | None = None, determinism: Determinism = "any-ranks") -> World:
@@ -50,7 +55,7 @@ def init(engine: Literal["horovod", "torch"] | None = None, determinism: Determi
     any-ranks (the same bits on any number of ranks; a CPU rank computes in one thread), same-ranks, or off.
     Collective. A second call returns the same world, and raises RequestError where it asks for another.
     """
-    global _world
+    global _world, _process
     if determinism not in ("any-ranks", "same-ranks", "off"):
         raise RequestError(f"lb.init(determinism={determinism!r}): any-ranks, same-ranks or off")
     if engine not in (None, "horovod", "torch"):
@@ -62,15 +67,18 @@ def init(engine: Literal["horovod", "torch"] | None = None, determinism: Determi
                 f"{_world.determinism}, which hold until it ends"
             )
         return _world
-    from hpc_lbsgd.train import job  # what a rank of the trainer settles, too
+    from hpc_lbsgd.train import alike, job  # what a rank of the trainer settles, too
 
-    settings = Settings(determinism, Machine(engine=engine or _engine_here()))
-    device = job.prepare_process(settings)
-    started = engines.create(settings.machine, determinism, device)
+    asked = Settings(determinism, Machine(engine=engine or _engine_here()))
+    device = job.prepare_process(asked)
+    started = engines.create(asked.machine, determinism, device)
     job.refuse_shared(started.gather(job.place_of(device)))
+    alike.refuse_other(started.gather(alike.software()), started.gather(socket.gethostname()))
+    settled = settings(device) if determinism != "off" else {}
     _world = World(
-        started.rank, started.size, started.local_rank, started.local_size, device, determinism, started
+        started.rank, started.size, started.local_rank, started.local_size, device, determinism, started, settled
     )  # fmt: skip
+    _process = os.getpid()
     atexit.register(close)
     return _world
 
@@ -81,7 +89,16 @@ def close() -> None:
     global _world
     if _world is not None:
         world, _world = _world, None
-        world.engine.close()
+        if os.getpid() == _process:
+            world.engine.close()
+
+
+def settings(device: torch.device) -> dict[str, object]:
+    """What decides the bits of a kernel, and a script can change, by the name of what changes it."""
+    found: dict[str, object] = {"torch.use_deterministic_algorithms": torch.are_deterministic_algorithms_enabled()}
+    if device.type == "cpu":
+        return found | {"torch.set_num_threads": torch.get_num_threads()}
+    return found | {"torch.backends.cudnn.benchmark": torch.backends.cudnn.benchmark}
 
 
 def current(asker: str) -> World:

@@ -4,6 +4,7 @@ one tree give one result."""
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -60,11 +61,56 @@ def of_numbers(path: Path, numbers: list[str], names: Sequence[str], ids: Path |
     unknown = next((n for n in numbers if int(n) not in class_of), None)
     if unknown:
         raise RequestError(f"--ids {ids}: no class has the number {unknown}, which {path} has")
-    order = sorted(range(len(names)), key=lambda i: PurePosixPath(names[i]).name)
+    order = in_list_order(path, names)
     found: list[str | None] = [None] * len(names)
     for number, i in zip(numbers, order, strict=True):
         found[i] = class_of[int(number)]
     return found
+
+
+def in_list_order(path: Path, names: Sequence[str]) -> list[int]:
+    """Images in the order of their files' names. Raises RequestError where that may be another than the list's."""
+    files = [PurePosixPath(name).name for name in names]
+    order = sorted(range(len(names)), key=files.__getitem__)
+    for i, following in zip(order, order[1:], strict=False):
+        first, second = files[i], files[following]
+        if first == second:
+            why = f"{names[i]} and {names[following]} have one name"
+        elif numbered_otherwise(first, second):
+            why = f"{first} comes before {second} by its letters, and behind it by its number"
+        else:
+            continue
+        raise RequestError(
+            f"--labels {path}: a list of numbers follows the order of the files' names, and {why}; give a table with "
+            "NAME,CLASS a line"
+        )
+    return order
+
+
+def numbered_otherwise(first: str, second: str) -> bool:
+    """Where two names begin to differ, a number is above the other's: img10 and img9."""
+    tokens = zip(re.split(r"(\d+)", first), re.split(r"(\d+)", second), strict=False)
+    place, (one, other) = next((i, pair) for i, pair in enumerate(tokens) if pair[0] != pair[1])
+    return place % 2 == 1 and int(one) > int(other)
+
+
+def listing_of(classes: Sequence[str]) -> bytes:
+    """classes.txt: a name a line, as JSON has it where it would break the line."""
+    lines = (json.dumps(c) if c.startswith('"') or c.splitlines() != [c] else c for c in classes)
+    return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+
+
+def read_listing(path: Path) -> list[str]:
+    lines = path.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
+    return [unquoted(line.removesuffix("\r")) for line in (lines[:-1] if not lines[-1] else lines)]
+
+
+def unquoted(line: str) -> str:
+    try:
+        name = json.loads(line) if line.startswith('"') else line
+    except ValueError:
+        return line
+    return name if isinstance(name, str) else line
 
 
 def read_meta(path: Path) -> dict[int, str]:
@@ -144,7 +190,7 @@ def number(labels: Sequence[str], numbers: bool, listing: Path | None = None) ->
     if lowest < 0 or highest >= MOST_CLASSES:
         wrong = lowest if lowest < 0 else highest
         raise RequestError(f"a label is {wrong}; classes are numbered from 0, up to {MOST_CLASSES:,}")
-    names = listing.read_text().splitlines() if listing and listing.exists() else [str(i) for i in range(highest + 1)]
+    names = read_listing(listing) if listing and listing.exists() else [str(i) for i in range(highest + 1)]
     if len(names) <= highest:
         raise RequestError(f"{listing}: {len(names)} names, but a label is {highest}")
     return names, [int(label) for label in labels]

@@ -1,7 +1,7 @@
 """`data pack`: a data set as a few tar shards with an index, for file systems that small files would kill.
 
     OUT/shard-000000.tar ...   000000042.jpg, .cls and its fields in .json, sample after sample: a WebDataset
-    OUT/classes.txt            names of the classes, a line each
+    OUT/classes.txt            names of the classes, a line each (labels.listing_of)
     OUT/manifest.arrow         where each sample lies: shard, offset, bytes; written last
     OUT/.parts/                while packing: who packs, and what is in the shards that are whole
 
@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from hpc_lbsgd import owner, progress
-from hpc_lbsgd.data import fields
+from hpc_lbsgd.data import fields, labels
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.carried import Carried
 from hpc_lbsgd.data.encode import Encoding, encode
@@ -293,7 +293,7 @@ def assemble(m: Manifest, out: Path, shards: int, encoding: Encoding, request: d
     header |= {key: m.header[key] for key in ("escaped", "decoders", "masks") if key in m.header}
     if encoding.kind == "raw":
         header["raw_channels"] = encoding.channels
-    write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in m.classes))
+    write_atomically(out / "classes.txt", labels.listing_of(m.classes))
     whole = pa.concat_tables(read_part(out, number)[0].replace_schema_metadata() for number in range(shards))
     header["digest"] = manifests.content_digest(whole, header)
     schema = whole.schema.with_metadata({"hpc_lbsgd": json.dumps(header)})

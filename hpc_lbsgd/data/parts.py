@@ -8,6 +8,7 @@ changed meanwhile has another digest, and is looked at anew. The folder goes whe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,10 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import write_atomically
 
 VERSION = 1  # of what rows mean; another one makes all pieces stale
+
+
+class Unread(str):
+    """What is wrong with a file that could not be read: with the storage, perhaps, and not with the file."""
 
 
 class Share(NamedTuple):
@@ -85,7 +90,9 @@ def kept(folder: str, function: Callable, identity: Callable, arguments: tuple) 
         return [row if isinstance(row, str) else tuple(row) for row in json.loads(path.read_bytes())]
     except (OSError, ValueError):
         made = function(*arguments)
-    if Path(folder).is_dir():  # else another process has ended the same work
+    if any(isinstance(row, Unread) for row in made):
+        return made  # looked at again when it is asked for again
+    with contextlib.suppress(FileNotFoundError):  # another process has ended the same work, and removed the folder
         write_atomically(path, json.dumps(made))
     return made
 

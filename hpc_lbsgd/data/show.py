@@ -69,6 +69,8 @@ def chosen(m: Manifest, classes: int, seed: int) -> np.ndarray:
 
 def look(m: Manifest, data: Data, seed: int, classes: int) -> Shown:
     """Raises RequestError for images that do not fit the section, RunError for those that cannot be decoded."""
+    if not len(m):
+        raise RequestError(f"{m.path}: exclude.txt beside it leaves no image")
     loader.check_sizes(data, m, True)
     samples = chosen(m, classes, seed)
     made = loader.create(data, m, seed, True, 8, 1, 1, False, torch.device("cpu"), Machine().prefetch_mb)

@@ -97,6 +97,9 @@ def images_below(root: Path, left_out: Counter[str]) -> Iterator[str]:
     tops = [str(root)]
     for entry in os.scandir(root):
         if entry.is_symlink() and entry.is_dir() and not entry.name.startswith("."):
+            target = Path(entry.path).resolve()
+            if root.resolve().is_relative_to(target):
+                raise RequestError(f"{entry.path}: is a link to {target}, which holds {root} itself; remove it")
             tops.append(entry.path)
     for top in tops:
         for folder, folders, files in os.walk(top, onerror=refuse):
@@ -125,7 +128,7 @@ def examine(root: str, paths: list[str]) -> list[Row | str]:
                 with open(os.path.join(root, path), "rb") as f:
                     contents.append(f.read())
             except OSError as problem:
-                contents.append(str(problem))
+                contents.append(parts.Unread(problem))
         rows += rows_of(contents)
     return rows
 

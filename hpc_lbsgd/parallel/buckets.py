@@ -85,6 +85,7 @@ class Buckets:
         zero (`flushed`)."""
         for bucket in self.buckets:
             bucket.gradients.zero_()
+        self._held = None  # of a measured step that was given up
         self._ready, self._next = set(), 0
         # gradients of this rank that are not zero, and those of them that fixed point or a float16 wire made zero
         narrow = self.wires is not None and self.wires[0].dtype == torch.float16  # bfloat16 has float32's range
@@ -252,9 +253,9 @@ class Buckets:
         return self.fixed.scales if self.fixed else None
 
     def clear(self) -> None:
-        """Leave no gradients behind."""
+        """Leave no gradients behind; statistics stay."""
         for bucket in self.buckets:
-            bucket.gradients.zero_()
+            bucket.gradients[bucket.layout.statistics :].zero_()
 
     @property
     def statistics(self) -> torch.Tensor:

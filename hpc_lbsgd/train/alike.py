@@ -33,13 +33,19 @@ def program() -> str:
     return digest.hexdigest()
 
 
-def facts(recipe) -> dict[str, str]:
-    """What must be the same on all ranks, by what a person calls it."""
+def software() -> dict[str, str]:
     return {
         "hpc_lbsgd": f"{hpc_lbsgd.__version__} ({program()})",
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
+    }
+
+
+def facts(recipe) -> dict[str, str]:
+    """What must be the same on all ranks, by what a person calls it."""
+    return {
+        **software(),
         "recipe": recipe.fingerprint()[:16],
         "encoding of names (locale)": f"{sys.getfilesystemencoding()}, {locale.getpreferredencoding(False)}",
     }

@@ -122,7 +122,7 @@ class Distributed:
         self.buckets.broadcast_weights()
         self.engine.broadcast(self.running.flat, "running")
         self.engine.broadcast(self.running.batches, "batches")
-        for name, tensor in self._others():
+        for name, tensor in self.others_now():
             if self.engine.size == 1:
                 continue
             # in order, where a frozen convolution lies channels last; as bytes, for engines do not know all types
@@ -132,14 +132,14 @@ class Distributed:
         self.others, self.trained = self.digests_of_others(), trained_in(self.model)
         self.check_equal("start")
 
-    def _others(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def others_now(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What the model holds and no step changes: frozen parameters, the user's buffers."""
         ours = {flat.untyped_storage().data_ptr() for flat in (*self.flats(), self.running.batches)}
         named = (*self.model.named_parameters(), *self.model.named_buffers())
         return ((n, t.detach()) for n, t in named if t.numel() and t.untyped_storage().data_ptr() not in ours)
 
     def digests_of_others(self) -> dict[str, torch.Tensor]:
-        return {name: crosscheck.digest([tensor]) for name, tensor in self._others()}
+        return {name: crosscheck.digest([tensor]) for name, tensor in self.others_now()}
 
     def check_others(self) -> None:
         """Raise RunError where training changed what it does not account for. Not collective."""
@@ -178,7 +178,7 @@ class Distributed:
 
     def digest(self) -> torch.Tensor:
         """Of all that the model holds: an int64 scalar."""
-        return crosscheck.digest([*self.flats(), self.running.batches, *(tensor for _, tensor in self._others())])
+        return crosscheck.digest([*self.flats(), self.running.batches, *(tensor for _, tensor in self.others_now())])
 
     def gradient_bytes(self) -> int:
         return sum(b.layout.size * b.gradients.element_size() for b in self.buckets.buckets)

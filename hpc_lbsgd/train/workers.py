@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -46,11 +47,16 @@ class PassContext:
     groups: list[Span] = field(default_factory=list)  # the BatchNorm groups among them
     sizes: list[int] = field(default_factory=list)  # theirs: all that compiled layers look at
     layers: list[VirtualLayer] = field(default_factory=list)
+    outside: str | None = None  # why BatchNorm must not measure outside a pass, where that is refused
     _calls_by_draw: dict[int, list[int] | None] = field(default_factory=dict)
 
     def __post_init__(self):
         self.number = next(_numbers)
         CONTEXTS[self.number] = self
+
+    def __getstate__(self) -> dict:
+        """Of a copy, an average of weights, say: no pass is under way there, and nobody sums what it measures."""
+        return vars(self) | {"spans": [], "groups": [], "sizes": [], "outside": None, "_calls_by_draw": {}}
 
     def begin(self, step: int, workers: list[int], counts: list[int]) -> None:
         self.step = step
@@ -143,6 +149,15 @@ class VirtualLayer(ABC):
         module.forward = self.forward
         context.layers.append(self)
 
+    def __getstate__(self) -> dict:
+        """`own` as a class has it is found there again: under its name the module has this layer's forward."""
+        plain = getattr(self.own, "__func__", None) is type(self.module).forward
+        return vars(self) | {"own": None if plain else self.own}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.own = self.own or MethodType(type(self.module).forward, self.module)
+
     def count_call(self) -> int:
         self.calls += 1
         return self.calls - 1
@@ -186,6 +201,8 @@ class VirtualNorm(VirtualLayer):
         x, *more = inputs if inputs else (named.pop(self.first),)
         sizes = self.context.sizes
         if not self.module.training or not sizes:
+            if self.module.training and self.tracks and self.context.outside:
+                raise RunError(f"{self.name} ({type(self.module).__name__}): {self.context.outside}")
             return self.own(x, *more, **named)
         call = self._call()
         if len(sizes) == 1:
@@ -217,7 +234,8 @@ class VirtualNorm(VirtualLayer):
             raise RunError(
                 f"{self.name} ({type(self.module).__name__}) is called {call + 1} times in a forward, and in the one "
                 f"before the first step was called {len(self.slots)} times: a BatchNorm whose calls depend on the data "
-                "has no place for its statistics; use a layer a call"
+                "has no place for its statistics; use a layer a call, or say how many there are: "
+                f"lb.distribute(norm_calls={{{self.name!r}: {call + 1}}})"
             )
         return call
 

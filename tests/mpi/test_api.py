@@ -1,12 +1,13 @@
 """A plain script of the library under real MPI, and the same one in one process without it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from conftest import mpirun
 
-SCRIPT = Path("docs/examples/train_any_ranks.py")
+SCRIPT, HABITS = Path("docs/examples/train_any_ranks.py"), Path("tests/mpi/api_habits.py")
 
 
 def test_a_script_makes_the_same_bits_alone_and_on_three_ranks_and_opens_their_file(tmp_path):
@@ -18,3 +19,15 @@ def test_a_script_makes_the_same_bits_alone_and_on_three_ranks_and_opens_their_f
     assert ranks.returncode == 0 and ranks.stdout == alone.stdout, ranks.stdout + ranks.stderr
     again = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, timeout=120)
     assert again.stdout.splitlines() == alone.stdout.splitlines()[-1:], again.stdout + again.stderr
+
+
+def test_habits_that_differ_by_rank_are_one_ranks_or_refused():
+    alone = subprocess.run([sys.executable, HABITS], capture_output=True, text=True, timeout=240)
+    ranks = mpirun(3, HABITS)
+    assert alone.returncode == ranks.returncode == 0, alone.stderr + ranks.stdout + ranks.stderr
+    one, three = ({line.split(": ", 1)[0]: line for line in job.stdout.splitlines()} for job in (alone, ranks))
+    assert len(one) == len(three) == 8
+    assert [case for case in one if one[case] == three[case]] == list(one)[:4], ranks.stdout
+    wrong = ("has a model of", "has seed 1", "has seed 1", "is of rank . of 1, and this is rank")
+    for line, said in zip(list(three.values())[4:], wrong, strict=True):
+        assert re.search(f"refused: .*{said}", line), line

@@ -48,6 +48,19 @@ def test_the_loader_gives_the_trainers_batches_to_the_ranks_that_have_the_worker
     assert len(later) == 16 and all(torch.equal(later[at][0], alone[at][0]) for at in later)
 
 
+@pytest.mark.parametrize("kind", ["torchvision", "dali"])
+def test_parts_may_be_kept(world, small_data, kind):
+    """As a script with two models keeps those of a step, and a cell that is run again leaves a loop."""
+    pytest.importorskip("nvidia.dali") if kind == "dali" else None
+    schedule = lb.Schedule(samples=SAMPLES, workers=16, samples_per_worker=8, epochs=2, lr=0.1)
+    keys = {"loader": kind, "image_size": 8, "augment": "none", "channels": 1, "mean": [0.0], "std": [1.0]}
+    loader = lb.Loader(small_data / "train", schedule, threads=1, **keys)
+    passed = [part.inputs.clone() for part in next(iter(loader)).workers]
+    for _ in range(3):
+        kept = list(next(iter(loader)).workers)
+        assert all(map(torch.equal, (part.inputs for part in kept), passed))
+
+
 def test_what_the_loader_cannot_load_is_named(small_data, tmp_path):
     schedule = lb.Schedule(samples=SAMPLES, workers=4, samples_per_worker=8, epochs=1, lr=0.1)
     folder = small_data / "train"

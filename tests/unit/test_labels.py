@@ -258,3 +258,57 @@ def test_folders_below_what_all_share():
     assert labels.of_folders(["a/1", "a/2"]) == ["a", "a"] and labels.of_folders(["1"]) == [None]
     assert labels.of_folders(["t/a/1", "t/2"]) == ["t", "t"]
     assert labels.of_folders([]) == [] and np.array_equal(labels.of_folders(["t/s/a/1", "t/s/b/1"]), ["a", "b"])
+
+
+@pytest.mark.parametrize("names, says", [
+    ([f"img{i}.png" for i in range(1, 12)], "img11.png comes before img2.png by its letters"),
+    (["x/1.png", "y/1.png", "x/2.png"], "x/1.png and y/1.png have one name"),
+    ([f"val_{i:04d}.png" for i in range(9, 12)], None),
+    (["a-1.png", "a1.png", "b.png"], None),
+])  # fmt: skip
+def test_a_list_of_numbers_needs_names_whose_order_is_one(names, says, image, tmp_path):
+    for name in names:
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_bytes(image)
+    numbers = range(len(names))
+    (tmp_path / "numbers.txt").write_text("".join(f"{i}\n" for i in numbers))
+    (tmp_path / "ids.txt").write_text("".join(f"{i} class{i:02d}\n" for i in numbers))
+    asked = {"processes": 1, "table": tmp_path / "numbers.txt", "ids": tmp_path / "ids.txt"}
+    if says:
+        with pytest.raises(RequestError, match=says):
+            trees.index(tmp_path / "d", **asked)
+        return
+    m = trees.index(tmp_path / "d", **asked)
+    assert [(m.key(i), m.classes[m.labels[i]]) for i in numbers] == [(n, f"class{i:02d}") for i, n in enumerate(names)]
+
+
+def test_classes_may_have_any_name_that_a_folder_can_have(image, tmp_path):
+    """Packed, and the shards indexed by themselves, as others would read them."""
+    names = [
+        os.fsdecode(name) for name in (b"a\nb", b"caf\xe9", b'"c"', "d\u2028e".encode(), b"f\tg", b"plain", b"z\r")
+    ]
+    for name in names:
+        (tmp_path / "d" / name).mkdir(parents=True)
+        (tmp_path / "d" / name / "1.png").write_bytes(image)
+    whole = trees.index(tmp_path / "d", processes=1)
+    packed = pack.pack(whole.path, tmp_path / "p", pack.Encoding(), 1.0, 1)
+    assert packed.classes == whole.classes == sorted(names)
+    (tmp_path / "p" / "manifest.arrow").unlink()
+    again = archive.index(tmp_path / "p", processes=1)
+    assert again.classes == whole.classes and again.labels.tolist() == whole.labels.tolist()
+    (tmp_path / "p" / "classes.txt").write_bytes(b'\xef\xbb\xbfone\r\n"two\n' + b"n\n" * 5)
+    assert archive.index(tmp_path / "p", processes=1).classes[:2] == ["one", '"two']
+
+
+def test_a_class_that_is_a_link_to_what_holds_the_set_is_refused(image, tmp_path):
+    (tmp_path / "d" / "a").mkdir(parents=True)
+    (tmp_path / "d" / "a" / "1.png").write_bytes(image)
+    for target in (".", ".."):
+        (tmp_path / "d" / "up").symlink_to(target)
+        with pytest.raises(RequestError, match="up: is a link to .* which holds .* itself"):
+            trees.index(tmp_path / "d", processes=1)
+        (tmp_path / "d" / "up").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2.png").write_bytes(image)
+    (tmp_path / "d" / "b").symlink_to("../elsewhere")
+    assert trees.index(tmp_path / "d", processes=1).classes == ["a", "b"]

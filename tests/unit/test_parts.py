@@ -64,6 +64,23 @@ def test_an_index_that_failed_keeps_what_it_knows(root, decoded):
     assert rows_of(again) == rows_of(m) and again.fingerprint == m.fingerprint
 
 
+def test_a_storage_that_failed_is_asked_again(root, decoded, monkeypatch):
+    """The file is as it was: nothing about it says that the next look is another."""
+    failing = str(root / "class-1" / "0001.png")
+
+    def broken(path, *mode):
+        if path == failing:
+            raise OSError(5, "Input/output error")
+        return open(path, *mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trees, "open", broken, raising=False)
+        with pytest.raises(RequestError, match="1 of 96 images cannot be read"):
+            trees.index(root, processes=1)
+    assert decoded[0] == 95
+    assert len(trees.index(root, processes=1)) == 96 and decoded[0] == 95 + 10
+
+
 @pytest.mark.parametrize("change", ["content", "time", "decoders", "gone", "torn"])
 def test_what_is_stale_is_looked_at_anew(root, decoded, monkeypatch, change):
     assert trees.index(root, processes=1, share=Share(0, 2)) == 50

@@ -89,3 +89,10 @@ def test_photos_of_many_sizes_without_a_recipe(tmp_path):
 def test_what_cannot_be_shown_is_refused(small, tmp_path, words, says, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["data", "show", str(small.path), *words]) == 2 and says in capsys.readouterr().err
+
+
+def test_a_set_with_nothing_left_is_refused(tmp_path, capsys):
+    trees.index(write_images(tmp_path / "d", 2, 8, classes=2), processes=1)
+    (tmp_path / "d" / "exclude.txt").write_text("class-0/0000.png\nclass-1/0001.png\n")
+    assert main(["data", "show", str(tmp_path / "d"), "--png", str(tmp_path / "x.png")]) == 2
+    assert "exclude.txt beside it leaves no image" in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""The library's data, schedules and files under habits of PyTorch scripts: each is right, or refused by name."""
+
+import random
+import threading
+from collections import UserDict
+
+import numpy as np
+import pytest
+import torch
+from test_api import N, compute, small_data, small_schedule, train
+from test_api_habits import all_steps, distributed, trained
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+
+import hpc_lbsgd as lb
+from hpc_lbsgd.api import state
+from hpc_lbsgd.train.replica import weights_sha256
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    threads, debug = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    yield lb.init("torch")
+    lb.close()
+    torch.set_num_threads(threads)
+    torch.set_deterministic_debug_mode(debug)
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_parts_of_another_rank_are_refused():
+    run, shuffle = distributed(), lb.GlobalShuffle(N, small_schedule(), rank=0, size=2)
+    with pytest.raises(lb.RunError, match="is of rank 0 of 2, and this is rank 0 of 1"):
+        train(run, shuffle, small_data())
+    with pytest.raises(lb.RequestError, match="object has no length"):
+        lb.GlobalShuffle(object(), small_schedule())
+    assert len(lb.GlobalShuffle(np.int64(N), small_schedule())) == len(lb.GlobalShuffle(N, small_schedule()))
+
+
+def lists(rows):
+    return [image for image, _ in rows], torch.tensor([int(label) for _, label in rows])
+
+
+def end_to_end(rows):
+    ends = torch.arange(len(rows) + 1)
+    return UserDict(ends=ends, inputs=torch.cat([i.flatten() for i, _ in rows]), labels=lists(rows)[1])
+
+
+@pytest.mark.parametrize("collate", [list, lists, end_to_end])
+def test_batches_of_lists_and_of_samples_laid_end_to_end_are_taken(collate):
+    shuffle = lb.GlobalShuffle(N, small_schedule(), seed=1)
+    loader = DataLoader(small_data(), batch_sampler=shuffle, collate_fn=collate)
+    assert sum(part.count for step in shuffle.steps(loader) for part in step.workers) == 3 * N
+    fewer = DataLoader(small_data(), batch_sampler=shuffle, collate_fn=lambda rows: collate(rows[:-1]))
+    if collate is not end_to_end:  # whose 7 samples have 8 ends
+        with pytest.raises(lb.RunError, match="for worker 0, which has 8"):
+            next(next(shuffle.steps(fewer)).workers)
+
+
+def test_batches_go_to_the_device_whatever_holds_them():
+    from hpc_lbsgd.api.shuffle import on
+
+    class Graph:
+        def to(self, device):
+            return device
+
+    meta = torch.device("meta")
+    moved = on(meta, UserDict(x=torch.ones(2), graph=Graph()))
+    assert moved["x"].device == moved["graph"] == meta
+
+
+class Noisy(Dataset):
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return torch.rand(1), 0
+
+
+@pytest.mark.parametrize("wrap", [lambda d: Subset(d, range(N)), lambda d: ConcatDataset([d])])
+def test_keyed_data_is_outermost(wrap):
+    shuffle = lb.GlobalShuffle(N, small_schedule())
+    with pytest.raises(lb.RequestError, match="lb.Keyed is inside of"):
+        next(shuffle.steps(DataLoader(wrap(lb.Keyed(Noisy())), batch_sampler=shuffle)))
+    parts = next(shuffle.steps(DataLoader(lb.Keyed(wrap(Noisy())), batch_sampler=shuffle))).workers
+    assert len(next(parts).inputs) == 8
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"samples": 203.0}, "samples=203.0.*a whole number"),
+        ({"epochs": "3"}, "epochs='3'.*a whole number"),
+        ({"milestones": (1.5,)}, "milestones=1.5.*a whole number"),
+        ({"max_steps": 0}, "max_steps=0.*at least 1"),
+        ({"measure_every": -1}, "measure_every=-1"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"lr": -0.1}, "lr=-0.1"),
+        ({"factor": 0, "milestones": (1,)}, "factor=0"),
+        ({"warmup_start_lr": float("inf")}, "warmup_start_lr=inf"),
+        ({"workers": 1, "measure_every": 5}, "several workers in a full step, and workers=1"),
+        ({"workers": 40, "measure_every": 5}, "a full step has 320 samples"),
+    ],
+)
+def test_what_is_no_schedule_is_named(given, said):
+    with pytest.raises(lb.RequestError, match=said):
+        small_schedule(**given)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_numbers_of_numpy_come_back(tmp_path):
+    schedule = small_schedule(lr=np.float32(0.1), samples=np.int64(N))
+    assert type(schedule.at(0).lr) is float
+    run = distributed()
+    run.optimizer.param_groups[0]["lr"] = np.float64(0.25)
+    lb.save(tmp_path / "state.pt", run)
+    again = distributed()
+    lb.load(tmp_path / "state.pt", again)
+    assert again.optimizer.param_groups[0]["lr"] == 0.25
+    whole = (tmp_path / "state.pt").read_bytes()
+    run.optimizer.param_groups[0]["why"] = threading.Thread
+    with pytest.raises(lb.RequestError, match="keeps threading.Thread"):
+        lb.save(tmp_path / "state.pt", run)
+    assert (tmp_path / "state.pt").read_bytes() == whole
+
+
+def test_a_file_goes_on_where_it_ended_and_with_its_optimizer(tmp_path):
+    plainly, run = trained(distributed()), distributed()
+    trained(run, 2)
+    lb.save(tmp_path / "state.pt", run)
+    run = distributed()
+    lb.load(tmp_path / "state.pt", run)
+    with pytest.raises(lb.RunError, match=r"go on from step 2, and this is step 0: .*start=2.*run.step = 0"):
+        trained(run, 1)
+    assert trained(run, start=2) == plainly
+    lb.load(tmp_path / "state.pt", run)
+    run.step = 0
+    trained(run, 1)
+    with pytest.raises(lb.RequestError, match="written with SGD, whose state AdamW cannot"):
+        lb.load(tmp_path / "state.pt", distributed(optimizer=lambda m: torch.optim.AdamW(m.parameters())))
+    compute(run, next(all_steps()))
+    with pytest.raises(lb.RunError, match="lb.load: inside a step"):
+        lb.load(tmp_path / "state.pt", run)
+
+
+def test_a_file_with_a_changed_bit_is_refused_or_the_same(tmp_path):
+    run = distributed(optimizer=lambda m: torch.optim.Adam(m.parameters()))
+    trained(run, 1)
+    lb.save(tmp_path / "state.pt", run)
+    whole, want, draw = (tmp_path / "state.pt").read_bytes(), weights_sha256(run.model), random.Random(0)
+    refused = 0
+    for _ in range(60):
+        torn = bytearray(whole)
+        torn[draw.randrange(len(torn))] ^= 1 << draw.randrange(8)
+        (tmp_path / "torn.pt").write_bytes(torn)
+        try:
+            lb.load(tmp_path / "torn.pt", run)
+        except lb.RequestError:
+            refused += 1
+        assert weights_sha256(run.model) == want
+    assert refused > 30
+
+
+def test_a_save_that_no_other_rank_joins_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(state, "ALONE_S", 0.0)
+    run, said = distributed(), threading.Event()
+    monkeypatch.setattr(state.sys.stderr, "flush", said.set, raising=False)
+    monkeypatch.setattr(run.replica, "check_equal", lambda when: said.wait(60))  # as where the others do not come
+    lb.save(tmp_path / "state.pt", run)
+    assert "lb.save on rank 0: waiting for other ranks" in capsys.readouterr().err
