@@ -68,7 +68,8 @@ def drawn_from(key: int) -> Iterator[None]:
 def own_random_numbers() -> Iterator[None]:
     """What is drawn here leaves torch's generators as they were: between parts a script draws what its own seed says,
     the same on all ranks."""
-    cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    cpu, on_gpu = torch.get_rng_state(), bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    gpu = torch.cuda.get_rng_state() if on_gpu else None
     try:
         yield
     finally:

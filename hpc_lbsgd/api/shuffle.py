@@ -144,7 +144,8 @@ class GlobalShuffle(Sampler[list[Sample]]):
 
     def steps(self, loader: DataLoader[Any]) -> Iterator[Step]:
         """Every step from `start` to the end, whether this rank has workers in it or not: ranks sum at each."""
-        if getattr(loader, "batch_sampler", None) is not self:
+        sampler: object = getattr(loader, "batch_sampler", None)
+        if sampler is not self:
             raise RequestError("shuffle.steps(loader): make the loader with batch_sampler=shuffle, this one")
         if inside := wrapped_keyed(loader.dataset):
             raise RequestError(
