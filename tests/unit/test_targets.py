@@ -121,9 +121,10 @@ REFUSED = {
     "data.targets=[image]": "has no field 'image'",
     "data.targets=[]": "data.targets",
     "data.targets=[age,age]": "one is there twice",
-    "data.targets=[age]": "train.loss = cross-entropy: it is of one class a sample, or of one mask; for numbers: mse,",
-    "train.loss=mse": "a class is no number to come near to",
+    "data.targets=[age]": "train.loss = cross-entropy: it is of one class a sample; for numbers: mse,",
+    "train.loss=mse": "it is of numbers; for a class cross-entropy, for a mask pixel-cross-entropy",
     "data.targets=[at] train.loss=binary-cross-entropy": "has at = [0. 1. 2.], not from 0 to 1",
+    "train.loss=pixel-cross-entropy": "it is of one mask a sample",
     "data.classes=1": "data.classes = 1: there is nothing to tell apart",
     "data.targets=[age] train.loss=mse data.dataset=some:thing": "a set of your own says by itself",
 }
