@@ -163,7 +163,7 @@ class Recipe(Section):
                 f"machine.loader_processes = {self.machine.loader_processes}: only a set of your own (data.dataset) is "
                 "made in processes; images are decoded in threads (machine.loader_threads)"
             )
-        if self.train.loss != "cross-entropy" and self.train.label_smoothing:
+        if self.train.label_smoothing and self.train.loss not in ("cross-entropy", "pixel-cross-entropy"):
             raise ValueError(
                 f"train.label_smoothing = {self.train.label_smoothing}: only with train.loss = cross-entropy"
             )

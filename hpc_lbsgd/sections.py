@@ -249,9 +249,10 @@ class Train(Section):
     """a cap for this start; not part of the fingerprint"""
     eval_epochs: Count = 1
     """evaluate every so many epochs, and at the end"""
-    loss: Literal["cross-entropy", "mse", "binary-cross-entropy"] | Own = "cross-entropy"
-    """mse, binary-cross-entropy (of outputs before the sigmoid): mean over a sample's targets; or
-    package.module:function, which takes (outputs, labels) and returns a loss a sample, shape (B,)"""
+    loss: Literal["cross-entropy", "pixel-cross-entropy", "mse", "binary-cross-entropy"] | Own = "cross-entropy"
+    """pixel-cross-entropy: of a mask, mean over its pixels; mse, binary-cross-entropy (of outputs before the sigmoid):
+    of numbers, mean over a sample's; or package.module:function, which takes (outputs, labels) and returns a loss a
+    sample, shape (B,)"""
     metrics: list[Own] = []
     """package.module:function, each takes (outputs, labels) in evaluations and returns a value a sample, shape (B,), or
     a sum and a count; the mean is in records by the function's name. Not part of the fingerprint"""

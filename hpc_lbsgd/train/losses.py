@@ -41,11 +41,12 @@ def loss_function(train) -> Loss:
     if train.loss in OF_NUMBERS:
         return of_numbers(train.loss)
     smoothing = train.label_smoothing
-    return lambda outputs, labels: (
-        F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
-        if labels.dim() == 1
-        else of_pixels(outputs, labels, smoothing)
-    )
+    if train.loss == OF_PIXELS:
+        return lambda outputs, labels: of_pixels(outputs, labels, smoothing)
+    return lambda outputs, labels: F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
+
+
+OF_PIXELS = "pixel-cross-entropy"
 
 
 def of_pixels(outputs: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -53,7 +54,7 @@ def of_pixels(outputs: torch.Tensor, labels: torch.Tensor, smoothing: float) -> 
     count."""
     if outputs.shape[:1] + outputs.shape[2:] != labels.shape:
         raise RequestError(
-            f"train.loss = cross-entropy: outputs are {tuple(outputs.shape)}, and masks {tuple(labels.shape)}; the "
+            f"train.loss = {OF_PIXELS}: outputs are {tuple(outputs.shape)}, and masks {tuple(labels.shape)}; the "
             "model is to give a number a class for each pixel, (B, classes, H, W)"
         )
     rows = outputs.movedim(1, -1).flatten(0, -2)  # a pixel each: torch has no deterministic kernel for images of them
@@ -86,22 +87,20 @@ def of_numbers(name: str) -> Loss:
 
 def check(loss: str, targets: Sequence[str], manifest: Manifest, outputs: int) -> None:
     """Raise RequestError where a loss of ours cannot be taken of these targets of a set. outputs: of the model."""
-    classes = [name for name in targets if manifest.fields[name].kind in (CLASS, "mask")]
+    if ":" in loss:
+        return
+    kinds = [manifest.fields[name].kind for name in targets]
     asked = f"data.targets = [{', '.join(targets)}] with train.loss = {loss}"
-    if loss == "cross-entropy" and (targets != classes or len(classes) > 1):
+    if loss in OF_NUMBERS and not set(kinds) <= {"int", "float"}:
+        raise RequestError(f"{asked}: it is of numbers; for a class cross-entropy, for a mask {OF_PIXELS}, or your own")
+    wanted = {"cross-entropy": CLASS, OF_PIXELS: "mask"}.get(loss)
+    if wanted and kinds != [wanted]:
         raise RequestError(
-            f"{asked}: it is of one class a sample, or of one mask; for numbers: {', '.join(OF_NUMBERS)}, or a loss of "
-            "your own"
+            f"{asked}: it is of one {wanted} a sample; for numbers: {', '.join(OF_NUMBERS)}, or a loss of your own"
         )
-    widest = manifest.fields[targets[0]].width
-    if loss == "cross-entropy" and manifest.fields[targets[0]].kind == "mask" and widest > outputs:
-        raise RequestError(f"data.classes = {outputs}: {targets[0]} of {manifest.path} has classes up to {widest - 1}")
-    if any(manifest.fields[name].kind == "boxes" for name in targets) and ":" not in loss:
-        raise RequestError(f"{asked}: boxes are for a loss of your own, package.module:function")
-    if loss in OF_NUMBERS and classes:
-        raise RequestError(
-            f"{asked}: a class is no number to come near to; allowed: cross-entropy, or a loss of your own"
-        )
+    if loss == OF_PIXELS and manifest.fields[targets[0]].width > outputs:
+        largest = manifest.fields[targets[0]].width - 1
+        raise RequestError(f"data.classes = {outputs}: {targets[0]} of {manifest.path} has classes up to {largest}")
     for name in targets if loss == "binary-cross-entropy" else ():
         for some in manifest.looked_at():
             values = manifest.values(name)[some]

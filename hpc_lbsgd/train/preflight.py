@@ -66,8 +66,8 @@ def before(
         return model.to(device, memory_format=memory_format)
 
     call = probe.Call(
-        torch.cat([batch.images for batch in batches.values()]),
-        joined([batch.labels for batch in batches.values()]),
+        torch.cat([images for images, *_ in batches.values()]),
+        joined([labels for _, labels, *_ in batches.values()]),
         loss_function(recipe.train),
         # a model may work in place
         lambda model, images: outputs(model, images.clone(), dtype, device, recipe.precision == "bf16"),
@@ -244,10 +244,10 @@ class Bench:
         replica.train()
         replica.buckets.begin(point.workers)
         for batches in passes:
-            replica.begin_pass(point.step, list(batches), [rows(b.labels) for b in batches.values()])
+            replica.begin_pass(point.step, list(batches), [rows(labels) for _, labels, *_ in batches.values()])
             replica.buckets.arm(last_pass=False)
-            images = torch.cat([b.images for b in batches.values()])
-            labels = joined([b.labels for b in batches.values()])
+            images = torch.cat([images for images, *_ in batches.values()])
+            labels = joined([labels for _, labels, *_ in batches.values()])
             loss = self.loss(replica.forward(images, groups_in_step(point, self.group)), labels)
             replica.share(loss, rows(labels), point).backward()
             replica.buckets.end_pass()
@@ -257,7 +257,8 @@ class Bench:
 
 def parts_of(batch: Batch) -> list[torch.Tensor]:
     """What a model and a loss get of it."""
-    return [batch.images, *tensors(batch.labels)]
+    images, labels, *_ = batch
+    return [images, *tensors(labels)]
 
 
 def check_data(first: Batch, again: Batch, engine) -> Check:

@@ -44,7 +44,7 @@ def recipes(small_recipe, small_data, tmp_path_factory):
             small_recipe, data__train=str(places["train"]), data__eval=str(places["eval"]), **EXACT | changes
         )
 
-    masks = {"data__targets": ["mask"], "model__name": "fields_models:pixels"}
+    masks = {"data__targets": ["mask"], "model__name": "fields_models:pixels", "train__loss": "pixel-cross-entropy"}
     numbers = {"data__targets": ["age"], "train__loss": "mse"}
     return {
         "table": of(paths, **numbers),

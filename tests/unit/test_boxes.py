@@ -130,7 +130,7 @@ def test_rows_without_boxes_left_out_rows_and_tars(tmp_path):
     (m.path.parent / "exclude.txt").write_text("i/01.png\n")
     less = manifest.Manifest(m.path)
     assert [len(b) for b in less.values("boxes")[np.arange(8)]] == [0, 2, 0, 1, 2, 0, 1, 2]
-    with pytest.raises(RequestError, match="boxes are for a loss of your own"):
+    with pytest.raises(RequestError, match="it is of numbers; for a class cross-entropy"):
         losses.check("mse", ["boxes"], m, 2)
     own = losses.loss_function(Train(loss="test_boxes:areas"))
     assert own(torch.zeros(2, 1), [torch.ones(3, 4), torch.ones(0, 4)]) == 3

@@ -185,7 +185,7 @@ def test_the_loss_of_pixels_is_torchs_and_a_sample_is_a_mean():
     outputs = torch.randn(3, 4, 5, 6, generator=rng, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 4, (3, 5, 6), generator=rng)
     labels[0, :2], labels[2] = NOWHERE, NOWHERE
-    found = losses.loss_function(Train(label_smoothing=0.1))(outputs, labels)
+    found = losses.loss_function(Train(loss="pixel-cross-entropy", label_smoothing=0.1))(outputs, labels)
     own = [
         F.cross_entropy(o[None], m[None], ignore_index=NOWHERE, label_smoothing=0.1)
         for o, m in zip(outputs[:2], labels[:2], strict=True)
@@ -194,7 +194,7 @@ def test_the_loss_of_pixels_is_torchs_and_a_sample_is_a_mean():
     found.backward()
     assert outputs.grad[0].abs().sum() > 0 and (outputs.grad[2] == 0).all()
     with pytest.raises(RequestError, match="a number a class for each pixel"):
-        losses.loss_function(Train())(outputs[:, :, :4], labels)
+        losses.loss_function(Train(loss="pixel-cross-entropy"))(outputs[:, :, :4], labels)
 
 
 def test_scaling_takes_the_nearest_pixel():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import command, write_images, write_recipe
 
-from hpc_lbsgd.data import loader, manifest, pack, stage, table, verify
+from hpc_lbsgd.data import archive, loader, manifest, pack, stage, table, verify
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Data, Train
@@ -42,7 +42,11 @@ def places(people, tmp_path_factory):
         )
     }
     assert len(packs["keep"].shards) > 1
-    return {"folder": people, **packs, "staged": stage.stage(packs["keep"], root / "local")}
+    (root / "tars").mkdir()
+    for name in [shard["name"] for shard in packs["keep"].shards] + ["classes.txt"]:
+        (root / "tars" / name).symlink_to(packs["keep"].root / name)
+    tars = archive.index(root / "tars", processes=1, wanted=["class", "id", "at", "age"])
+    return {"folder": people, **packs, "staged": stage.stage(packs["keep"], root / "local"), "webdataset": tars}
 
 
 def made(m, kind, targets, requests, **named):
@@ -52,12 +56,13 @@ def made(m, kind, targets, requests, **named):
 
 
 @pytest.mark.parametrize("kind", ["torchvision", "dali"])
-@pytest.mark.parametrize("place", ["folder", "keep", "raw", "jpeg", "staged"])
+@pytest.mark.parametrize("place", ["folder", "keep", "raw", "jpeg", "staged", "webdataset"])
 def test_each_sample_has_its_own_numbers(places, place, kind):
     m = places[place]
-    order = [int(m.key(i)[-8:-4]) for i in range(N)]  # rows are by class and name; files are numbered
-    by_name = sorted(range(N), key=lambda i: (i % 4, i))  # the table's rows: by class folder and number
-    row = np.array([by_name.index(number) for number in order])
+    row = np.array([ID.tolist().index(number) for number in m.values("id").tolist()])  # of the table
+    people = places["folder"]
+    assert [people.key(i) for i in range(N)] == [sorted(map(people.key, range(N)))[i] for i in row]
+    assert m.classes == ["c0", "c1"] and m.labels.tolist() == [0] * (N // 2) + [1] * (N // 2)
     requests = [Request(1, np.array(s)) for s in ([5, 0, 11, 3], [7])]  # a tail of one sample
     for prefetch_mb in (None, 1e-6):  # or each sample in a part of its own
         found = made(m, kind, ["at", "id", "class", "age"], requests, prefetch_mb=prefetch_mb)
@@ -68,13 +73,14 @@ def test_each_sample_has_its_own_numbers(places, place, kind):
             assert torch.equal(targets["age"], torch.tensor(AGE[mine], dtype=torch.float32))
             assert torch.equal(targets["at"], torch.tensor(AT[mine], dtype=torch.float32))
             assert targets["class"].tolist() == (mine % 2).tolist()
-    ((_, alone), _) = made(m, kind, ["age"], requests)
+    ((images, alone), _) = made(m, kind, ["age"], requests)
+    assert torch.equal(images, made(people, kind, ["age"], requests)[0][0]) or place == "jpeg"
     assert torch.equal(alone, found[0][1]["age"])
 
 
 def test_a_pack_is_the_same_set_and_its_numbers_are_in_the_shards(places, tmp_path):
     assert places["keep"].fingerprint == places["folder"].fingerprint == places["staged"].fingerprint
-    assert len({m.fingerprint for m in places.values()}) == 3
+    assert len({places[name].fingerprint for name in ("keep", "raw", "jpeg")}) == 3
     import tarfile
 
     with tarfile.open(places["keep"].root / places["keep"].shards[0]["name"]) as tar:
@@ -115,9 +121,10 @@ REFUSED = {
     "data.targets=[image]": "has no field 'image'",
     "data.targets=[]": "data.targets",
     "data.targets=[age,age]": "one is there twice",
-    "data.targets=[age]": "train.loss = cross-entropy: it is of one class a sample, or of one mask; for numbers: mse,",
-    "train.loss=mse": "a class is no number to come near to",
+    "data.targets=[age]": "train.loss = cross-entropy: it is of one class a sample; for numbers: mse,",
+    "train.loss=mse": "it is of numbers; for a class cross-entropy, for a mask pixel-cross-entropy",
     "data.targets=[at] train.loss=binary-cross-entropy": "has at = [0. 1. 2.], not from 0 to 1",
+    "train.loss=pixel-cross-entropy": "it is of one mask a sample",
     "data.classes=1": "data.classes = 1: there is nothing to tell apart",
     "data.targets=[age] train.loss=mse data.dataset=some:thing": "a set of your own says by itself",
 }
