@@ -10,8 +10,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 
-from hpc_lbsgd.amend import flatten
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.recipe import flatten
 from hpc_lbsgd.records import RunFolder, metrics_of
 
 OFTEN = ("loss", "lr", "global_batch", "images_per_s", "data_wait_s", "exposed_comm_s", "step_s")
