@@ -17,6 +17,7 @@ import torch
 
 from hpc_lbsgd.parallel.buckets import Buckets
 from hpc_lbsgd.parallel.layout import plan_layouts
+from hpc_lbsgd.parallel.memory import keep_freed_memory
 
 DECADES = 4
 
@@ -88,6 +89,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=256, help="k")
     parser.add_argument("--elements", type=int, default=100_000, help="of the tensor")
     args = parser.parse_args()
+    keep_freed_memory()  # as ranks of `train` do
+    torch.set_num_threads(1)
     k = args.workers
     made = torch.Generator().manual_seed(1)
     sizes = 10.0 ** (-1 - DECADES * torch.rand(args.elements, generator=made))
