@@ -31,7 +31,7 @@ endif
 START  := $(shell date +%s)
 TOOK    = echo "make $@: $$(($$(date +%s) - $(START))) s"
 
-.PHONY: help setup train check test faults gpu-check lint docs figures module clean
+.PHONY: help setup train check test coverage faults gpu-check lint docs figures module clean
 help:   ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
@@ -78,6 +78,11 @@ else
 	    $(PYTEST) $(ALONE:%=tests/%) || failed=1; \
 	    wait $$! || failed=1; cat $$slurm; rm $$slurm; $(TOOK); exit $$failed
 endif
+
+coverage: setup  ## lines that tests reach, ranks and commands counted; the least covered files first [PART="unit oracle"]
+	@rm -rf .coverage; mkdir .coverage; failed=0; \
+	    $(BIN)/coverage run -m pytest -q $(or $(PART:%=tests/%),$(TOGETHER:%=tests/%) $(ALONE:%=tests/%)) || failed=1; \
+	    $(BIN)/coverage combine -q && $(BIN)/coverage report; $(TOOK); exit $$failed
 
 faults: setup  ## the fault matrix, or rows of it whose names begin so; goes on where it ended [PART=row|page] [SEED=n] [COUNT=n] [MINUTES=n]
 	$(BIN)/python tests/faults/matrix $(if $(filter page,$(PART)),--page docs/results/faults.md,$(if $(PART),--part $(PART)) $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT)) $(if $(MINUTES),--minutes $(MINUTES)))

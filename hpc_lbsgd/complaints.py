@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 import time
-import traceback
 
 from hpc_lbsgd import progress
 from hpc_lbsgd.errors import EXIT_FAILED, EXIT_REQUEST, RequestError, RunError
@@ -32,8 +31,7 @@ def complain(problem: RequestError | RunError | OSError) -> int:
     asked = isinstance(problem, RequestError) or getattr(problem, "errno", None) in OF_A_PATH
     if asked and leave_to_rank_0():
         return EXIT_REQUEST
-    if progress.verbose():
-        traceback.print_exception(problem)
+    progress.raised(problem)
     text = str(problem)
     if isinstance(problem, OSError):
         where = problem.filename if problem.filename is not None else "what is written or read"

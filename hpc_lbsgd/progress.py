@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 
 SAY = "HPC_LBSGD_SAY"
@@ -36,6 +37,12 @@ def running(line: Sequence[str]) -> None:
     """A command line, as it is run."""
     if verbose():
         print(f"+ {shlex.join(line)}", file=sys.stderr, flush=True)
+
+
+def raised(problem: BaseException) -> None:
+    """Where an error came from, before the line that says what it is."""
+    if verbose():
+        traceback.print_exception(problem)
 
 
 def bar(iterable: Iterable | None = None, show: bool = True, **how):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from hpc_lbsgd import progress
 from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import engine as engines
@@ -83,6 +84,7 @@ def train(
         if engine.rank == 0:
             if folder is not None and found.attempt == 0:
                 folder.abandon()
+            progress.raised(problem)
             print(f"hpc-lbsgd: {problem}", file=sys.stderr)
         engine.close()
         return EXIT_REQUEST
@@ -90,6 +92,7 @@ def train(
         if problem.everywhere:
             if engine.rank == 0:
                 folder.claim_failure(rank=0, host=socket.gethostname(), error=str(problem))
+                progress.raised(problem)
                 print(f"hpc-lbsgd: {problem}", file=sys.stderr)
             engine.close()
             return EXIT_FAILED
@@ -133,6 +136,7 @@ def preflight(recipe: Recipe, as_json: bool = False) -> int:
         schedule = together(engine, lambda: settled.build_schedule(len(sets[0])))
     except RequestError as problem:
         if engine.rank == 0:
+            progress.raised(problem)
             print(f"hpc-lbsgd: {problem}", file=sys.stderr)
         engine.close()
         return EXIT_REQUEST

@@ -179,7 +179,7 @@ def test_a_quick_look_keeps_the_schedules_shape_and_says_what_it_is(tmp_path):
     write_run(cell, [20, 10], 40)
     report = table.summarise(EXPERIMENTS["goyal-table1"], SMALL, [cell], 1)
     report.facts["cut_short"] = cut_short([cell], quick=True)
-    page = table.markdown(EXPERIMENTS["goyal-table1"], SMALL, report, "hpc-lbsgd reproduce goyal-table1 --quick", [])
+    page = table.markdown(EXPERIMENTS["goyal-table1"], report, "hpc-lbsgd reproduce goyal-table1 --quick", [])
     assert "**Not the whole experiment**: a quick look" in page
     assert cut_short(cells_of(table1(SMALL), 1, [], tmp_path), quick=False) is None
     capped = cut_short(cells_of(table1(SMALL), 1, ["train.max_steps=7"], tmp_path), quick=False)
