@@ -113,5 +113,5 @@ def _failures(records: list[dict]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    text = re.sub(r"/tmp/\S*?/(?=run\b|packed\b|staged\b|images\b|disk\b)", "", text)[:180]
+    text = re.sub(r"/tmp/\S*?/(?=run\b|checkpoints\b|packed\b|staged\b|images\b|disk\b)", "", text)[:180]
     return text.replace("|", "\\|").replace("<", "&lt;")
