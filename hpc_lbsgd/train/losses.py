@@ -96,7 +96,8 @@ def check(loss: str, targets: Sequence[str], manifest: Manifest, outputs: int) -
     wanted = {"cross-entropy": CLASS, OF_PIXELS: "mask"}.get(loss)
     if wanted and kinds != [wanted]:
         raise RequestError(
-            f"{asked}: it is of one {wanted} a sample; for numbers: {', '.join(OF_NUMBERS)}, or a loss of your own"
+            f"{asked}: it is of one {wanted} a sample; for a mask {OF_PIXELS}, for numbers {' or '.join(OF_NUMBERS)}, "
+            "for others a loss of your own"
         )
     if loss == OF_PIXELS and manifest.fields[targets[0]].width > outputs:
         largest = manifest.fields[targets[0]].width - 1

@@ -121,7 +121,7 @@ REFUSED = {
     "data.targets=[image]": "has no field 'image'",
     "data.targets=[]": "data.targets",
     "data.targets=[age,age]": "one is there twice",
-    "data.targets=[age]": "train.loss = cross-entropy: it is of one class a sample; for numbers: mse,",
+    "data.targets=[age]": "train.loss = cross-entropy: it is of one class a sample; for a mask pixel-cross-entropy,",
     "train.loss=mse": "it is of numbers; for a class cross-entropy, for a mask pixel-cross-entropy",
     "data.targets=[at] train.loss=binary-cross-entropy": "has at = [0. 1. 2.], not from 0 to 1",
     "train.loss=pixel-cross-entropy": "it is of one mask a sample",
