@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hpc_lbsgd.cluster import mpi_check
+from hpc_lbsgd.cluster import check_ranks
 from hpc_lbsgd.parallel import refusals
 from hpc_lbsgd.parallel.launchers import Layout, has_mpi, starter
 
@@ -70,7 +70,7 @@ def test_root_without_the_variables(monkeypatch, capfd):
 
 def test_doctor_says_it_too():
     launcher, path = starter()
-    found = mpi_check.run([*launcher.line(path, Layout(MANY), {}), "true"], Layout(MANY))
+    found = check_ranks.run([*launcher.line(path, Layout(MANY), {}), "true"], Layout(MANY))
     assert found["problem"].startswith(f"{MANY} ranks, but there are ")
 
 
