@@ -48,7 +48,7 @@ def test_where_all_wait_for_one_another_it_is_the_network(tmp_path):
     ranks = [Watchdog(RunFolder(tmp_path), r, 2, TIMEOUT_S, lambda *said: heard.put(said)) for r in (0, 1)]
     for rank in ranks:
         rank.enter("sum", 7)
-    message, _ = heard.get(timeout=30)
+    message, *_ = heard.get(timeout=30)
     for rank in ranks:
         rank.stop()
     assert "rank 0 on" in message and "rank 1 on" in message, message
@@ -68,7 +68,8 @@ def test_who_has_evaluated_waits_in_a_sum_which_is_bounded():
             yield torch.eye(2), torch.arange(2), 0
 
     loader = SimpleNamespace(batches=batches)
-    found = evaluate(replica, loader, 4, 2, lambda outputs, labels: outputs.sum(), lambda: seen.append("waits"))
+    metrics = {"loss": lambda outputs, labels: (outputs.sum(), len(labels))}
+    found = evaluate(replica, loader, 4, 2, metrics, lambda: seen.append("waits"))
     assert seen == ["batch", "batch", "waits", "sum"] and found["accuracy"] == 1.0
 
 
