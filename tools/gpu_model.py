@@ -197,7 +197,8 @@ def count(recipe: recipes.Recipe, number: int = 1, plain: bool = False) -> Seen:
             stepper.run(point_of(recipe, number))  # the first makes what later ones keep
         seen = Seen()
         if not plain:
-            replica.buckets.fixed.kernels = CountedKernels(seen)
+            if replica.buckets.fixed:
+                replica.buckets.fixed.kernels = CountedKernels(seen)
             count_update(replica, seen)
         with seen:
             stepper.run(point_of(recipe, number))
