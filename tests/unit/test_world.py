@@ -97,7 +97,8 @@ def test_under_a_real_hydra_two_ranks_find_their_places():
     hydra = shutil.which("mpiexec.hydra")
     if not hydra:
         pytest.skip("not installed: mpich")
-    code = "import json; from hpc_lbsgd.parallel.world import *; print(json.dumps([launcher(), from_environment()]), end=';')"
+    code = "import json; from hpc_lbsgd.parallel.world import *; "
+    code += "print(json.dumps([launcher(), from_environment()]), end=';')"
     result = subprocess.run([hydra, "-n", "2", sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     found = sorted(json.loads(said) for said in result.stdout.split(";")[:-1])  # ranks share a line at times
     assert found == [["mpiexec", [0, 2, 0, 2, None]], ["mpiexec", [1, 2, 1, 2, None]]], result.stderr
