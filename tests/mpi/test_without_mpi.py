@@ -71,7 +71,8 @@ def test_it_is_not_there():
 def test_launch_stops_torchrun_goes_on(recipe, horovods, tmp_path):
     """SIGUSR2 to `launch`, exit code 75, then on under torchrun on three ranks."""
     run = tmp_path / "run"
-    process = launched(2, run, 7, *words(recipe, run))
+    slowly = ("--set", "train.callbacks=[pausing:after_each_step]")
+    process = launched(2, run, 7, *words(recipe, run, *slowly))
     process.send_signal(signal.SIGUSR2)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output
