@@ -93,12 +93,13 @@ def test_numbers_that_do_not_fit_together_are_nobodys(env):
     assert from_environment(env) == World(0, 1, 0, 1)
 
 
-def test_under_a_real_hydra_two_ranks_find_their_places():
+def test_under_a_real_hydra_two_ranks_find_their_places(tmp_path):
     hydra = shutil.which("mpiexec.hydra")
     if not hydra:
         pytest.skip("not installed: mpich")
-    code = "import json; from hpc_lbsgd.parallel.world import *; "
-    code += "print(json.dumps([launcher(), from_environment()]), end=';')"
-    result = subprocess.run([hydra, "-n", "2", sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    found = sorted(json.loads(said) for said in result.stdout.split(";")[:-1])  # ranks share a line at times
+    code = "import json, os; from hpc_lbsgd.parallel.world import *; "  # a file each: what ranks print, Hydra mixes
+    code += "open(str(os.getpid()), 'w').write(json.dumps([launcher(), from_environment()]))"
+    line = [hydra, "-n", "2", sys.executable, "-c", code]
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    found = sorted(json.loads(path.read_text()) for path in tmp_path.iterdir())
     assert found == [["mpiexec", [0, 2, 0, 2, None]], ["mpiexec", [1, 2, 1, 2, None]]], result.stderr
