@@ -100,6 +100,20 @@ def lab(tmp_path_factory):
     running.stop()
 
 
+@pytest.fixture(scope="module")
+def world():
+    """The library's, of this process alone. What it settles for a process is as before afterwards."""
+    import torch
+
+    import hpc_lbsgd as lb
+
+    threads, debug = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    yield lb.init("torch")
+    lb.close()
+    torch.set_num_threads(threads)
+    torch.set_deterministic_debug_mode(debug)
+
+
 def write_recipe(path: Path, recipe: dict) -> Path:
     path.write_text(yaml.safe_dump(recipe))
     return path

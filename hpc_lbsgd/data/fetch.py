@@ -225,7 +225,12 @@ def write_part(target: Path, classes: Sequence[str], images: np.ndarray, labels:
     for i, (image, label) in enumerate(pairs):
         Image.fromarray(np.ascontiguousarray(image)).save(building / classes[label] / f"{i:05d}.png", compress_level=1)
     tree.index(building)
-    os.replace(building, target)
+    try:
+        os.replace(building, target)
+    except OSError:
+        if not (target / manifest.FILE_NAME).exists():
+            raise
+        shutil.rmtree(building)  # another process has fetched the same meanwhile
     return manifest.Manifest(target / manifest.FILE_NAME)
 
 

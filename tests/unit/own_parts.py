@@ -101,41 +101,39 @@ def threads(record, view):
 # ---------------------------------------------------------------- optimizers
 
 
-class Forgetful(torch.optim.Optimizer):
+class Moving(torch.optim.Optimizer):
+    """`move` is what becomes of a parameter."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.move(p, group["lr"])
+
+
+class Forgetful(Moving):
     """Keeps its momentum where no state dict has it."""
 
     def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+        super().__init__(params, lr)
         self.kept = {}
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.kept[p] = 0.9 * self.kept.get(p, 0.0) + p.grad
-                p.sub_(self.kept[p], alpha=group["lr"])
+    def move(self, p, lr):
+        self.kept[p] = 0.9 * self.kept.get(p, 0.0) + p.grad
+        p.sub_(self.kept[p], alpha=lr)
 
 
-class Drawing(torch.optim.Optimizer):
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.sub_(p.grad + 0.01 * torch.randn_like(p), alpha=group["lr"])
+class Drawing(Moving):
+    def move(self, p, lr):
+        p.sub_(p.grad + 0.01 * torch.randn_like(p), alpha=lr)
 
 
-class Replacing(torch.optim.Optimizer):
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.data = p.data - group["lr"] * p.grad
+class Replacing(Moving):
+    def move(self, p, lr):
+        p.data = p.data - lr * p.grad
 
 
 def half_of_it(params, lr):

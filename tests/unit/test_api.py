@@ -22,13 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    threads, debug = torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    yield lb.init("torch")
-    lb.close()
-    torch.set_num_threads(threads)
-    torch.set_deterministic_debug_mode(debug)
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def small_data(dtype=torch.float32) -> TensorDataset:

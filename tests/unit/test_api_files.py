@@ -15,14 +15,7 @@ import hpc_lbsgd as lb
 from hpc_lbsgd.api import state
 from hpc_lbsgd.train.replica import weights_sha256
 
-
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    threads, debug = torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    yield lb.init("torch")
-    lb.close()
-    torch.set_num_threads(threads)
-    torch.set_deterministic_debug_mode(debug)
+pytestmark = pytest.mark.usefixtures("world")
 
 
 # ---------------------------------------------------------------- data

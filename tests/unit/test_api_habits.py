@@ -13,14 +13,7 @@ from torch.utils.data import DataLoader
 import hpc_lbsgd as lb
 from hpc_lbsgd.train.replica import weights_sha256
 
-
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    threads, debug = torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    yield lb.init("torch")
-    lb.close()
-    torch.set_num_threads(threads)
-    torch.set_deterministic_debug_mode(debug)
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def distributed(model=None, optimizer=sgd, **more):

@@ -11,15 +11,6 @@ from hpc_lbsgd.train.parts import make_loaders
 from hpc_lbsgd.train.step import Passes
 
 
-@pytest.fixture(scope="module")
-def world():
-    threads, debug = torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    yield lb.init("torch")
-    lb.close()
-    torch.set_num_threads(threads)
-    torch.set_deterministic_debug_mode(debug)
-
-
 def test_the_loader_gives_the_trainers_batches_to_the_ranks_that_have_the_workers(world, small_recipe):
     recipe = validate(small_recipe)
     path, keys = recipe.data.train, recipe.data.model_dump(exclude={"train", "eval"})

@@ -71,3 +71,9 @@ def test_a_download_is_verified(tmp_path, monkeypatch):
         fetch.download(source.as_uri(), fetch.CIFAR_MD5, tmp_path / "scratch")
     with pytest.raises(RunError, match="--source"):
         fetch.download((tmp_path / "nothing").as_uri(), fetch.CIFAR_MD5, tmp_path / "scratch")
+
+
+def test_a_part_that_another_process_wrote_meanwhile_is_taken(tmp_path):
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.arange(4) % 2
+    found = [fetch.write_part(tmp_path / "train", ("a", "b"), images, labels) for _ in range(2)]
+    assert len(found[0]) == len(found[1]) == 4 and [p.name for p in tmp_path.iterdir()] == ["train"]
