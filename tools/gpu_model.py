@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train import step
+from hpc_lbsgd.train import control, step
 from hpc_lbsgd.train.replica import Replica
 
 META = torch.device("meta")
@@ -150,8 +150,8 @@ def count_update(replica: Replica, seen: Seen) -> None:
 def answer(asked: torch.Tensor) -> torch.Tensor:
     """What the host is told: of a control vector, that the step was finite."""
     told = torch.zeros(asked.shape, dtype=asked.dtype)
-    if told.dim() == 1 and len(told) > step.WORKERS:
-        told[step.COUNT] = told[-1] = 1
+    if told.dim() == 1 and len(told) > control.WORKERS:
+        told[control.COUNT] = told[-1] = 1
     return told
 
 

@@ -14,13 +14,13 @@ from torch import nn
 from hpc_lbsgd.api.fit import DISTRIBUTED, refuse_unfit, refuse_unlike, refuse_unlike_shuffle, share_optimizer
 from hpc_lbsgd.api.keyed import own_random_numbers
 from hpc_lbsgd.api.shuffle import GlobalShuffle, Part, Step
-from hpc_lbsgd.api.verdict import BAD_RANK_SUM, BAD_RANKS, COUNT, FLUSHED, NONZERO, WORKERS, Verdict
+from hpc_lbsgd.api.verdict import Verdict
 from hpc_lbsgd.api.watch import Watch
 from hpc_lbsgd.api.world import Determinism, World, current
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.theory.schedule import Point
+from hpc_lbsgd.train.control import COUNT_FLUSHED_EVERY, Control
 from hpc_lbsgd.train.replica import Distributed, unfold_expanded
-from hpc_lbsgd.train.step import COUNT_FLUSHED_EVERY
 from hpc_lbsgd.train.verdict import FLUSHED_STOP, FLUSHED_WARN
 from hpc_lbsgd.train.workers import groups_in_step
 
@@ -161,11 +161,11 @@ class Run:
             )
         point = part.step.point
         replica.end_forward(groups_in_step(point, replica.context.bn_group))
-        self._losses[part.worker] = losses.detach().sum()
+        self._control.losses[part.worker] = losses.detach().sum()
         replica.share(losses.sum(), part.count, point).backward()  # type: ignore[no-untyped-call]
         square = replica.buckets.end_pass()
         if square is not None:
-            self._squares[part.worker] = square
+            self._control.squares[part.worker] = square
         self._watch.note_gradients()
         self._losses_went = True
 
@@ -181,23 +181,11 @@ class Run:
             raise RunError(
                 f"run.reduce: step {step.step}: {self._passes} of this rank's {len(step.mine)} parts were computed"
             )
-        buckets, engine, point, control = self.replica.buckets, self.world.engine, step.point, self._control
+        point = step.point
         if not self._passes:
-            buckets.join_idle()
-        bad = ~torch.isfinite(self._losses.sum())
-        if buckets.fixed:
-            bad |= buckets.fixed.out_of_range
-        control[COUNT] = sum(stop - start for start, stop in map(point.worker_range, step.mine))
-        control[BAD_RANKS] = bad
-        control[BAD_RANK_SUM] = bad * engine.rank
-        if buckets.flushed is not None:
-            control[NONZERO : FLUSHED + 1] = buckets.flushed
-        handle = engine.start_sum(control, "control")  # after all buckets: some engines match sums by order
-        finite = buckets.finish()
-        engine.wait(handle)
-        big_square = buckets.square() if point.measured else control[COUNT]
-        sums = torch.cat([control, torch.stack([big_square, finite.double()])]).tolist()
-        verdict = Verdict.of(point, sums)
+            self.replica.buckets.join_idle()
+        self._control.start(sum(stop - start for start, stop in map(point.worker_range, step.mine)))
+        verdict = Verdict.of(point, self._control.finish())
         self._refuse_lost(point, verdict)
         step.reduced.add(self)
         self._sound, self.step = verdict.finite, point.step + 1
@@ -248,12 +236,10 @@ class Run:
             refuse_unlike_shuffle(self.world.engine, step.shuffle)
             self._shuffles.add(step.shuffle)
         self._place_gradients()
-        k = point.workers
         self.replica.context.bn_group = self._bn_group or point.samples_per_worker
-        buckets.begin(k, count_flushed=not self._ever_sound or point.step % COUNT_FLUSHED_EVERY == 0)
+        buckets.begin(point.workers, count_flushed=not self._ever_sound or point.step % COUNT_FLUSHED_EVERY == 0)
         self._watch.note_gradients()
-        self._control = torch.zeros(WORKERS + 2 * k, dtype=torch.float64, device=self.world.device)
-        self._losses, self._squares = self._control[WORKERS : WORKERS + k], self._control[WORKERS + k :]
+        self._control = Control(point, buckets)
         self._step, self._passes, self._loaded = step, 0, None
         step.begun.add(self)
 

@@ -1,19 +1,13 @@
-"""What every rank knows after a step's sum, and the vector that says it."""
+"""What a script is told after a step's sum."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.theory import noise
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train.step import measurement_of
-
-# The control vector, summed once a step beside the gradients; after these a slot a worker for its loss, then one for
-# its squared norm, so that they do not depend on the rank count either.
-COUNT, BAD_RANKS, BAD_RANK_SUM, NONZERO, FLUSHED, WORKERS = range(6)
+from hpc_lbsgd.train.control import Sums
 
 
 @dataclass(frozen=True)
@@ -32,24 +26,12 @@ class Verdict:
         return self.finite
 
     @classmethod
-    def of(cls, point: Point, sums: Sequence[float]) -> Verdict:
-        """From the control vector, with the sum's squared norm and whether it is finite behind it. Raises RunError on
-        all ranks where samples are missing."""
-        k, count, bad_ranks = point.workers, round(sums[COUNT]), round(sums[BAD_RANKS])
-        of_workers, squares = sums[WORKERS : WORKERS + k], sums[WORKERS + k : WORKERS + 2 * k]
-        if count != point.count:
+    def of(cls, point: Point, sums: Sums) -> Verdict:
+        """Raises RunError on all ranks where samples are missing."""
+        if sums.count != point.count:
             raise RunError(
-                f"run.reduce: step {point.step} has {point.count} samples, and all ranks together computed {count}: "
-                "they have not gone through the same step's parts",
+                f"run.reduce: step {point.step} has {point.count} samples, and all ranks together computed "
+                f"{sums.count}: they have not gone through the same step's parts",
                 everywhere=True,
             )
-        finite = bool(sums[-1]) and not bad_ranks
-        return cls(
-            finite=finite,
-            loss=math.fsum(of_workers) / count if all(map(math.isfinite, of_workers)) else math.nan,
-            count=count,
-            bad_ranks=bad_ranks,
-            bad_rank=round(sums[BAD_RANK_SUM]) if bad_ranks == 1 else None,
-            measurement=measurement_of(point, squares, sums[-2]) if point.measured and finite else None,
-            flushed=sums[FLUSHED] / sums[NONZERO] if sums[NONZERO] else None,
-        )
+        return cls(sums.sound, sums.loss, sums.count, sums.bad_ranks, sums.bad_rank, sums.measurement, sums.flushed)

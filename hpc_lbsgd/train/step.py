@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,17 +16,13 @@ from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.theory import noise
 from hpc_lbsgd.theory.schedule import Point, Schedule
 from hpc_lbsgd.train import crosscheck
+from hpc_lbsgd.train.control import COUNT_FLUSHED_EVERY, Control
 from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.replica import Replica
 from hpc_lbsgd.train.slow import OwnTime
 from hpc_lbsgd.train.workers import groups_in_step
 
-# The control vector: summed once a step, beside the gradients. All ranks decide from the sums alone. After these come
-# a slot a worker for its loss, and one for its squared norm: x + 0 is exact at any magnitude, in any order, so that not
-# even a log depends on the rank count.
-COUNT, BAD_RANKS, BAD_RANK_SUM, STOP, CHECKPOINT, REPLACED, NONZERO, FLUSHED, WORKERS = range(9)
-
-COUNT_FLUSHED_EVERY = 100  # steps; it takes two more passes over the gradients
+STOP, CHECKPOINT, REPLACED, OWN = range(4)  # of the control vector, in front of what else is added to it
 
 
 class Pass(NamedTuple):
@@ -82,7 +77,7 @@ class Outcome:
     finite: bool
     overflow: list[str]  # tensors whose int32 sums may have wrapped; the step was not taken, and the next is to be it
     bad_ranks: int  # ranks whose own loss or gradients were not finite (or out of the fixed-point range)
-    bad_rank: int  # that rank, if it is one
+    bad_rank: int | None  # that rank, if it is one
     stop: bool
     checkpoint: bool
     measurement: noise.Measurement | None
@@ -131,19 +126,18 @@ class Stepper:
         replica, buckets = self.replica, self.replica.buckets
         self.time.begin()
         replica.train()
-        work, measured, k = self.passes.at(point), point.measured, point.workers
+        work, measured = self.passes.at(point), point.measured
         groups, pair = groups_in_step(point, self.bn_group), self.passes.pair_at(point)
-        end = WORKERS + 2 * k
-        times = end + (self.slots.length if pair else 0)
+        times = OWN + (self.slots.length if pair else 0)
         bounds, scales = times + self.engine.size, buckets.scales
-        control = torch.zeros(bounds + (scales.length if scales else 0), dtype=torch.float64, device=replica.device)
-        control[times + self.engine.rank] = self.own_s
-        losses, squares = control[WORKERS : WORKERS + k], control[WORKERS + k : end]
+        control = Control(point, buckets, bounds + (scales.length if scales else 0))
+        more = control.more
+        more[times + self.engine.rank] = self.own_s
         if pair:
-            self.slots.write(control[end:times], self.engine.rank, replica.digest())
+            self.slots.write(more[OWN:times], self.engine.rank, replica.digest())
         data_wait_s, replaced = 0.0, 0
         # with int32 at the step after, too: a run's first is in int64
-        buckets.begin(k, count_flushed=point.step % COUNT_FLUSHED_EVERY in ((0, 1) if scales else (0,)))
+        buckets.begin(point.workers, count_flushed=point.step % COUNT_FLUSHED_EVERY in ((0, 1) if scales else (0,)))
         for i, (workers, counts, again) in enumerate(work):
             before = time.perf_counter()
             self.mark("data", point.step)
@@ -160,32 +154,24 @@ class Stepper:
             with replica.passing(sums=last and buckets.summed_elsewhere):
                 loss = self.loss(replica.forward(images, groups), labels)
                 if not again:
-                    losses[workers[0]] = loss.detach()
+                    control.losses[workers[0]] = loss.detach()
                 loss = replica.share(loss, sum(counts), point)
                 # DistributedDataParallel divides its sum by the number of ranks
                 (loss * self.engine.size if buckets.summed_elsewhere else loss).backward()
             square = buckets.end_pass()
             replica.end_pass()
             if square is not None:
-                squares[workers[0]] = square
+                control.squares[workers[0]] = square
             if compared:
                 mixed = crosscheck.mixed(digests[b] for b in sorted(digests))
-                self.slots.write_worker(control[end:times], again, mixed)
+                self.slots.write_worker(more[OWN:times], again, mixed)
         self.time.end()
         if all(w.again for w in work):
             buckets.join_idle()
-        bad = ~torch.isfinite(losses.sum())
-        if buckets.fixed:
-            bad |= buckets.fixed.out_of_range
         if scales:
-            scales.write(control[bounds:])
-        if buckets.flushed is not None:
-            control[NONZERO : FLUSHED + 1] = buckets.flushed
-        control[COUNT] = sum(sum(w.counts) for w in work if not w.again)
-        control[BAD_RANKS] = bad
-        control[BAD_RANK_SUM] = bad * self.engine.rank
-        control[STOP], control[CHECKPOINT], control[REPLACED] = float(stop), float(checkpoint), replaced
-        handle = self.engine.start_sum(control, "control")  # after all buckets: some engines match sums by order
+            scales.write(more[bounds:])
+        more[STOP], more[CHECKPOINT], more[REPLACED] = float(stop), float(checkpoint), replaced
+        control.start(sum(sum(w.counts) for w in work if not w.again))
         before = time.perf_counter()
         self.mark("data", point.step)
         self._fetch()  # while the sums are under way, and a GPU has backward left to do
@@ -193,44 +179,34 @@ class Stepper:
         data_wait_s += ahead_s
         self.mark("sum", point.step)
         before = time.perf_counter()
-        finite = buckets.finish()
-        self.engine.wait(handle)
-        big_square = buckets.square() if measured else control[COUNT]
-        sums = torch.cat([control, torch.stack([big_square, finite.double()])]).tolist()
+        sums = control.finish()
         exposed_comm_s = time.perf_counter() - before
         computed = sum(sum(w.counts) for w in work)
         self.own_s = (self.time.seconds() + ahead_s) / computed if computed else 0.0
-        mismatch = self.slots.read(sums[end:times], pair) if pair else None
-        sound = bool(sums[-1]) and sums[BAD_RANKS] == 0 and mismatch is None
-        of_all = scales.read(sums[bounds : bounds + scales.length]) if scales else []
+        told = sums.more
+        mismatch = self.slots.read(told[OWN:times], pair) if pair else None
+        sound = sums.sound and mismatch is None
+        of_all = scales.read(told[bounds:]) if scales else []
         overflow = scales.overflow(of_all) if scales and sound else []
         ok = sound and not overflow
         if ok:
             replica.update(point, previous_lr)
         if scales and mismatch is None:
             scales.settle(of_all if ok else None, again=bool(overflow))
-        count, of_workers = round(sums[COUNT]), sums[WORKERS : WORKERS + k]
         return Outcome(
-            loss=math.fsum(of_workers) / count if all(map(math.isfinite, of_workers)) else math.nan,
-            count=count,
+            loss=sums.loss,
+            count=sums.count,
             finite=ok,
             overflow=overflow,
-            bad_ranks=round(sums[BAD_RANKS]),
-            bad_rank=round(sums[BAD_RANK_SUM]),
-            stop=sums[STOP] > 0,
-            checkpoint=sums[CHECKPOINT] > 0,
-            measurement=measurement_of(point, sums[WORKERS + k : end], sums[-2]) if measured and ok else None,
-            replaced=round(sums[REPLACED]),
-            flushed=sums[FLUSHED] / sums[NONZERO] if sums[NONZERO] else None,
+            bad_ranks=sums.bad_ranks,
+            bad_rank=sums.bad_rank,
+            stop=told[STOP] > 0,
+            checkpoint=told[CHECKPOINT] > 0,
+            measurement=sums.measurement if ok else None,
+            replaced=round(told[REPLACED]),
+            flushed=sums.flushed,
             mismatch=mismatch,
             data_wait_s=data_wait_s,
             exposed_comm_s=exposed_comm_s,
-            own_s=sums[times:bounds],
+            own_s=told[times:bounds],
         )
-
-
-def measurement_of(point: Point, squares: Sequence[float], big_square: float) -> noise.Measurement:
-    """squares: by worker, of its gradient. Workers' gradients are shares of the mean over kn samples: a worker's own
-    mean is k times its share."""
-    small_square = point.workers * math.fsum(squares)
-    return noise.measure(small_square, big_square, point.samples_per_worker, point.global_batch)

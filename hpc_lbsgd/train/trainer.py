@@ -281,8 +281,7 @@ class Trainer:
         """A step that is not finite or out of range changed nothing. The run goes on without it or ends, as
         train.on_bad_step says, the same on every rank."""
         skipped = self.state.skipped
-        one = outcome.bad_rank if outcome.bad_ranks == 1 else None
-        facts = {"step": point.step, "rank": one, "ranks": outcome.bad_ranks, "lr": point.lr}
+        facts = {"step": point.step, "rank": outcome.bad_rank, "ranks": outcome.bad_ranks, "lr": point.lr}
         if verdict.may_skip(self.recipe.train, point.step, skipped):
             skipped.append(point.step)
             self.replica.optimizer.skipped = len(skipped)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_workers import CPU, engine, point_of, small_recipe  # noqa: F401
 
-from hpc_lbsgd.train import step
+from hpc_lbsgd.train import control, step
 from hpc_lbsgd.train.replica import Replica
 
 
@@ -21,7 +21,7 @@ class Second:
 
     def start_sum(self, tensor, name, *more, **named):
         if name == "control":
-            tensor[step.COUNT] += 8
+            tensor[control.COUNT] += 8
         return self.real.start_sum(tensor, name, *more, **named)
 
 
