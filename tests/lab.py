@@ -230,17 +230,25 @@ class Lab:
         return self.call("cat", f"/proc/{pid}/task/{pid}/children").stdout.split()[0]
 
     def start_node(self, name: str) -> None:
-        """Switch a killed node on again."""
+        """Switch a killed node on again, once Slurm has missed it: one that is back before that stays "completing" for
+        a minute, for the sake of the job that died with it."""
+        self.wait_for_node(name, "down")
         subprocess.Popen(
             [*self.inside(), "bash", self.root / "node.sh", self.root, name, *self.shared],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self.env,
         )  # fmt: skip
-        end = time.monotonic() + 60
+        self.wait_for_node(name, "idle")
+
+    def wait_for_node(self, name: str, state: str, within_s: float = 120) -> None:
+        end, seen = time.monotonic() + within_s, [""]
         while time.monotonic() < end:
-            if "idle" in self.call("sinfo", "-h", "-n", name, "-p", "gpu", "-o", "%t").stdout.split():
+            now = self.call("sinfo", "-h", "-n", name, "-p", "gpu", "-o", "%t").stdout.strip()
+            if now != seen[-1]:
+                seen.append(now)
+            if now.rstrip("*") == state:
                 return
             time.sleep(0.5)
-        pytest.fail(f"{name} did not come back")
+        pytest.fail(f"{name} is not {state}: was {seen[1:]}\n{self.call('scontrol', 'show', 'node', name).stdout}")
 
     def stop(self) -> None:
         """The end of the namespace's process 1 ends every process in it."""
