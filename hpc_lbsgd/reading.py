@@ -106,10 +106,13 @@ def explain(errors: list[ErrorDetails], model: type[BaseModel]) -> list[str]:
     for error in errors:
         if error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] in PATTERNS:
             error["msg"] = f"Input should be {PATTERNS[error['ctx']['pattern']]}"
-        # pydantic reports the alternatives of `INT | per_rank` apart; the key is what the user typed
-        location = [str(p) for p in error["loc"] if not re.match(r"(int|float|str)$|constrained-|.*\[", str(p))]
+        # pydantic reports the alternatives of `INT | per_rank` apart; the key is what the user typed, whatever it is
+        unknown = error["type"] == "extra_forbidden"
+        typed = len(error["loc"]) - 1 if unknown else None
+        alternative = re.compile(r"(int|float|str)$|constrained-|.*\[")
+        location = [str(p) for i, p in enumerate(error["loc"]) if i == typed or not alternative.match(str(p))]
         key = ".".join(location)
-        if error["type"] == "extra_forbidden":
+        if unknown:
             section = model
             for part in location[:-1]:
                 found: Any = section.model_fields[part].annotation

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hpc_lbsgd.data import columns, fields
+from hpc_lbsgd.data import columns, fields, sound
 from hpc_lbsgd.data.decode import decoders
 from hpc_lbsgd.data.names import escaped, is_utf8, read_excluded, unescaped
 from hpc_lbsgd.errors import RequestError
@@ -87,6 +87,8 @@ class Manifest:
         try:
             self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             self.header = json.loads(self.table.schema.metadata[b"hpc_lbsgd"])
+            sound.check_header(self.header)
+            sound.check_columns(self.table, PACKED_SCHEMA if self.header.get("shards") else SCHEMA)
             self.root = (self.path.parent / self.header["root"]).resolve()
             self.classes: list[str] = self.header["classes"]
             self.own_fields = fields.of_schema(self.table.schema, self.header.get("masks", {}))
@@ -232,7 +234,7 @@ class Manifest:
         for path, size in expected:
             try:
                 found = os.stat(path).st_size
-            except OSError:
+            except (OSError, ValueError):  # ValueError: no name that a file can have
                 problems.append(f"{path}: missing")
                 continue
             if found != size:
@@ -242,8 +244,14 @@ class Manifest:
             raise RequestError(f"{self.path} no longer matches its files; {again}:\n{listed(problems)}")
 
     def check_rows(self) -> None:
-        """What a start refuses before it looks at files: labels that no class has, a manifest that was damaged."""
+        """What a start refuses before it looks at files: labels that no class has, places where no sample can be, a
+        manifest that was damaged."""
         self.check_labels()
+        for some in self.looked_at():
+            if (row := sound.misplaced(self, some)) is not None:
+                raise RequestError(
+                    f"{self.path}: row {row} ({self.key(row)}) cannot be where it says; pack or index again"
+                )
         self.check_content()
 
     def looked_at(self, all_of_it: bool = False) -> Iterator[slice]:

@@ -55,7 +55,7 @@ class Folder:
                     content += more  # network file systems may give a part
             finally:
                 os.close(descriptor)
-        except OSError as problem:
+        except (OSError, ValueError) as problem:  # ValueError: no name that a file can have
             raise SampleError(sample, f"cannot read a sample: {problem}. Is the data still there?") from None
         if len(content) != expected:
             raise SampleError(

@@ -20,11 +20,15 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.recipe import Decision
 from hpc_lbsgd.records import RunFolder, sync_folder, write_atomically
+from hpc_lbsgd.theory.noise import Measurement
 from hpc_lbsgd.train.replica import Replica, state_sha256
 from hpc_lbsgd.train.snapshot import HostCopy, Snapshot
 
@@ -35,22 +39,26 @@ SELF = "sha256"  # in state.json: of what else is in it
 RULES = 2  # what a step does with the same recipe. 2: a tail's absent samples count as zeros; averages have statistics
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass
 class State:
     """What a checkpoint holds beside tensors. `step` steps are done."""
 
-    step: int
+    step: Annotated[int, Field(ge=0)]
     recipe_fingerprint: str
     data_fingerprint: str
     weights_sha256: str = ""
     best_score: float | None = None  # accuracy, of the averaged weights where there are any; else minus the loss
     best_step: int | None = None
-    decisions: list[list] = field(default_factory=list)  # adaptive batch: [epoch, workers, learning rate]
+    decisions: list[Decision] = field(default_factory=list)  # adaptive batch
     skipped: list[int] = field(default_factory=list)  # steps that changed nothing (train.on_bad_step = skip)
     exponents: dict[str, int] = field(default_factory=dict)  # fixed_point int32: of each parameter's unit
-    noise: list[list[float]] = field(default_factory=list)  # the last measurements: [trace, square]
+    noise: list[Measurement] = field(default_factory=list)  # the last ones
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 by file name
     rules: int = 1  # those it was trained by (RULES); the first ones were not written down
+
+
+STATE = TypeAdapter(State)
 
 
 def file_sha256(path: Path) -> str:
@@ -176,11 +184,14 @@ def read_whole(path: Path) -> State:
     try:
         content = json.loads((path / "state.json").read_text())
         digest = content.pop(SELF, None)
-        state = State(**content)
+        state = STATE.validate_json(json.dumps(content), strict=True)
         if digest not in (None, signed(content)[SELF]):  # None: of a version that wrote none
             raise ValueError("state.json is not what was written")
         broken = [n for n, digest in state.files.items() if file_sha256(path / n) != digest]
-    except (TypeError, AttributeError) as problem:
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        raise ValueError(f"state.json: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (TypeError, AttributeError, RecursionError) as problem:
         raise ValueError(problem) from None
     if broken or not state.files:
         raise ValueError(f"{', '.join(broken) or 'state.json'} is not what was written")
@@ -225,7 +236,10 @@ def find_newest(folder: RunFolder) -> tuple[Path, State, list[str]] | None:
     for step in reversed(there):
         path = folder.checkpoints / name_of(step)
         try:
-            return path, read_whole(path), problems
+            state = read_whole(path)
+            if state.step != step:
+                raise ValueError(f"it is of step {state.step}, by another name")
+            return path, state, problems
         except (OSError, ValueError) as problem:
             problems.append(f"{path}: {problem}")
     if there != steps_there(folder.checkpoints):  # of a run that goes on: those that were there are pruned by now
@@ -262,4 +276,10 @@ def load(path: Path, replica: Replica) -> None:
 
 def read(path: Path) -> dict:
     """A file of tensors; refuses anything that would run code."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises many kinds for bytes that are none of its own
+        raise RequestError(f"{path}: not a file of tensors ({next(iter(str(problem).splitlines()), '')})") from None
+    if not isinstance(content, dict):
+        raise RequestError(f"{path}: not names and tensors")
+    return content

@@ -10,10 +10,9 @@ from hpc_lbsgd.theory import noise
 from hpc_lbsgd.theory.schedule import Schedule
 
 
-def noise_scale(recipe, measurements: Sequence[Sequence[float]]) -> noise.NoiseScale | None:
+def noise_scale(recipe, measurements: Sequence[noise.Measurement]) -> noise.NoiseScale | None:
     """The noise scale of the last `train.noise_scale_window` measurements."""
-    window = measurements[-recipe.train.noise_scale_window :]
-    return noise.noise_scale([noise.Measurement(*m) for m in window])
+    return noise.noise_scale(measurements[-recipe.train.noise_scale_window :])
 
 
 def is_best(score: float, best: float | None) -> bool:

@@ -26,7 +26,7 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.imports import load
 from hpc_lbsgd.owner import job_of
 from hpc_lbsgd.parallel import world as worlds
-from hpc_lbsgd.recipe import Decision, Recipe, flatten
+from hpc_lbsgd.recipe import Recipe, flatten
 from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
 from hpc_lbsgd.sections import OPTIMIZERS
 from hpc_lbsgd.theory.schedule import Schedule
@@ -94,8 +94,7 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = 
     if amend:
         amendments = amends.added(recipe, amendments, step, amend, bool(state and state.decisions))
     now = amends.recipe_now(recipe, amendments, step)
-    decisions = [Decision(*d) for d in state.decisions] if state else []
-    schedule = amends.schedule_of(recipe, len(train), decisions, amendments)
+    schedule = amends.schedule_of(recipe, len(train), state.decisions if state else [], amendments)
     if now.machine.engine == "ddp":
         refuse_idle_ranks(now, schedule, ranks)
     if ":" in recipe.schedule.kind:

@@ -15,7 +15,7 @@ from hpc_lbsgd.amend import recipe_now, schedule_of
 from hpc_lbsgd.data.ahead import Cut
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError, RunError
 from hpc_lbsgd.parallel.agree import agree
-from hpc_lbsgd.recipe import Decision, Recipe
+from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.signals import ENDING, say
 from hpc_lbsgd.theory.schedule import Point
@@ -88,8 +88,7 @@ class Trainer:
     # ---------------------------------------------------------------- prepare
 
     def _schedule_from_decisions(self) -> None:
-        decisions = [Decision(*d) for d in self.state.decisions]
-        self.schedule = schedule_of(self.written, len(self.train_set), decisions, self.found.amendments)
+        self.schedule = schedule_of(self.written, len(self.train_set), self.state.decisions, self.found.amendments)
 
     def _prepare(self) -> None:
         timeout_s = self.recipe.machine.stall_timeout_s
@@ -191,7 +190,7 @@ class Trainer:
     def _record(self, point: Point, outcome: Outcome, seconds: float) -> None:
         more = {}
         if outcome.measurement:
-            self.state.noise = [*self.state.noise, list(outcome.measurement)][-self.recipe.train.noise_scale_window :]
+            self.state.noise = [*self.state.noise, outcome.measurement][-self.recipe.train.noise_scale_window :]
             scale = decide.noise_scale(self.recipe, self.state.noise)
             if scale:
                 more = {"noise_scale": scale.value, "noise_scale_low": scale.low, "noise_scale_high": scale.high}
@@ -209,7 +208,7 @@ class Trainer:
         decision = decide.batch_from(self.recipe, self.schedule, epoch, measured)
         if decision is None:
             return
-        self.state.decisions.append(list(decision))
+        self.state.decisions.append(decision)
         self._schedule_from_decisions()
         batch = decision.workers * self.recipe.batch.samples_per_worker
         facts = {**decision._asdict(), "global_batch": batch, "noise_scale": measured.value}

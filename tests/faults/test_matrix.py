@@ -8,6 +8,7 @@ import pytest
 
 PARTS = {
     "bits,cut-metrics": 10,
+    "fuzz": 100,
     "rank-dies,slow-rank,bad-step,save-ranks,images,stop-sigint-twice,stop-terminal,two-owners,cut-off": 1,
 }
 

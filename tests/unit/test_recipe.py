@@ -13,6 +13,8 @@ from hpc_lbsgd.errors import RequestError
     [
         ("optim.lr=0.1", r"unknown key optim.lr \(= 0.1\); allowed here: name, base_lr, "),
         ("optimizer.base_lr=1", r"unknown key optimizer .*allowed here: seed, "),
+        ("data[=1", r"unknown key data\[ \(= 1\); allowed here: seed, "),
+        ("optim.float=1", r"unknown key optim.float \(= 1\); allowed here: name, "),
         ("optim.base_lr=-0.1", r"optim.base_lr = -0.1: .*greater than 0"),
         ("optim.base_lr=.nan", r"optim.base_lr = nan: .*finite"),
         ("optim.momentum=1.0", r"optim.momentum = 1.0: .*less than 1"),

@@ -19,7 +19,7 @@ nothing disturbed, bit for bit; each step, epoch and evaluation is on record onc
 
 One seed is one chain of injections, and the same chain again; timing between processes is the machine's. A chain is on
 record as a whole or not at all. Rows whose count says `of` have not run whole. A job on a real Slurm that loses nodes:
-[elastic](elastic.md). What is not in it: fuzzed shard indexes, checkpoints and metrics, GPUs, more than one machine.
+[elastic](elastic.md). What is not in it: GPUs, more than one machine.
 
 What rows found is mended, with a test each:
 
