@@ -66,16 +66,12 @@ class Optimizer(ABC):
         """Update the weights from the reduced gradients: sums over samples, divided by kn. previous_lr: of the update
         before (0: there was none). ok: a bool scalar on the device, which the host has not read; where it is false
         nothing changes, whatever the gradients hold. None: it is known to be true."""
-        self.prepare(point)
         for part in self.parts:
             changed = (part.weights, *part.state.values())
             before = [t.clone() for t in changed] if ok is not None else []
             self.update(part, point, previous_lr)
             for now, kept in zip(changed, before, strict=False):  # selected: a factor of 0 would leave NaN
                 torch.where(ok, now, kept, out=now)
-
-    def prepare(self, point: Point) -> None:
-        """Before the parts: what needs all gradients. It changes nothing else."""
 
     @abstractmethod
     def update(self, part: Part, point: Point, previous_lr: float) -> None:
@@ -116,6 +112,7 @@ class Sgd(Optimizer):
     def step(self, point: Point, previous_lr: float, ok: torch.Tensor | None = None) -> None:
         if not self.fused:
             return super().step(point, previous_lr, ok)
+        refused = None if ok is None else (~ok).float()
         for decay in {part.decay for part in self.parts}:
             alike = [part for part in self.parts if part.decay == decay]
             sgd(
@@ -129,7 +126,7 @@ class Sgd(Optimizer):
                 nesterov=self.optim.nesterov and point.momentum > 0,
                 maximize=False,
                 fused=True,
-                found_inf=None if ok is None else (~ok).float(),
+                found_inf=refused,
             )
 
     def update(self, part: Part, point: Point, previous_lr: float) -> None:
@@ -195,7 +192,8 @@ class Lars(Optimizer):
             if view.offset < bucket.layout.decay_end
         ]
 
-    def prepare(self, point: Point) -> None:
+    @torch.no_grad()
+    def step(self, point: Point, previous_lr: float, ok: torch.Tensor | None = None) -> None:
         for w, g in self.layers:
             # of the mean over the samples there are: in a tail, absent ones must not make a step longer
             mean = g
@@ -206,6 +204,7 @@ class Lars(Optimizer):
             # a layer of zeros, or without gradient, has no ratio: it goes at the plain rate
             ratio = torch.where((weight > 0) & (gradient > 0), ratio, torch.ones_like(ratio))
             g.add_(w, alpha=self.decay).mul_(ratio)
+        super().step(point, previous_lr, ok)
 
     def update(self, part: Part, point: Point, previous_lr: float) -> None:
         w, g, state, _ = part

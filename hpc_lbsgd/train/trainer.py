@@ -160,15 +160,16 @@ class Trainer:
         self.watchdog.enter("compile" if compiling else phase, number)
 
     def _asked(self) -> tuple[bool, bool]:
-        """For a step: whether the job is to stop after it, and whether a checkpoint is due, as far as this rank says."""
-        since_s = time.monotonic() - self.last_checkpoint
-        due = self.lead and not self.due and self.interval.due(since_s, self.writer.busy)
-        self.due |= due
+        """Of a step: whether the job is to stop after it, and whether a checkpoint is due, by what this rank knows."""
+        since_s, waits = time.monotonic() - self.last_checkpoint, self.lead and not self.due
+        self.due |= (due := waits and self.interval.due(since_s, self.writer.busy))
         return self.stops.asked(), due
 
     def _settles(self, number: int) -> bool:
         """Whether something follows a step, before the next one, that is known beforehand."""
-        return bool(self.recipe.train.callbacks) or self._ends_epoch(self.schedule.at(number)) or self._saves(number + 1)
+        return (
+            self._ends_epoch(self.schedule.at(number)) or self._saves(number + 1) or bool(self.recipe.train.callbacks)
+        )
 
     def _saves(self, done: int) -> bool:
         every = self.recipe.checkpoint.steps

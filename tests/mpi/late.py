@@ -1,7 +1,7 @@
 """Run under mpirun: many.py, on CPUs that read steps late, as GPUs are read, with runs that stop by themselves.
 
-    late.py JOBS.json     as many.py. Runs in a folder `at-once` read at once. One named `stop-N` is asked to stop
-                          while step N computes, if it is not a resume
+late.py JOBS.json     as many.py. Runs in a folder `at-once` read at once. One named `stop-N` is asked to stop
+                      while step N computes, if it is not a resume
 """
 
 import re

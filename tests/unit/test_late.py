@@ -12,8 +12,8 @@ from hpc_lbsgd.train.replica import Replica, weights_sha256
 
 STEPS = 9
 WAYS = {
-    "sgd": {}, "fused": {}, "v-form": {"optim__form": "v"},
-    "adam": {"optim__name": "adam", "optim__base_lr": 0.01}, "lars": {"optim__name": "lars"}, "torch's": {"optim__name": "adamw", "optim__base_lr": 0.01},
+    "sgd": {}, "fused": {}, "v-form": {"optim__form": "v"}, "lars": {"optim__name": "lars"},
+    "adam": {"optim__name": "adam"}, "torch's": {"optim__name": "adamw", "optim__base_lr": 0.01},
     "average": {"train__ema_decay": 0.9}, "any-ranks": {"determinism": "any-ranks"},
     "int32": {"determinism": "any-ranks", "fixed_point": "int32"}, "fp16": {"wire": "fp16"},
 }  # fmt: skip
