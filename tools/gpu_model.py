@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -41,15 +43,18 @@ TWICE = ("aten::convolution_backward", "aten::native_batch_norm_backward")  # gr
 
 
 class Alone:
-    """An engine of one rank whose sums cost nothing."""
+    """An engine of one rank whose sums cost nothing. waited: is called where a sum is waited for."""
 
     name, rank, size, local_rank, local_size, sums_gradients, named_sums = "alone", 0, 1, 0, 1, False, True
+
+    def __init__(self, waited: Callable[[], None] = lambda: None):
+        self.waited = waited
 
     def start_sum(self, tensor, name):
         return name
 
     def wait(self, handle):
-        pass
+        self.waited()
 
 
 class Bf16(TorchFunctionMode):
@@ -74,11 +79,12 @@ class Cost:
 @dataclass
 class Seen(TorchDispatchMode):
     """What a step did. reads: where the host waited for the device, by operation; copies: from one device to
-    another."""
+    another. at: launches before the last read, the last wait for a sum, and the end of the update."""
 
     costs: dict[str, Cost] = field(default_factory=dict)
     reads: list[str] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
+    at: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         super().__init__()
@@ -89,12 +95,12 @@ class Seen(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         on_device = [t for t in given if t.device.type == "meta"]
         if name == "aten::_local_scalar_dense" and on_device:
-            self.reads.append(name)
+            self._read(name)
             return 1
         if name in ("aten::_to_copy", "aten::copy_") and on_device:
             target = kwargs.get("device") or (given[0].device if name == "aten::copy_" else None)
             if target is not None and torch.device(target).type == "cpu":  # the host wants to know
-                self.reads.append(name)
+                self._read(name)
                 return answer(given[0])
         made = func(*args, **kwargs)
         results = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
@@ -107,6 +113,13 @@ class Seen(TorchDispatchMode):
             touched = {id(t): t for t in (*given, *results)}.values()
             cost.bytes += sum(t.numel() * t.element_size() for t in touched)
         return made
+
+    def _read(self, name: str) -> None:
+        self.reads.append(name)
+        self.mark("read")
+
+    def mark(self, what: str) -> None:
+        self.at[what] = self.launches
 
     @property
     def launches(self) -> int:
@@ -138,7 +151,9 @@ class CountedKernels:
 def count_update(replica: Replica, seen: Seen) -> None:
     """The fused update, which torch does not have on meta: one launch for parts that are treated alike."""
 
-    def update(point: Point, previous_lr: float) -> None:
+    def update(point: Point, previous_lr: float, ok: torch.Tensor | None = None) -> None:
+        if ok is not None:
+            (~ok).float()
         for decay in {part.decay for part in replica.optimizer.parts}:
             cost = seen.costs.setdefault("fused sgd", Cost())
             cost.launches += 1
@@ -185,23 +200,27 @@ def pictures(recipe: recipes.Recipe, size: int = 224) -> Batch:
 
 
 def count(recipe: recipes.Recipe, number: int = 1, plain: bool = False) -> Seen:
-    """What step `number` of `recipe` does on one rank; its images are there already. plain: without kernels of our own
-    and the fused update."""
-    replica, cast = Replica(recipe, 1000, Alone(), META), nullcontext()
+    """What step `number` of `recipe` does on one rank; its images are there already. Where it is read late, from its
+    sums to those of the next one. plain: without kernels of our own and the fused update, read at once."""
+    seen, engine = Seen(), Alone()
+    replica, cast = Replica(recipe, 1000, engine, META), nullcontext()
     if replica.autocast:
         replica.autocast, cast = False, Bf16()
-    batches = iter([pictures(recipe)] * (2 * recipe.batch.workers + 1))
-    stepper = step.Stepper(replica, recipe, batches)
+    stepper = step.Stepper(replica, recipe, repeat(pictures(recipe)))
+    stepper._late = not plain
+    outcomes = stepper.outcomes(repeat(point_of(recipe, number)))
     with cast:
         with Seen():
-            stepper.run(point_of(recipe, number))  # the first makes what later ones keep
-        seen = Seen()
+            next(outcomes)  # the first makes what later ones keep
         if not plain:
             if replica.buckets.fixed:
                 replica.buckets.fixed.kernels = CountedKernels(seen)
             count_update(replica, seen)
+        engine.waited = lambda: seen.mark("summed")
+        update = replica.update
+        replica.update = lambda *args: (update(*args), seen.mark("updated"))
         with seen:
-            stepper.run(point_of(recipe, number))
+            next(outcomes)
     return seen
 
 

@@ -33,10 +33,14 @@ there to milliseconds of an H100 SXM:
 | launching | 8 us of the host an operation; the device waits where that is longer than its own work |
 | waits | bytes of JPEGs copied into DALI at 10 GB/s (110 kB each); 1 ms for windows and labels; half a cycle of Horovod |
 | sums over ranks | hidden behind backward, but for the wait for the last |
+| what the host launches from the last sum to the end of the update, where it waited for the sum | 8 us an operation, in which the device has nothing else to do |
 
-Before: torch's operations for fixed point and SGD, batches fetched when the sums were there, 1 ms cycles. After: a
-Triton kernel each way, the fused update, batches fetched while sums are under way and taken where DALI made them,
-0.25 ms cycles, and up to 0.1 ms of sleep.
+Before: torch's operations for fixed point and SGD, batches fetched when the sums were there, 1 ms cycles, and the host
+reads whether a step may be taken before it launches the update. After: a Triton kernel each way, the fused update,
+batches fetched while sums are under way and taken where DALI made them, 0.25 ms cycles, up to 0.1 ms of sleep; the
+device decides whether a step is taken, and the host reads it when the next step's backward is launched. Horovod still
+tells the host, not the device, that a sum is there: what follows the last one is launched when it is. torch.distributed
+(`machine.engine: torch`) makes the device's stream wait, and the host goes on.
 
 | determinism | n | | launches | GB | device ms | host ms | exposed waits ms | step ms | images/s |
 |---|---|---|---|---|---|---|---|---|---|
@@ -51,7 +55,9 @@ at n = 32 the host is. `make gpu-check` measures each of these columns: rates, i
 | | calculated |
 |---|---|
 | `bn_group: 32` at n = 256: {cat:.1f} GB of {all:.1f} put 8 groups' outputs and gradients together again, and BatchNorm takes {norms:,} of {launches} launches. One reduction over (G, n, C, H, W) needs neither; in eager torch it makes 10 passes of the backward's 5, so it wants a kernel | {cat_ms:.1f} ms |
-| the host reads the verdict before it launches the update: 30 small launches with an idle device behind | 0.3 ms a step |
+| through Horovod the host waits for the last sum, and launches the update ({behind} operations) with an idle device; not with `machine.engine: torch` | {behind_ms:.2f} ms a step |
+| LARS, Adam and `form: v` have no kernel that skips by itself: a part of the weights and its state is copied, updated, and chosen from | 5 passes over each tensor |
+| `fixed_point: int32` and optimizers of `torch.optim` or your own are read at once, for the next step's units and the optimizer's own numbers follow from it; so are steps that are measured or compared, and the last before an evaluation | as much in such a step, through any engine |
 | n = 32 without compiling: {few} launches at 8 us. CUDA graphs cut at bucket ends, or `machine.compile: stages` | {lost:.1f} ms of {step:.1f} |
 | gradients are added into zeroed buckets, a launch a parameter | 161 launches, 0.9 GB |
 """
@@ -65,11 +71,23 @@ def seconds(seen: gpu_model.Seen, n: int) -> tuple[float, float]:
     return device, seen.launches * HOST_S_PER_LAUNCH
 
 
-def waits(n: int, before: bool) -> float:
+def waits(n: int, way: str) -> float:
     """Seconds in which the device has nothing to do, because the host waits or fetches."""
-    if before:
+    if way == "torch":
+        return 0.0
+    if way == "before":
         return n * JPEG_BYTES / COPY_BYTES_PER_S + 1e-3 + 0.5e-3
     return 0.125e-3 + 0.1e-3
+
+
+def launches_behind(seen: gpu_model.Seen) -> int:
+    """From the last sum to the end of the update."""
+    return seen.at["updated"] - seen.at["summed"]
+
+
+def behind(seen: gpu_model.Seen) -> float:
+    """Seconds of the host for them."""
+    return launches_behind(seen) * HOST_S_PER_LAUNCH
 
 
 def main() -> None:
@@ -78,26 +96,22 @@ def main() -> None:
     for determinism in ("off", "any-ranks"):
         for n in (256, 32):
             recipe = gpu_model.resnet50(n, determinism=determinism, precision="bf16")
-            for before in (True, False):
-                seen = kept[determinism, n, before] = gpu_model.count(recipe, plain=before)
+            for way in ("before", "horovod", "torch"):
+                seen = kept[determinism, n, way] = gpu_model.count(recipe, plain=way == "before")
                 device, host = seconds(seen, n)
-                exposed = waits(n, before)
-                took = max(device, host) + exposed
-                cells = (
-                    determinism,
-                    n,
-                    "before" if before else "after",
-                    f"{seen.launches:,}",
-                    f"{seen.bytes / 1e9:.1f}",
-                )
+                exposed, idle = waits(n, way), 0.0 if way == "torch" else behind(seen)
+                took = max(device + idle, host) + exposed
+                named = "before" if way == "before" else f"after, {way}"
+                cells = (determinism, n, named, f"{seen.launches:,}", f"{seen.bytes / 1e9:.1f}")
                 times = (f"{1e3 * t:.1f}" for t in (device, host, exposed, took))
                 print(f"| {' | '.join(map(str, (*cells, *times, f'{n / took:,.0f}')))} |")
-    large, small = kept["off", 256, False], kept["off", 32, False]
+    large, small = kept["off", 256, "horovod"], kept["off", 32, "horovod"]
     norms = sum(cost.launches for name, cost in large.costs.items() if "batch_norm" in name)
     cat, (device, host) = large.costs["aten::cat"].bytes, seconds(small, 32)
     facts = {"cat": cat / 1e9, "all": large.bytes / 1e9, "norms": norms, "launches": f"{large.launches:,}"}
     facts |= {"cat_ms": 1e3 * cat / BYTES_PER_S, "few": small.launches, "lost": 1e3 * (host - device)}
-    print(TAIL.format(**facts, step=1e3 * (host + waits(32, False))), end="")
+    facts |= {"behind": launches_behind(small), "behind_ms": 1e3 * behind(small)}
+    print(TAIL.format(**facts, step=1e3 * (host + waits(32, "horovod"))), end="")
 
 
 if __name__ == "__main__":

@@ -185,7 +185,8 @@ class Run:
         if not self._passes:
             self.replica.buckets.join_idle()
         self._control.start(sum(stop - start for start, stop in map(point.worker_range, step.mine)))
-        verdict = Verdict.of(point, self._control.finish())
+        self._control.finish()
+        verdict = Verdict.of(point, self._control.read())
         self._refuse_lost(point, verdict)
         step.reduced.add(self)
         self._sound, self.step = verdict.finite, point.step + 1
@@ -245,15 +246,13 @@ class Run:
 
     def _end_sums(self) -> None:
         """Of a step that was given up after they had begun, where nobody else waits for them."""
-        for bucket in self.replica.buckets.buckets:
-            if bucket.handle is not None and self.world.size > 1:
-                raise RunError(
-                    "the step before was given up on this rank after its sums had begun, and other ranks wait for "
-                    "them: end the script on all ranks, and go on from what lb.save kept"
-                )
-            if bucket.handle is not None:
-                self.world.engine.wait(bucket.handle)
-                bucket.handle = None
+        buckets = self.replica.buckets
+        if self.world.size > 1 and any(bucket.handle is not None for bucket in buckets.buckets):
+            raise RunError(
+                "the step before was given up on this rank after its sums had begun, and other ranks wait for them: "
+                "end the script on all ranks, and go on from what lb.save kept"
+            )
+        buckets.drop()
 
     def _refuse_another_place(self, step: Step) -> None:
         shuffle, world = step.shuffle, self.world

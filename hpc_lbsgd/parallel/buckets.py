@@ -237,6 +237,13 @@ class Buckets:
             finite &= torch.isfinite(bucket.gradients.sum())
         return finite
 
+    def drop(self) -> None:
+        """Wait for the sums of a step that is given up."""
+        for bucket in self.buckets:
+            if bucket.handle is not None:
+                self.engine.wait(bucket.handle)
+                bucket.handle = None
+
     # ---------------------------------------------------------------- beside the step
 
     def local_sums(self) -> list[torch.Tensor]:

@@ -33,6 +33,24 @@ class Sums(NamedTuple):
     more: list[float]
 
 
+class Reading:
+    """A vector of float64 on its way to the host, which goes on meanwhile and asks for it later."""
+
+    def __init__(self, vector: torch.Tensor):
+        self._values, self._there = vector, None
+        if vector.is_cuda:
+            self._values = torch.empty_like(vector, device="cpu", pin_memory=True)
+            self._values.copy_(vector, non_blocking=True)
+            self._there = torch.cuda.Event(blocking=True)  # asleep, not spinning: loaders want the core
+            self._there.record()
+
+    def tolist(self) -> list[float]:
+        """Its values, once the device has come so far."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._values.tolist()
+
+
 class Control:
     """One step's, on this rank. more: slots of its user's own."""
 
@@ -55,15 +73,27 @@ class Control:
         vector[BAD_RANK_SUM] = bad * self.engine.rank
         self._handle = self.engine.start_sum(vector, "control")
 
-    def finish(self) -> Sums:
-        """Wait for all sums of the step. The one place where the host waits for the device."""
+    def finish(self) -> torch.Tensor:
+        """Wait for all sums of the step: on a GPU its stream does, not the host, where the engine knows how. Returns
+        `Sums.sound`, a bool scalar on the device."""
         finite = self.buckets.finish()
         self.engine.wait(self._handle)
+        sound = finite & (self.vector[BAD_RANKS] == 0)
         big_square = self.buckets.square() if self.point.measured else self.vector[COUNT]
-        found = torch.cat([self.vector, torch.stack([big_square, finite.double()])]).tolist()
+        self._reading = Reading(torch.cat([self.vector, torch.stack([big_square, sound.double()])]))
+        return sound
+
+    def drop(self) -> None:
+        """In place of `finish`: the sums end, and nobody takes them."""
+        self.buckets.drop()
+        self.engine.wait(self._handle)
+
+    def read(self) -> Sums:
+        """After `finish`, now or later. The one place where the host waits for the device."""
+        found = self._reading.tolist()
         k, count, bad_ranks = self.point.workers, round(found[COUNT]), round(found[BAD_RANKS])
         losses, squares = found[WORKERS : WORKERS + k], found[WORKERS + k : WORKERS + 2 * k]
-        sound = bool(found[-1]) and not bad_ranks
+        sound = bool(found[-1])
         return Sums(
             sound=sound,
             loss=math.fsum(losses) / count if all(map(math.isfinite, losses)) else math.nan,

@@ -11,7 +11,7 @@ from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.records import Metrics, RunFolder, now, read_metrics, whole
 from hpc_lbsgd.sections import OPTIMIZERS
 from hpc_lbsgd.signals import say
-from hpc_lbsgd.theory.schedule import Point, Schedule
+from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train.callbacks import Callbacks, View
 from hpc_lbsgd.train.display import Display
 from hpc_lbsgd.train.laps import Laps
@@ -113,7 +113,8 @@ class Journal:
         if self.metrics:
             self.metrics.make_durable()
 
-    def step(self, point: Point, outcome: Outcome, seconds: float, **more) -> None:
+    def step(self, outcome: Outcome, **more) -> None:
+        point, seconds = outcome.point, outcome.step_s
         if outcome.replaced:
             more["replaced"] = outcome.replaced
         if outcome.flushed is not None:

@@ -37,12 +37,13 @@ class Part(NamedTuple):
 
 
 class Optimizer(ABC):
-    """Base of all: cuts buckets into parts with and without weight decay.
+    """Base of all: cuts buckets into parts with and without weight decay, and updates one after the other.
 
     `step` may overwrite gradients.
     """
 
     kinds: tuple[str, ...] = ("momentum",)
+    masked = True  # `step` takes `ok`
 
     def __init__(self, buckets: Buckets, optim):
         self.buckets, self.optim = buckets, optim
@@ -60,10 +61,21 @@ class Optimizer(ABC):
                     state = {kind: flats[i][start:stop] for kind, flats in self.flats.items()}
                     self.parts.append(Part(bucket.weights[start:stop], bucket.gradients[start:stop], state, rate))
 
-    @abstractmethod
-    def step(self, point: Point, previous_lr: float) -> None:
+    @torch.no_grad()
+    def step(self, point: Point, previous_lr: float, ok: torch.Tensor | None = None) -> None:
         """Update the weights from the reduced gradients: sums over samples, divided by kn. previous_lr: of the update
-        before (0: there was none)."""
+        before (0: there was none). ok: a bool scalar on the device, which the host has not read; where it is false
+        nothing changes, whatever the gradients hold. None: it is known to be true."""
+        for part in self.parts:
+            changed = (part.weights, *part.state.values())
+            before = [t.clone() for t in changed] if ok is not None else []
+            self.update(part, point, previous_lr)
+            for now, kept in zip(changed, before, strict=False):  # selected: a factor of 0 would leave NaN
+                torch.where(ok, now, kept, out=now)
+
+    @abstractmethod
+    def update(self, part: Part, point: Point, previous_lr: float) -> None:
+        """`step`, of one part."""
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """By kind, then by parameter name: views, valid as long as the optimizer lives."""
@@ -97,30 +109,34 @@ class Sgd(Optimizer):
         self.fused = buckets.device.type == "cuda"  # torch's kernel: 5 passes over memory for 14
 
     @torch.no_grad()
-    def step(self, point: Point, previous_lr: float) -> None:
-        if self.fused:
-            for decay in {part.decay for part in self.parts}:
-                alike = [part for part in self.parts if part.decay == decay]
-                sgd(
-                    [part.weights for part in alike],
-                    [part.gradients for part in alike],
-                    [part.state["momentum"] for part in alike],
-                    weight_decay=decay,
-                    momentum=point.momentum,
-                    lr=point.lr,
-                    dampening=0.0,
-                    nesterov=self.optim.nesterov and point.momentum > 0,
-                    maximize=False,
-                    fused=True,
-                )
-            return
-        for w, g, state, decay in self.parts:
-            if decay:
-                g.add_(w, alpha=decay)
-            if point.momentum:
-                u = state["momentum"].mul_(point.momentum).add_(g)
-                g = g.add_(u, alpha=point.momentum) if self.optim.nesterov else u
-            w.add_(g, alpha=-point.lr)
+    def step(self, point: Point, previous_lr: float, ok: torch.Tensor | None = None) -> None:
+        if not self.fused:
+            return super().step(point, previous_lr, ok)
+        refused = None if ok is None else (~ok).float()
+        for decay in {part.decay for part in self.parts}:
+            alike = [part for part in self.parts if part.decay == decay]
+            sgd(
+                [part.weights for part in alike],
+                [part.gradients for part in alike],
+                [part.state["momentum"] for part in alike],
+                weight_decay=decay,
+                momentum=point.momentum,
+                lr=point.lr,
+                dampening=0.0,
+                nesterov=self.optim.nesterov and point.momentum > 0,
+                maximize=False,
+                fused=True,
+                found_inf=refused,
+            )
+
+    def update(self, part: Part, point: Point, previous_lr: float) -> None:
+        w, g, state, decay = part
+        if decay:
+            g.add_(w, alpha=decay)
+        if point.momentum:
+            u = state["momentum"].mul_(point.momentum).add_(g)
+            g = g.add_(u, alpha=point.momentum) if self.optim.nesterov else u
+        w.add_(g, alpha=-point.lr)
 
 
 class AbsorbedSgd(Optimizer):
@@ -130,15 +146,13 @@ class AbsorbedSgd(Optimizer):
     the correction only where the learning rate is constant.
     """
 
-    @torch.no_grad()
-    def step(self, point: Point, previous_lr: float) -> None:
-        m = point.momentum
+    def update(self, part: Part, point: Point, previous_lr: float) -> None:
+        (w, g, state, decay), m = part, point.momentum
         correction = point.lr / previous_lr if self.optim.momentum_correction and previous_lr else 1.0
-        for w, g, state, decay in self.parts:
-            if decay:
-                g.add_(w, alpha=decay)
-            v = state["momentum"].mul_(m * correction).add_(g, alpha=point.lr)
-            w.sub_(g.mul_(point.lr).add_(v, alpha=m) if self.optim.nesterov and m else v)
+        if decay:
+            g.add_(w, alpha=decay)
+        v = state["momentum"].mul_(m * correction).add_(g, alpha=point.lr)
+        w.sub_(g.mul_(point.lr).add_(v, alpha=m) if self.optim.nesterov and m else v)
 
 
 class Adam(Optimizer):
@@ -149,17 +163,16 @@ class Adam(Optimizer):
 
     kinds = ("momentum", "second")
 
-    @torch.no_grad()
-    def step(self, point: Point, previous_lr: float) -> None:
+    def update(self, part: Part, point: Point, previous_lr: float) -> None:
+        w, g, state, decay = part
         beta1, beta2, updates = point.momentum, self.optim.beta2, point.step + 1 - self.skipped
         root = (1 - beta2**updates) ** 0.5
         rate = point.lr / (1 - beta1**updates)
-        for w, g, state, decay in self.parts:
-            if decay:
-                g.add_(w, alpha=decay)
-            first = state["momentum"].lerp_(g, 1 - beta1)
-            second = state["second"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            w.addcdiv_(first, second.sqrt().div_(root).add_(self.optim.epsilon), value=-rate)
+        if decay:
+            g.add_(w, alpha=decay)
+        first = state["momentum"].lerp_(g, 1 - beta1)
+        second = state["second"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        w.addcdiv_(first, second.sqrt().div_(root).add_(self.optim.epsilon), value=-rate)
 
 
 class Lars(Optimizer):
@@ -180,7 +193,7 @@ class Lars(Optimizer):
         ]
 
     @torch.no_grad()
-    def step(self, point: Point, previous_lr: float) -> None:
+    def step(self, point: Point, previous_lr: float, ok: torch.Tensor | None = None) -> None:
         for w, g in self.layers:
             # of the mean over the samples there are: in a tail, absent ones must not make a step longer
             mean = g
@@ -191,8 +204,11 @@ class Lars(Optimizer):
             # a layer of zeros, or without gradient, has no ratio: it goes at the plain rate
             ratio = torch.where((weight > 0) & (gradient > 0), ratio, torch.ones_like(ratio))
             g.add_(w, alpha=self.decay).mul_(ratio)
-        for w, g, state, _ in self.parts:
-            w.sub_(state["momentum"].mul_(point.momentum).add_(g, alpha=point.lr))
+        super().step(point, previous_lr, ok)
+
+    def update(self, part: Part, point: Point, previous_lr: float) -> None:
+        w, g, state, _ = part
+        w.sub_(state["momentum"].mul_(point.momentum).add_(g, alpha=point.lr))
 
 
 def create(buckets: Buckets, optim, model: nn.Module | None = None) -> Optimizer | ByParameter:
@@ -216,9 +232,13 @@ class Average:
         self.flats = [t.clone() for t in tensors]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, ok: torch.Tensor | None = None) -> None:
+        """ok: as for `Optimizer.step`."""
         for average, tensor in zip(self.flats, self.tensors, strict=True):
-            average.lerp_(tensor, 1 - self.decay)
+            if ok is None:
+                average.lerp_(tensor, 1 - self.decay)
+            else:
+                torch.where(ok, average.lerp(tensor, 1 - self.decay), average, out=average)
 
     @torch.no_grad()
     def swap(self) -> None:

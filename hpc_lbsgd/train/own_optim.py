@@ -110,6 +110,8 @@ class ByParameter:
     group's was of the one that the optimizer was made with (layer-wise rates); momentum and betas the recipe's.
     """
 
+    masked = False  # what it keeps may be made in its first step, or be numbers of the host
+
     def __init__(self, named: Named, section):
         self.named, self.skipped = named, 0
         self.what = f"optim.name = {section.name}"
@@ -146,7 +148,7 @@ class ByParameter:
         if set(stepped) - own.keys() or len(stepped) > len(own):
             raise RequestError(f"{self.what}: its groups hold other parameters than the model's, or one twice")
 
-    def step(self, point: Point, previous_lr: float) -> None:
+    def step(self, point: Point, previous_lr: float, ok: None = None) -> None:
         """Update the weights from the reduced gradients."""
         for group, scale in zip(self.inner.param_groups, self.scales, strict=True):
             group["lr"] = point.lr * scale

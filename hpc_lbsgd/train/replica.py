@@ -239,12 +239,12 @@ class Replica(Distributed):
         if not self.model.training:  # it visits every module
             models.train(self.model, self.frozen)
 
-    def update(self, point: Point, previous_lr: float) -> None:
-        """Take the step: the buckets hold the sums over all workers."""
-        self.optimizer.step(point, previous_lr)
-        self.running.update(self.buckets.statistics, point.share)
+    def update(self, point: Point, previous_lr: float, ok: torch.Tensor | None = None) -> None:
+        """Take the step: the buckets hold the sums over all workers. ok: as for `Optimizer.step`."""
+        self.optimizer.step(point, previous_lr, ok)
+        self.running.update(self.buckets.statistics, point.share, ok)
         if self.average:
-            self.average.update()
+            self.average.update(ok)
 
     @property
     def exponents(self) -> dict[str, int]:

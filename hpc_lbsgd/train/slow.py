@@ -20,30 +20,31 @@ SLOW, OVER = 2.0, 1.5  # times the median rank: from where it is said, below whi
 WORTH_S = 0.01  # a step; what is lost by less than this is noise
 
 
-class OwnTime:
-    """Seconds of one step up to this rank's own last kernel. On GPUs they are read once the device has come there."""
+BEGUN, COMPUTED, WAITING, SUMMED = range(4)
+
+
+class Clock:
+    """Of one step: when it began, this rank's backward ended, it had nothing left but to wait for sums, and they were
+    there. On a GPU these are the device's times."""
 
     def __init__(self, device: torch.device):
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
-        self._times = [0.0, 0.0]
+        self._on_gpu, self._marks = device.type == "cuda", []
 
-    def begin(self) -> None:
-        self._mark(0)
-
-    def end(self) -> None:
-        self._mark(1)
-
-    def _mark(self, which: int) -> None:
-        if self._events:
-            self._events[which].record()
+    def mark(self) -> None:
+        """The next of the four."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
         else:
-            self._times[which] = time.perf_counter()
+            self._marks.append(time.perf_counter())
 
-    def seconds(self) -> float:
-        """After the step's sums were read: the device is at rest."""
-        if self._events:
-            return self._events[0].elapsed_time(self._events[1]) / 1000
-        return self._times[1] - self._times[0]
+    def seconds(self, first: int, last: int) -> float:
+        """Between two of them, after the step's sums were read: the device is there, or all but."""
+        if self._on_gpu:
+            self._marks[last].synchronize()
+            return self._marks[first].elapsed_time(self._marks[last]) / 1000
+        return self._marks[last] - self._marks[first]
 
 
 class SlowRanks:

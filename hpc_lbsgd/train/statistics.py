@@ -119,9 +119,10 @@ class RunningStatistics:
 
     # ---------------------------------------------------------------- a step
 
-    def update(self, sums: torch.Tensor, share: float = 1.0) -> None:
+    def update(self, sums: torch.Tensor, share: float = 1.0, ok: torch.Tensor | None = None) -> None:
         """running <- (1 - m) * running + m * (mean over the groups that measured), a call after the other; a slot that
         nothing measured changes nothing. sums: over all ranks. share: B'/kn of a tail, where m is 1 - (1 - m)^share.
+        ok: as for `Optimizer.step`.
         """
         momentum = self.momentum if share == 1 else 1 - (1 - self.momentum) ** share
         counts = sums[self.values : self.values + len(self.slots)]
@@ -133,9 +134,12 @@ class RunningStatistics:
             # the first calls of all layers lie as in `flat`
             before = self.flat if first == 0 else self.flat[rows]
             after = before.lerp(mean, momentum[rows] * measured)
+            seen = counts[first : first + len(members)] > 0
+            if ok is not None:
+                after, seen = torch.where(ok, after, before), seen & ok
             if first == 0:
                 self.flat.copy_(after)
             else:
                 self.flat[rows] = after
-            self.batches[members] += counts[first : first + len(members)] > 0
+            self.batches[members] += seen
             first += len(members)

@@ -1,9 +1,14 @@
-"""One step: this rank's workers forward and backward, one sum over ranks, one update."""
+"""Steps: this rank's workers forward and backward, one sum over ranks, one update.
+
+A device that is not the CPU is given its work ahead of time, and would stand still while the host reads whether a step
+may be taken. So it decides that itself, and leaves weights as they were where not; the host reads it late: when the
+next step's backward is launched, and before its update. Both ways give the same bits and the same records.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import starmap
 from typing import NamedTuple
@@ -19,8 +24,10 @@ from hpc_lbsgd.train import crosscheck
 from hpc_lbsgd.train.control import COUNT_FLUSHED_EVERY, Control
 from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.replica import Replica
-from hpc_lbsgd.train.slow import OwnTime
+from hpc_lbsgd.train.slow import BEGUN, COMPUTED, SUMMED, WAITING, Clock
 from hpc_lbsgd.train.workers import groups_in_step
+
+AT_ONCE = ("cpu",)  # devices that compute while they are called: nothing is gained by reading late
 
 STOP, CHECKPOINT, REPLACED, OWN = range(4)  # of the control vector, in front of what else is added to it
 
@@ -72,6 +79,7 @@ class Passes:
 class Outcome:
     """What every rank knows after a step."""
 
+    point: Point
     loss: float  # mean over the true global batch, without a decay term
     count: int
     finite: bool
@@ -86,7 +94,21 @@ class Outcome:
     mismatch: crosscheck.Mismatch | None  # ranks that computed different bits; the step was not taken
     data_wait_s: float  # on this rank, for this step's first batch and the one after its last
     exposed_comm_s: float  # from the end of this rank's backward, and the next batch, until all sums are there
-    own_s: list[float]  # seconds a sample at the step before, by rank; 0: it had no samples
+    own_s: list[float]  # seconds a sample at the last step that was read, by rank; 0: it had no samples
+    step_s: float = 0.0  # on this rank, since the outcome before was dealt with
+
+
+@dataclass
+class UnderWay:
+    """A step whose sums have begun."""
+
+    point: Point
+    pair: crosscheck.Pair | None
+    control: Control
+    clock: Clock
+    computed: int  # samples on this rank
+    data_wait_s: float
+    ahead_s: float  # of it, for the next step's batch
 
 
 class Stepper:
@@ -107,7 +129,73 @@ class Stepper:
         self.bn_group = recipe.batch.group
         self.loss = loss_function(recipe.train)
         self._ahead: Batch | None = None  # of the pass that comes next, where it is there already
-        self.time, self.own_s = OwnTime(replica.device), 0.0
+        self._begun: UnderWay | None = None
+        self._late = replica.device.type not in AT_ONCE
+        self.own_s = 0.0
+
+    def run(self, point: Point, previous_lr: float = 0.0, stop: bool = False, checkpoint: bool = False) -> Outcome:
+        """One step alone. previous_lr, stop, checkpoint: as for `outcomes`."""
+        return next(self.outcomes([point], lambda step: previous_lr, lambda: (stop, checkpoint)))
+
+    def outcomes(
+        self,
+        points: Iterable[Point],
+        previous_lr: Callable[[int], float] = lambda step: 0.0,
+        asked: Callable[[], tuple[bool, bool]] = lambda: (False, False),
+        settles: Callable[[int], bool] = lambda step: False,
+    ) -> Iterator[Outcome]:
+        """What each step came to. The weights change only if every rank's loss and gradients are finite, and no rank
+        computed other bits.
+
+        Where this yields, weights are those after the step in question, all its effects on later ones may be settled,
+        and the next step's update has not begun, even if its sums have. Who does not go on from there calls `drop`.
+
+        previous_lr: of the update before a step (0: there was none), for optimizers that absorb the learning rate.
+        asked: for each step, whether this rank was asked for the run's end, and for a checkpoint. settles: steps after
+        which something else comes first, which are read at once.
+        """
+        since = time.perf_counter()
+        for outcome in self._each(points, previous_lr, asked, settles):
+            outcome.step_s = time.perf_counter() - since
+            yield outcome
+            since = time.perf_counter()
+
+    def _each(self, points, previous_lr, asked, settles) -> Iterator[Outcome]:
+        """`outcomes`, whose seconds are still to be taken."""
+        late: UnderWay | None = None
+        for point in points:
+            self._begin(point, *asked())
+            if late:
+                self.mark("sum", late.point.step)
+                yield self._outcome(late)
+            step, self._begun = self._begun, None
+            self.mark("sum", point.step)
+            ok = step.control.finish()
+            step.clock.mark()
+            if self._may_wait(step) and not settles(point.step):
+                self.replica.update(point, previous_lr(point.step), ok)
+                late = step
+                continue
+            late, outcome = None, self._outcome(step)
+            if outcome.finite:
+                self.replica.update(point, previous_lr(point.step))
+            yield outcome
+        if late:
+            yield self._outcome(late)
+
+    def drop(self) -> None:
+        """Give up the step that has begun, if one has: its sums end, and nobody takes them."""
+        step, self._begun = self._begun, None
+        if step:
+            step.control.drop()
+
+    def _may_wait(self, step: UnderWay) -> bool:
+        """Whether the device can tell by itself if a step may be taken: not where ranks compare what they computed,
+        where the next step's units follow from this one's sums, or where the optimizer must not be called in vain."""
+        compared = step.pair or step.point.measured or self.replica.buckets.scales
+        return self._late and self.replica.optimizer.masked and not compared
+
+    # ---------------------------------------------------------------- forward and backward
 
     def _take(self) -> Batch:
         batch, self._ahead = self._ahead, None
@@ -118,18 +206,20 @@ class Stepper:
         if self._ahead is None:
             self._ahead = next(self.batches, None)
 
-    def run(self, point: Point, previous_lr: float = 0.0, stop: bool = False, checkpoint: bool = False) -> Outcome:
-        """One step. The weights change only if every rank's loss and gradients are finite.
+    def _bounds(self, pair: crosscheck.Pair | None) -> tuple[int, int]:
+        """Where ranks' own times lie among the slots: after digests, before bounds of int32 sums."""
+        times = OWN + (self.slots.length if pair else 0)
+        return times, times + self.engine.size
 
-        previous_lr: of the update before (0: there was none), for optimizers that absorb the learning rate.
-        """
+    def _begin(self, point: Point, stop: bool, checkpoint: bool) -> None:
+        """This rank's passes; afterwards all sums are under way."""
         replica, buckets = self.replica, self.replica.buckets
-        self.time.begin()
+        clock = Clock(replica.device)
+        clock.mark()
         replica.train()
         work, measured = self.passes.at(point), point.measured
         groups, pair = groups_in_step(point, self.bn_group), self.passes.pair_at(point)
-        times = OWN + (self.slots.length if pair else 0)
-        bounds, scales = times + self.engine.size, buckets.scales
+        (times, bounds), scales = self._bounds(pair), buckets.scales
         control = Control(point, buckets, bounds + (scales.length if scales else 0))
         more = control.more
         more[times + self.engine.rank] = self.own_s
@@ -165,7 +255,7 @@ class Stepper:
             if compared:
                 mixed = crosscheck.mixed(digests[b] for b in sorted(digests))
                 self.slots.write_worker(more[OWN:times], again, mixed)
-        self.time.end()
+        clock.mark()
         if all(w.again for w in work):
             buckets.join_idle()
         if scales:
@@ -176,24 +266,28 @@ class Stepper:
         self.mark("data", point.step)
         self._fetch()  # while the sums are under way, and a GPU has backward left to do
         ahead_s = time.perf_counter() - before
-        data_wait_s += ahead_s
-        self.mark("sum", point.step)
-        before = time.perf_counter()
-        sums = control.finish()
-        exposed_comm_s = time.perf_counter() - before
+        clock.mark()
         computed = sum(sum(w.counts) for w in work)
-        self.own_s = (self.time.seconds() + ahead_s) / computed if computed else 0.0
-        told = sums.more
+        self._begun = UnderWay(point, pair, control, clock, computed, data_wait_s + ahead_s, ahead_s)
+
+    # ---------------------------------------------------------------- what it came to
+
+    def _outcome(self, step: UnderWay) -> Outcome:
+        """Read a step's sums, and settle what they decide of int32 sums to come."""
+        pair, scales, clock = step.pair, self.replica.buckets.scales, step.clock
+        sums = step.control.read()
+        computed_s = clock.seconds(BEGUN, COMPUTED) + step.ahead_s
+        self.own_s = computed_s / step.computed if step.computed else 0.0
+        told, (times, bounds) = sums.more, self._bounds(pair)
         mismatch = self.slots.read(told[OWN:times], pair) if pair else None
         sound = sums.sound and mismatch is None
         of_all = scales.read(told[bounds:]) if scales else []
         overflow = scales.overflow(of_all) if scales and sound else []
         ok = sound and not overflow
-        if ok:
-            replica.update(point, previous_lr)
         if scales and mismatch is None:
             scales.settle(of_all if ok else None, again=bool(overflow))
         return Outcome(
+            point=step.point,
             loss=sums.loss,
             count=sums.count,
             finite=ok,
@@ -206,7 +300,7 @@ class Stepper:
             replaced=round(told[REPLACED]),
             flushed=sums.flushed,
             mismatch=mismatch,
-            data_wait_s=data_wait_s,
-            exposed_comm_s=exposed_comm_s,
+            data_wait_s=step.data_wait_s,
+            exposed_comm_s=clock.seconds(WAITING, SUMMED),
             own_s=told[times:bounds],
         )

@@ -60,6 +60,8 @@ class Trainer:
         self.first_step = self.state.step
         self.last_checkpoint = time.monotonic()
         self.interval, self.stall_s = Interval(recipe.checkpoint), 0.0
+        self.due = False  # a checkpoint, in a step that is not read yet
+        self.stepper: Stepper | None = None
         self.last_eval: dict = {}
         self.flushed_said = 0.0
 
@@ -79,6 +81,8 @@ class Trainer:
             raise RunError(str(problem)) from None
         except (Exception, KeyboardInterrupt) as problem:
             if getattr(problem, "everywhere", False):
+                if self.stepper:
+                    self.stepper.drop()
                 self.watchdog.stop()  # ranks leave one by one, and the first is not one that died
             if isinstance(problem, KeyboardInterrupt) and self.writer.busy:
                 say(ENDING)
@@ -137,11 +141,13 @@ class Trainer:
                 end = min(end, self.schedule.first_step(self.schedule.at(start).epoch + 1))
             asked = Cut(passes.requests(self.schedule, self.recipe.seed, start, end))
             batches = self.train_loader.batches(asked)
-            stepper = Stepper(self.replica, self.recipe, batches, self._mark, partners)
-            for number in range(start, end):
-                if self._step(stepper, number):
+            self.stepper = Stepper(self.replica, self.recipe, batches, self._mark, partners)
+            points = map(self.schedule.at, range(start, end))
+            for outcome in self.stepper.outcomes(points, self._previous_lr, self._asked, self._settles):
+                if self._follow(outcome):
+                    self.stepper.drop()
                     return True
-                if self.state.step == number:  # the same one again, from its first batch
+                if outcome.overflow:  # the same one again, from its first batch
                     asked.over = True
                     break
             for _ in batches:  # drains the loader
@@ -152,33 +158,49 @@ class Trainer:
         compiling = self.recipe.machine.compile != "none" and number == self.first_step
         self.watchdog.enter("compile" if compiling else phase, number)
 
-    def _step(self, stepper: Stepper, number: int) -> bool:
-        """One step and what follows it; True if the job is to stop here."""
-        point, recipe = self.schedule.at(number), self.recipe
-        before = time.perf_counter()
+    def _asked(self) -> tuple[bool, bool]:
+        """Of a step: whether the job is to stop after it, and whether a checkpoint is due, by what this rank knows."""
+        since_s, waits = time.monotonic() - self.last_checkpoint, self.lead and not self.due
+        self.due |= (due := waits and self.interval.due(since_s, self.writer.busy))
+        return self.stops.asked(), due
+
+    def _settles(self, number: int) -> bool:
+        """Whether something follows a step, before the next one, that is known beforehand."""
+        return (
+            self._ends_epoch(self.schedule.at(number)) or self._saves(number + 1) or bool(self.recipe.train.callbacks)
+        )
+
+    def _saves(self, done: int) -> bool:
+        every = self.recipe.checkpoint.steps
+        return every is not None and done % every == 0
+
+    def _ends_epoch(self, point: Point) -> bool:
+        return point.step + 1 == self.schedule.first_step(point.epoch + 1)
+
+    def _follow(self, outcome: Outcome) -> bool:
+        """What follows a step; True if the job is to stop here."""
+        point = outcome.point
         self._saved(self.writer.ended())
-        due = self.lead and self.interval.due(time.monotonic() - self.last_checkpoint, self.writer.busy)
-        outcome = stepper.run(point, self._previous_lr(number), self.stops.asked(), due)
+        self.due &= not outcome.checkpoint
         if outcome.mismatch:
             self._name_wrong_rank(point, outcome.mismatch)
         if outcome.overflow:
-            self.journal.event("overflow", step=number, tensor=outcome.overflow[0], tensors=len(outcome.overflow))
+            self.journal.event("overflow", step=point.step, tensor=outcome.overflow[0], tensors=len(outcome.overflow))
             return False
         if not outcome.finite:
             self._pass_over(point, outcome)
         # All that decides the next step is settled before a checkpoint of this one is written.
-        self.state.step = done = number + 1
-        self._record(point, outcome, time.perf_counter() - before)
-        epoch_ends = done == self.schedule.first_step(point.epoch + 1)
+        self.state.step = done = point.step + 1
+        self._record(outcome)
+        epoch_ends = self._ends_epoch(point)
         if epoch_ends:
             self.journal.epoch(done, point.epoch)
             if self.adaptive and point.epoch + 1 < self.schedule.epochs:
                 self._decide(point.epoch + 1)
         last, best = done == self.schedule.steps, False
-        if self.eval_set and (last or (epoch_ends and (point.epoch + 1) % recipe.train.eval_epochs == 0)):
+        if self.eval_set and (last or (epoch_ends and (point.epoch + 1) % self.recipe.train.eval_epochs == 0)):
             best = self._evaluate(point.epoch + 1)
-        every = recipe.checkpoint.steps
-        if last or best or outcome.stop or outcome.checkpoint or (every and done % every == 0):
+        if last or best or outcome.stop or outcome.checkpoint or self._saves(done):
             self._save()
         return outcome.stop and not last
 
@@ -187,14 +209,14 @@ class Trainer:
         taken = number - 1 - verdict.in_a_row(number, self.state.skipped)
         return self.schedule.at(taken).lr if taken >= 0 else 0.0
 
-    def _record(self, point: Point, outcome: Outcome, seconds: float) -> None:
-        more = {}
+    def _record(self, outcome: Outcome) -> None:
+        point, more = outcome.point, {}
         if outcome.measurement:
             self.state.noise = [*self.state.noise, outcome.measurement][-self.recipe.train.noise_scale_window :]
             scale = decide.noise_scale(self.recipe, self.state.noise)
             if scale:
                 more = {"noise_scale": scale.value, "noise_scale_low": scale.low, "noise_scale_high": scale.high}
-        self.journal.step(point, outcome, seconds, **more)
+        self.journal.step(outcome, **more)
         for event, facts in self.slow.step(outcome.own_s, point.global_batch / self.engine.size):
             self.journal.event(event, step=point.step, **facts)
             if event == "slow":
@@ -287,15 +309,9 @@ class Trainer:
             self.journal.event("skipped", **facts)
             return
         self.watchdog.enter("checkpoint", point.step)  # the write under way may take long, and so may reading it
-        good = agree(self.engine, self._last_good)  # a rank that left meanwhile would be one that died
+        good = agree(self.engine, self.writer.last_good)  # a rank that left meanwhile would be one that died
         self.journal.event("non-finite", **facts)
         self._give_up(verdict.bad_step(self.recipe, point, outcome, skipped, self.hosts, good))
-
-    def _last_good(self) -> str:
-        """About the newest checkpoint, for people; on rank 0."""
-        self.writer.join()
-        newest = checkpoint.find_newest(self.folder)
-        return f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written yet"
 
     def _say_lost(self, point: Point, flushed: float) -> None:
         """Gradients below what the wire can hold are lost, and nothing else shows it."""

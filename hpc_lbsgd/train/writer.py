@@ -76,6 +76,12 @@ class Writer:
             self._thread.join()
             self._thread = None
 
+    def last_good(self) -> str:
+        """About the newest checkpoint, for people, once it is whole."""
+        self.join()
+        newest = checkpoint.find_newest(self.folder)
+        return f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written yet"
+
     def _write(self, snapshot: Snapshot) -> None:
         deadline = threading.Timer(self.limit_s, self._say_stuck, (snapshot.state.step,))
         deadline.daemon = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import cached_property
 from pathlib import Path
 
@@ -57,27 +56,26 @@ class Bench:
     def replica(self, recipe, device=None) -> Replica:
         return Replica(recipe, recipe.data.classes, self.engine, device or self.device)
 
-    def train(self, recipe, steps: int, device=None, settle=lambda replica: None) -> tuple[Replica, float]:
-        """A replica after some steps on noise that depends on the step alone, and seconds of the last three."""
+    def train(self, recipe, steps: int, device=None, settle=lambda stepper: None, bad=()) -> tuple[Replica, float]:
+        """A replica after some steps on noise that depends on the step alone, and seconds of the last three. bad: steps
+        that are not finite."""
         device = device or self.device
-        replica, times = self.replica(recipe, device), []
-        settle(replica)
+        replica = self.replica(recipe, device)
         schedule = recipe.build_schedule(recipe.batch.samples_per_worker * recipe.batch.workers * steps)
-        batches = self.noise(recipe, steps, device, replica)
-        stepper = step.Stepper(replica, recipe, batches)
-        for number in range(steps):
-            started = time.perf_counter()
-            outcome = stepper.run(schedule.at(number))
-            assert outcome.finite, f"step {number} is not finite"
-            self.wait()
-            times.append(time.perf_counter() - started)
-        return replica, sum(times[-3:]) / len(times[-3:])
+        stepper = step.Stepper(replica, recipe, self.noise(recipe, steps, device, replica, bad))
+        settle(stepper)
+        outcomes = [*stepper.outcomes(map(schedule.at, range(steps)))]
+        found = [outcome.point.step for outcome in outcomes if not outcome.finite]
+        assert found == list(bad), f"steps {found} are not finite"
+        return replica, sum(outcome.step_s for outcome in outcomes[-3:]) / len(outcomes[-3:])
 
-    def noise(self, recipe, steps: int, device, replica):
+    def noise(self, recipe, steps: int, device, replica, bad=()):
         generator, n, size = torch.Generator().manual_seed(1), recipe.batch.samples_per_worker, recipe.data.image_size
         layout = torch.channels_last if replica.channels_last else torch.contiguous_format
-        for _ in range(steps * recipe.batch.workers):
+        for i in range(steps * recipe.batch.workers):
             images = torch.randn(n, 3, size, size, generator=generator).to(device, memory_format=layout)
+            if i // recipe.batch.workers in bad:
+                images[0, 0, 0, 0] = float("nan")
             labels = torch.randint(0, recipe.data.classes, (n,), generator=generator).to(device)
             yield images, labels, 0
 

@@ -113,7 +113,8 @@ def test_a_bad_step_waits_for_the_write_as_for_a_checkpoint(tmp_path):
     trainer.engine = SimpleNamespace(rank=0, size=1, share=lambda verdict: verdict)
     trainer.folder, trainer.journal = RunFolder(tmp_path), SimpleNamespace(event=lambda *_, **__: None)
     trainer.watchdog = SimpleNamespace(enter=lambda phase, _: phases.append(phase))
-    trainer.writer = SimpleNamespace(join=lambda: phases.append("joined"))
+    trainer.writer = Writer(trainer.folder, 1, 60.0, told.append)
+    trainer.writer.join = lambda: phases.append("joined")
     trainer._give_up = told.append
     bad = SimpleNamespace(bad_ranks=1, bad_rank=0)
     trainer._pass_over(Point(5, 0, 5, 0.1, 0.9, workers=1, samples_per_worker=8, first=0, count=8), bad)
@@ -123,7 +124,7 @@ def test_a_bad_step_waits_for_the_write_as_for_a_checkpoint(tmp_path):
 def test_ranks_that_all_leave_do_not_watch_one_another_while_one_waits_for_its_write():
     seen = []
     trainer = Trainer.__new__(Trainer)
-    trainer.state = state(5)
+    trainer.state, trainer.stepper = state(5), None
     trainer.watchdog = SimpleNamespace(stop=lambda: seen.append("stopped"), enter=lambda phase, _: seen.append(phase))
     trainer.writer = SimpleNamespace(wait=lambda: seen.append("waited"))
     trainer._prepare = lambda: None

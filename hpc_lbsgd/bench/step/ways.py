@@ -67,13 +67,16 @@ class Ours:
         kn = batch * self.size
         self.point = Point(0, 0, 0, LR, MOMENTUM, self.size, batch, 0, kn)
         self.stepper = Stepper(self.replica, recipe, repeat(pictures))
+        self.outcomes = self.stepper.outcomes(repeat(self.point))
         self.loss, self.mark, self.update = self.stepper.loss, self.stepper.mark, self.replica.update
 
     def step(self) -> None:
-        self.stepper.run(self.point)
+        next(self.outcomes)
 
     def step_in_parts(self, clock: Clock) -> None:
-        """Between the trainer's own marks: forward ends with the loss, backward where it starts to wait for sums."""
+        """Between the trainer's own marks: forward ends with the loss, backward where it starts to wait for sums.
+        Whole steps are over."""
+        self.stepper.drop()
 
         def loss(*args):
             found = self.loss(*args)
