@@ -180,7 +180,6 @@ class Trainer:
     def _follow(self, outcome: Outcome) -> bool:
         """What follows a step; True if the job is to stop here."""
         point = outcome.point
-        self._saved(self.writer.ended())
         self.due &= not outcome.checkpoint
         if outcome.mismatch:
             self._name_wrong_rank(point, outcome.mismatch)
@@ -192,6 +191,7 @@ class Trainer:
         # All that decides the next step is settled before a checkpoint of this one is written.
         self.state.step = done = point.step + 1
         self._record(outcome)
+        self._saved(self.writer.ended())
         epoch_ends = self._ends_epoch(point)
         if epoch_ends:
             self.journal.epoch(done, point.epoch)
