@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hpc_lbsgd.cluster import check_ranks, mpi_check, node_check
 from hpc_lbsgd.cluster.finding import FAIL, OK, WARN, Finding
+from hpc_lbsgd.schedulers import known
 
 
 def check_mpi(hosts: str | None) -> Iterator[Finding]:
@@ -25,7 +26,8 @@ def check_mpi(hosts: str | None) -> Iterator[Finding]:
         f"{where}: {speed}" if facts["right"] else f"{where}: the sum is wrong",
         "MPI or the network is broken: try another MPI module, and tell the cluster's support",
     )
-    promised = int(os.environ.get("SLURM_CPUS_PER_TASK", 4 if facts["device"] == "cuda" else 1))
+    system = known.of()
+    promised = (system and system.cores_of(os.environ)) or (4 if facts["device"] == "cuda" else 1)
     yield Finding(
         OK if facts["cores"] >= promised else WARN,
         "cores a rank",
@@ -52,5 +54,8 @@ def check_nodes(hosts: str | None, read: Path | None) -> Iterator[Finding]:
     yield Finding(OK, "nodes", f"{facts['ranks']} ranks on {len(facts['nodes'])} nodes, {facts['device']}: {rates}")
     for one in facts["slow"]:
         yield Finding(
-            WARN, "slow", str(node_check.Slow(**one)), "leave the node out (sbatch --exclude), and tell the site"
+            WARN,
+            "slow",
+            str(node_check.Slow(**one)),
+            "leave the node out (preflight_nodes in the site file), and tell the site",
         )
