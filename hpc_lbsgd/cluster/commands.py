@@ -55,6 +55,11 @@ def add(command) -> None:
     p = command("suspects", suspects, help="for batch scripts: hosts that hung, or were slow, in a run's last start")
     p.add_argument("run", help="run folder")
 
+    p = command("slow-nodes", slow_nodes, help="for batch scripts: measure nodes before a run; print the slow ones")
+    with_recipe(p)
+    p.add_argument("--hosts", required=True, metavar="A,B", help="the nodes")
+    p.add_argument("--ranks-per-node", type=positive, default=1, help="ranks that measure (default: %(default)s)")
+
     p = command("own", own, help="for batch scripts: take a run folder for this job, its ranks and its restarts")
     p.add_argument("--run", required=True, help="run folder")
     end = p.add_mutually_exclusive_group()
@@ -76,6 +81,13 @@ def suspects(args) -> int:
     from hpc_lbsgd.cluster import suspects as found
 
     print(*found.suspects(args.run))
+    return EXIT_DONE
+
+
+def slow_nodes(args) -> int:
+    from hpc_lbsgd.cluster import on_ranks
+
+    print(*on_ranks.slow_nodes(args.recipe, args.settings, args.hosts, args.ranks_per_node))
     return EXIT_DONE
 
 

@@ -6,8 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.cluster import check_ranks, mpi_check, node_check
 from hpc_lbsgd.cluster.finding import FAIL, OK, WARN, Finding
+from hpc_lbsgd.errors import RunError
+from hpc_lbsgd.progress import note
 from hpc_lbsgd.schedulers import known
 
 
@@ -59,3 +62,18 @@ def check_nodes(hosts: str | None, read: Path | None) -> Iterator[Finding]:
             str(node_check.Slow(**one)),
             "leave the node out (preflight_nodes in the site file), and tell the site",
         )
+
+
+def slow_nodes(recipe: str, settings: list[str], hosts: str, ranks_per_node: int) -> list[str]:
+    """Nodes far slower than the others, at computing, copying, sending, and reading what the recipe trains on; without
+    their domain. Raises RunError where ranks did not start and end on all of them."""
+    data = recipes.read(recipe, settings).data.train
+    words = ["--read", data] if data and Path(data).exists() else []
+    facts = check_ranks.measure(node_check.__name__, hosts, ranks_per_node, words)
+    if "problem" in facts:
+        raise RunError(f"nodes were not measured: {facts['problem']}")
+    rates = ", ".join(node_check.told(what, rate) for what, rate in facts["median"].items())
+    note(f"{len(facts['nodes'])} nodes measured in {facts['seconds']:.0f} s: {rates}")
+    for one in facts["slow"]:
+        note(f"slow: {node_check.Slow(**one)}")
+    return [host.partition(".")[0] for host in facts["slow_nodes"]]

@@ -125,6 +125,8 @@ class Site(Section):
         ):
             if value:
                 self.refuse(feature, f"{key} = {value}")
+        if self.preflight_nodes:
+            self.refuse("leave nodes out", "preflight_nodes = true")
         if self.preflight_nodes and self.container:
             raise ValueError("preflight_nodes with container: ranks of the check would start outside it")
         if not self.gpus and self.ranks_per_node is None:

@@ -210,10 +210,15 @@ def starter(flavour: str | None = None, needs_mpi: bool = True) -> tuple[Launche
     return choose(mpirun, flavour), mpirun
 
 
+def started_by_srun() -> str | None:
+    """The words of srun, or of another launcher of the batch system, where a job's script says so."""
+    return os.environ.get("HPC_LBSGD_SRUN")
+
+
 def compose(layout: Layout, environment: dict[str, str], program: list[str], flavour: str | None = None) -> list[str]:
     """The whole command line that starts `program` on all ranks: with this environment's mpirun, or where a job's
     script has said so with srun (HPC_LBSGD_SRUN: its words)."""
-    srun = os.environ.get("HPC_LBSGD_SRUN")
+    srun = started_by_srun()
     if srun and not (layout.hosts or layout.hostfile):
         return [*Srun().line(srun, layout, environment), *program]
     launcher, path = starter(flavour)

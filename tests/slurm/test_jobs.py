@@ -168,7 +168,7 @@ def test_real_training_on_4_nodes(lab, exact_recipe, folder, one_rank, launcher,
     (environment,) = json.loads((run / "environment.json").read_text())
     assert (start["ranks"], start["engine"]) == (8, engine)
     assert [r["host"] for r in environment["ranks"]] == [f"node{i:02d}" for i in (1, 1, 2, 2, 3, 3, 4, 4)]
-    assert environment["slurm_job_id"] == str(number)
+    assert environment["job_id"] == str(number)
     assert weights(run) == one_rank
 
 

@@ -21,19 +21,21 @@ shift
 name=${recipe##*/}
 run=runs/${name%.y*ml}-$job
 options=()
+settings=()
 resume=--resume-if-exists
 while (($#)); do
     case $1 in
         --run) run=${2:?--run wants a folder}; shift ;;
         --run=*) run=${1#--run=} ;;
         --resume | --resume-if-exists) resume=$1 ;;
+        --set) settings+=("$1" "${2:?--set wants KEY=VALUE}"); shift ;;
         *) options+=("$1") ;;
     esac
     shift
 done
 if [[ $array_key ]]; then # a task of an array: a value and a run folder of its own
     value=${array_values[task]}
-    options+=(--set "$array_key=$value")
+    settings+=(--set "$array_key=$value")
     run+=/$array_key=$value
 fi
 [[ $run != -* ]] || run=./$run # no command takes it for an option
@@ -78,20 +80,16 @@ drop() { # drop NODE...: what of them was among the nodes is in `new` then
 }
 
 # ---- a start of the ranks
-record() { echo "$reached $idle $1 $((restarts + 1))" >"$run/restarts"; } # of which job, and its next start
+read -r reached idle whose before < <(cat "$run/restarts" 2>/dev/null || echo - 0 - 0) # as the last start left them
+restarts=${restarts:-$([[ $whose != "$job" ]] && echo 0 || echo "$before")}
+record() { echo "$reached $idle $1 $((restarts + 1))" >"$run/restarts"; } # of which job, and what start the next is
 count() { # restarts that come no further are counted: a fault that repeats must not eat the allocation
-    local reached_before whose='' before=0
-    idle=0
+    local now
     mkdir -p "$run"
     rm -f "$run/status.json"
-    reached=$(cat "$run/checkpoints/LATEST" 2>/dev/null || echo none)
-    if [[ -e $run/restarts ]]; then
-        read -r reached_before idle whose before <"$run/restarts" || true
-        [[ $whose == "$job" ]] || before=0
-        restarts=${restarts:-$before}
-        if ((restarts)) && [[ $reached == "$reached_before" ]]; then idle=$((idle + 1)); else idle=0; fi
-    fi
-    restarts=${restarts:-0}
+    now=$(cat "$run/checkpoints/LATEST" 2>/dev/null || echo none)
+    if ((restarts)) && [[ $now == "$reached" ]]; then idle=$((idle + 1)); else idle=0; fi
+    reached=$now
     record "$job"
     if ((idle > max_restarts)); then
         say "gave up after $max_restarts restarts without a new checkpoint (the newest: $reached) in $run"
@@ -102,24 +100,25 @@ count() { # restarts that come no further are counted: a fault that repeats must
 
 #@ ranks
 
+if [[ $launcher == mpirun && $host_suffix ]]; then
+    by_another_name
+elif [[ $launcher == mpirun ]] && env --block-signal=TERM true 2>/dev/null; then # coreutils 8.31
+    # what a system asks of a job's steps (preemption, a signal) would end mpirun's daemons, and the ranks so
+    export PRTE_MCA_prte_launch_agent="env --block-signal=TERM,USR1,USR2 prted"
+    export OMPI_MCA_orte_launch_agent="env --block-signal=TERM,USR1,USR2 orted"
+fi
+
 start() { # a run that is there is never started anew, also where a rank does not see it
     used=("${nodes[@]:0:most}")
     ranks=$((each * ${#used[@]}))
     count
     [[ ! -e $run/recipe.yaml ]] || resume=--resume
     export HPC_LBSGD_SPARE_NODES=$((${#nodes[@]} - ${#used[@]}))
-    local line words=(train "$recipe" "${options[@]}" --run "$run" "$resume")
+    local line words=(train "$recipe" "${settings[@]}" "${options[@]}" --run "$run" "$resume")
     if [[ $launcher != mpirun ]]; then
         ranks_line
         line+=("${wrap[@]}" "$python" -m hpc_lbsgd.cli "${words[@]}")
     else
-        if [[ $host_suffix ]]; then
-            by_another_name
-        elif env --block-signal=TERM true 2>/dev/null; then # coreutils 8.31
-            # what a system asks of a job's steps (preemption, a signal) would end mpirun's daemons, and the ranks so
-            export PRTE_MCA_prte_launch_agent="env --block-signal=TERM,USR1,USR2 prted"
-            export OMPI_MCA_orte_launch_agent="env --block-signal=TERM,USR1,USR2 orted"
-        fi
         line=("$python" -m hpc_lbsgd.cli launch --np "$ranks" --mpi "$mpi"
             --hosts "$(list "${used[@]/%/$host_suffix:$each}")" -- "${words[@]}")
     fi
@@ -166,6 +165,17 @@ silent_nodes() { # those on which nothing can be started any more
         { answers "$node" || echo "${node%%.*}"; } &
     done
 }
+
+if [[ $preflight ]] && ((${#nodes[@]} > 1 && restarts <= max_restarts)); then # before the first step: bad nodes are left out
+    used=("${nodes[@]}") ranks=$((each * ${#nodes[@]})) line=()
+    [[ $launcher == mpirun ]] || ranks_line
+    slow=$(HPC_LBSGD_SRUN="${line[*]}" tell slow-nodes "$recipe" "${settings[@]}" --ranks-per-node "$each" \
+        --hosts "$(list "${nodes[@]/%/$host_suffix}")") || slow=$(silent_nodes)
+    # shellcheck disable=SC2086 # names of nodes, one a word
+    drop $slow
+    if ((${#new[@]} && ${#nodes[@]} < least)); then requeue "bad before the first step: $(list "${new[@]}")"; fi
+    [[ ! ${new[*]-} ]] || say "bad before the first step: $(list "${new[@]}"); goes on with ${#nodes[@]} nodes"
+fi
 
 says() { grep -q "\"$1\": *$2" "$run/status.json" 2>/dev/null; } # says KEY VALUE: status.json does
 
