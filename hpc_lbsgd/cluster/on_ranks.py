@@ -29,8 +29,7 @@ def check_mpi(hosts: str | None) -> Iterator[Finding]:
         f"{where}: {speed}" if facts["right"] else f"{where}: the sum is wrong",
         "MPI or the network is broken: try another MPI module, and tell the cluster's support",
     )
-    system = known.of()
-    promised = (system and system.cores_of(os.environ)) or (4 if facts["device"] == "cuda" else 1)
+    promised = known.cores() or (4 if facts["device"] == "cuda" else 1)
     yield Finding(
         OK if facts["cores"] >= promised else WARN,
         "cores a rank",

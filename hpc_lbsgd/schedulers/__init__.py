@@ -6,6 +6,6 @@ slurm.py, pbs.py, lsf.py, flux.py: a class each, and nothing else of the package
 shell/         the same for a job's script: parts of bash that all templates are filled in with, by name
 known.py       all of them, and the one that this process is a job of
 
-May be imported by: cluster, report, train, parallel, bench, owner.
+May be imported by: cluster, report, train, parallel, bench, owner, lease.
 May import: errors.
 """

@@ -30,6 +30,11 @@ def many_nodes(env: Mapping[str, str] = os.environ) -> bool:
     return COBALT in env or any(s.many_nodes(env) for s in SCHEDULERS.values())
 
 
+def cores(env: Mapping[str, str] = os.environ) -> int | None:
+    """Cores that a rank was promised."""
+    return next((number for s in SCHEDULERS.values() if (number := s.cores_of(env))), None)
+
+
 def hosts(env: Mapping[str, str] = os.environ) -> list[str]:
     """Nodes of the job of this process; none outside a job."""
     found = of(env)

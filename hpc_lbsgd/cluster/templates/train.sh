@@ -129,10 +129,11 @@ start() { # a run that is there is never started anew, also where a rank does no
 # ---- what is asked of it meanwhile
 asked=
 # shellcheck disable=SC2317 # called by the trap
+#@ stop
 stop() {
     say "asked to stop at a safe point"
     asked=yes
-    kill -USR2 "${pid-}" 2>/dev/null || true
+    ask_ranks 2>/dev/null || true
 }
 trap stop USR1 USR2 TERM
 #@ clock

@@ -8,6 +8,8 @@ in_container=
 short() { echo "$1"; } # of a list of nodes
 #@ ranks
 ranks_line() { line=(); } # it has no launcher of its own
+#@ stop
+ask_ranks() { kill -USR2 "${pid-}"; }
 #@ clock
 # it gives no signal before the limit: this script keeps time itself
 { sleep "$warn_after_s" & trap 'kill $!' TERM && wait $! && kill -USR2 $$; } </dev/null >/dev/null 2>&1 &

@@ -20,6 +20,10 @@ ranks_line() { # `line`: what starts a process a rank, on the nodes of `used`; e
     line=(flux run --nodes="${#used[@]}" --ntasks="$ranks" --cores-per-task="$cores" --requires="hosts:$(list "${used[@]}")"
         -o gpu-affinity=off -o exit-timeout=120s)
 }
+#@ stop
+ask_ranks() { # of `flux run` the signal would be the end
+    if [[ $launcher == flux ]]; then flux job killall --force --signal=USR2; else kill -USR2 "${pid-}"; fi
+}
 #@ nodes
 answers() { timeout --kill-after=5 30 flux run --nodes=1 --ntasks=1 --requires="hosts:$1" true >/dev/null 2>&1; }
 meanwhile() { :; }
