@@ -134,13 +134,24 @@ kill -9 $$
 """
 
 
+@pytest.fixture(scope="module")
+def crashing(tmp_path_factory):
+    """A job in each that dies at once in its first start, and waits in its second."""
+    found = {}
+    for system in SYSTEMS:
+        folder = tmp_path_factory.mktemp(f"crash-{system}")
+        (folder / "stub").write_text(STUB)
+        (folder / "stub").chmod(0o755)
+        with Place(folder, system) as place:
+            found[system] = place, submit("goyal-resnet50", site=place.site(python=str(folder / "stub")), run="run")
+    return found
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_a_crash_is_queued_again_and_a_cancelled_job_is_not(system, tmp_path):
-    with Place(tmp_path, system) as place:
-        (tmp_path / "stub").write_text(STUB)
-        (tmp_path / "stub").chmod(0o755)
-        job = submit("goyal-resnet50", site=place.site(python=str(tmp_path / "stub")), run="run")
-        wait_for((tmp_path / "again").exists, job)
+def test_a_crash_is_queued_again_and_a_cancelled_job_is_not(system, crashing):
+    place, job = crashing[system]
+    with place:
+        wait_for((place.folder / "again").exists, job)
         wait_for(lambda: job.state == "RUNNING", job)
         assert "no rank said why" in said(job) and "queued again" in said(job)
         assert (job.now == job.number) is (system == "lsf")

@@ -90,7 +90,7 @@ def test_the_shipped_templates_are_the_generic_site():
         assert path.read_text() == module.by_hand(path.stem), "run tools/render_templates.py"
 
 
-SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sbatch")), *sorted(GOLDEN.glob("*.sbatch"))]
+SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sbatch")), *sorted(GOLDEN.iterdir())]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: f"{p.parent.name}/{p.name}")
