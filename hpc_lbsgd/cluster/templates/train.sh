@@ -128,8 +128,8 @@ start() { # a run that is there is never started anew, also where a rank does no
 
 # ---- what is asked of it meanwhile
 asked=
-# shellcheck disable=SC2317 # called by the trap
 #@ stop
+# shellcheck disable=SC2317 # called by the trap
 stop() {
     say "asked to stop at a safe point"
     asked=yes

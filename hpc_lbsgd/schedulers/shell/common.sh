@@ -9,6 +9,7 @@ short() { echo "$1"; } # of a list of nodes
 #@ ranks
 ranks_line() { line=(); } # it has no launcher of its own
 #@ stop
+# shellcheck disable=SC2317 # called by the trap
 ask_ranks() { kill -USR2 "${pid-}"; }
 #@ clock
 # it gives no signal before the limit: this script keeps time itself

@@ -21,6 +21,7 @@ ranks_line() { # `line`: what starts a process a rank, on the nodes of `used`; e
         -o gpu-affinity=off -o exit-timeout=120s)
 }
 #@ stop
+# shellcheck disable=SC2317 # called by the trap
 ask_ranks() { # of `flux run` the signal would be the end
     if [[ $launcher == flux ]]; then flux job killall --force --signal=USR2; else kill -USR2 "${pid-}"; fi
 }

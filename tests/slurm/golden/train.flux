@@ -169,6 +169,7 @@ asked=
 ask_ranks() { # of `flux run` the signal would be the end
     if [[ $launcher == flux ]]; then flux job killall --force --signal=USR2; else kill -USR2 "${pid-}"; fi
 }
+# shellcheck disable=SC2317 # called by the trap
 stop() {
     say "asked to stop at a safe point"
     asked=yes
