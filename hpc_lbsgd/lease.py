@@ -46,7 +46,7 @@ class Lease:
     job: str | None = None
     cluster: str | None = None
     restart: int = 0  # of the job
-    scheduler: str | None = "slurm"  # whose job it is; older files do not say
+    scheduler: str | None = None  # whose job it is; older files do not say
 
     @property
     def held_by_job(self) -> bool:

@@ -9,8 +9,8 @@ doctor.py      what this machine can do, and the fix for what it cannot, as line
                starts real ranks for it (check_ranks.py), on which mpi_check.py and node_check.py run
 
 May be imported by: cli.
-May import: bench, report, data, parallel, amend, recipe, arguments, sections, reading, runs, owner, schedulers, records,
-signals, yaml12, theory, progress, errors.
+May import: bench, report, data, parallel, amend, recipe, arguments, sections, reading, runs, owner, schedulers,
+records, signals, yaml12, theory, progress, errors.
 """
 
 API = ("SubmittedJob", "submit", "submit_array")

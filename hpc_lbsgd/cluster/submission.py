@@ -46,7 +46,7 @@ class Prepared:
 
         def submitted(number_of_task: str, run: str | None, task: int = 0) -> SubmittedJob:
             log = system.log_of(job.log, job.name, number, task)
-            return SubmittedJob(number_of_task, job.nodes, run, log, job.stage, system.name)
+            return SubmittedJob(number_of_task, job.nodes, run, log, system.name, job.stage)
 
         if job.array_values:
             runs = runs_of(self.run, job.array_key, job.array_values)

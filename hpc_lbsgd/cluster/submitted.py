@@ -21,8 +21,8 @@ class SubmittedJob:
     nodes: int  # at most
     run: str | None
     log: Path
+    scheduler: str
     stage: str = ""  # of a chain: "2 of 3"
-    scheduler: str = "slurm"
 
     @property
     def now(self) -> str:

@@ -16,8 +16,9 @@ INNERMOST_FIRST = ("flux", "slurm", "pbs", "lsf")  # an instance of Flux may be 
 COBALT = "COBALT_NODEFILE"  # known by what it leaves, and nothing else of it
 
 
-def scheduler(name: str) -> Scheduler:
-    return SCHEDULERS[name]
+def scheduler(name: str | None) -> Scheduler:
+    """None: as before there were others."""
+    return SCHEDULERS[name or "slurm"]
 
 
 def of(env: Mapping[str, str] = os.environ) -> Scheduler | None:
