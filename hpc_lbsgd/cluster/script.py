@@ -175,7 +175,7 @@ def contained(site: Site) -> tuple[list[str], list[str]]:
 
 
 def plain_name(text: str) -> str:
-    """As a job's name: nothing that Slurm, a shell or a file pattern would read as more than a letter."""
+    """As a job's name: nothing that a batch system, a shell or a file pattern would read as more than a letter."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", text)[:60].strip("_.-") or "hpc-lbsgd"
 
 

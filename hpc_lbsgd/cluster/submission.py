@@ -66,7 +66,7 @@ def submit(recipe: str, settings: Sequence[str] = (), site: str = "generic", **r
 
     settings: "key=value", as --set has them. site: a site file, or a shipped site's name. request: fields of
     `jobs.Request`, as flags of the command are called: nodes="4-32", spare=1, time="2:00:00", run="runs/mine".
-    Raises RequestError before anything is submitted, RunError where Slurm refuses the job.
+    Raises RequestError before anything is submitted, RunError where the batch system refuses the job.
     """
     several = [key for key in ("array", "chain", "sweep", "data") if request.get(key)]
     if several:

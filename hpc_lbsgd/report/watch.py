@@ -169,7 +169,7 @@ class Live:
         starts = self.folder.starts()
         start = starts[-1] if starts else {}
         job, system = start.get("job_id"), known.SCHEDULERS.get(start.get("scheduler"))
-        if not job or system is None or not shutil.which(system.submits):
+        if not job or system is None or not shutil.which(system.looks):
             return None
         if time.monotonic() - self._job[0] >= JOB_EVERY_S:
             found = system.look(str(job), JOB_TIMEOUT_S)

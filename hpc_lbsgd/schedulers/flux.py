@@ -18,7 +18,7 @@ JOB = "HPC_LBSGD_FLUX_JOB"  # its number, in decimals; this prefix is handed to 
 
 
 class Flux(Scheduler):
-    name, title, suffix, sentinel, submits = "flux", "Flux", "flux", "# flux:", "flux"
+    name, title, suffix, sentinel, looks = "flux", "Flux", "flux", "# flux:", "flux"
     version = ("flux", "version")
     by_hand = "flux batch {}"
     launchers = ("flux", "mpirun")

@@ -23,7 +23,7 @@ STATES = {"PEND": PENDING, "PSUSP": PENDING, "WAIT": PENDING, "RUN": RUNNING, "U
 
 
 class LSF(Scheduler):
-    name, title, suffix, sentinel, submits = "lsf", "LSF", "lsf", "#BSUB", "bsub"
+    name, title, suffix, sentinel, looks = "lsf", "LSF", "lsf", "#BSUB", "bjobs"
     version = ("lsid",)
     by_hand = "bsub < {}"
     launchers = ("mpirun",)

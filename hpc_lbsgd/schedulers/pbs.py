@@ -28,7 +28,7 @@ KILLED = 256  # an exit status above it: by a signal, as qdel ends a job
 
 
 class PBS(Scheduler):
-    name, title, suffix, sentinel, submits = "pbs", "PBS", "pbs", "#PBS", "qsub"
+    name, title, suffix, sentinel, looks = "pbs", "PBS", "pbs", "#PBS", "qstat"
     version = ("qstat", "--version")
     by_hand = "qsub {}"
     launchers = ("mpirun",)

@@ -91,7 +91,7 @@ class Scheduler(ABC):
     title: ClassVar[str]  # what people call it
     suffix: ClassVar[str]  # of a job's script
     sentinel: ClassVar[str]  # begins a directive
-    submits: ClassVar[str]  # the program
+    looks: ClassVar[str]  # the program that tells of a job
     version: ClassVar[tuple[str, ...]]  # says its version
     ping: ClassVar[tuple[str, ...]] = ()  # fails where it does not answer
     by_hand: ClassVar[str]  # how people use it, {} being the script

@@ -9,7 +9,7 @@ from hpc_lbsgd.schedulers.scheduler import FEATURES, HIDDEN, Scheduler, Seen, as
 
 
 class Slurm(Scheduler):
-    name, title, suffix, sentinel, submits = "slurm", "Slurm", "sbatch", "#SBATCH", "sbatch"
+    name, title, suffix, sentinel, looks = "slurm", "Slurm", "sbatch", "#SBATCH", "squeue"
     version, ping = ("sinfo", "--version"), ("scontrol", "ping")
     by_hand = "sbatch slurm/{}"
     launchers = ("srun", "mpirun")
