@@ -100,12 +100,12 @@ def once(number: str, system) -> str:
         process = subprocess.Popen(["bash", str(home() / "jobs" / f"{number}.script"), *job["words"]], stdout=out,
                                    stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
                                    env=system.environment(job), cwd=system.begins_in(job))  # fmt: skip
-    warned, ending, sent = False, [], 0.0
+    ending, sent, late = [], 0.0, home() / "late"
     while process.poll() is None:
         now, asked = time.time(), read(number)["asked"]
-        if job["warn"] and not warned and now > begun + job["limit_s"] - job["warn"][1]:
-            warned = True
-            os.killpg(process.pid, signal.Signals[f"SIG{job['warn'][0]}"])  # LSF: all processes of the job
+        if job["warn"] and late.exists():
+            late.unlink()
+            os.killpg(process.pid, signal.Signals[f"SIG{job['warn']}"])  # LSF: all processes of the job
         if not ending and (asked or now > begun + job["limit_s"]):
             change(number, state="ENDING")
             ending = list(system.ends_with)

@@ -10,8 +10,6 @@ import sys
 
 from jobs import HOST, Parser, Refused, change, home, options, read, submit
 
-MINUTE_S = 8.0
-
 
 class LSF:
     ends_with = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
@@ -44,11 +42,11 @@ class LSF:
 
         def seconds(value):
             hours, _, minutes = value.rpartition(":")
-            return (int(hours or 0) * 60 + int(minutes)) * MINUTE_S
+            return (int(hours or 0) * 60 + int(minutes)) * 60
 
         if ("-wa" in o) != ("-wt" in o):
             raise Refused("-wa must be specified together with -wt")
-        warn = ["USR2", seconds(o["-wt"][0])] if "-wt" in o else None
+        warn = o["-wa"][0] if "-wt" in o else None
         before = re.findall(r"\((\d+)\)", o.get("-w", [""])[0])
         after = "afterok" if "done" in o.get("-w", [""])[0] else "afterany"
         facts = {"limit_s": seconds(o["-W"][0]), "ranks": slots, "name": o["-J"][0], "warn": warn, "after": after}
