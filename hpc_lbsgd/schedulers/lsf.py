@@ -98,6 +98,5 @@ class LSF(Scheduler):
 
 
 def minutes(seconds: int) -> str:
-    """[hour:]minute, rounded up."""
-    whole = -(-seconds // 60)
-    return f"{whole // 60}:{whole % 60:02d}"
+    """Rounded up. As all versions take them: hours are written in several ways."""
+    return str(-(-seconds // 60))

@@ -190,5 +190,5 @@ def test_limits_as_each_system_has_them():
 
     assert "-l walltime=26:00:30" in limit("pbs", time="1-02:00:30")
     lsf = limit("lsf", time="90", deadline="2030-12-24T18:00")
-    assert {"-W 1:30", "-wa USR2", "-wt 0:05", "-t 2030:12:24:18:00"} < set(lsf)
+    assert {"-W 90", "-wa USR2", "-wt 5", "-t 2030:12:24:18:00"} < set(lsf)
     assert "--time-limit=5400s" in limit("flux", time="90")
