@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--read", type=Path, metavar="PATH", help="--nodes: what a run will read, a file or a folder")
     p.add_argument(
-        "--hosts", metavar="A,B", help="--mpi, --nodes: these (default: the nodes of the Slurm job, or here)"
+        "--hosts", metavar="A,B", help="--mpi, --nodes: these (default: the nodes of the batch job, or here)"
     )
     with_json(p)
 

@@ -1,11 +1,12 @@
-"""Who may use a run folder: one owner at a time. Decisions alone; files, processes and Slurm are asked in owner.py.
+"""Who may use a run folder: one owner at a time. Decisions alone; files, processes and batch systems are asked by
+owner.py.
 
-An owner is a Slurm job (a batch script takes the run for its job, with all ranks and restarts of it), or processes:
+An owner is a batch job (a batch script takes the run for its job, with all ranks and restarts of it), or processes:
 `launch` and rank 0. It is followed only where it is provably over:
 
-    its job is known to Slurm no more, or has ended
+    its job is known to the batch system no more, or has ended
     all its processes are gone from a host that can be looked at: this one
-    it is an earlier start of this very job, which Slurm ended before it started this one
+    it is an earlier start of this very job, which the batch system ended before it started this one
     it was not renewed for UNREACHABLE_S, and its processes are where nobody can look
 A job is never judged by time: it may wait in the queue for weeks.
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+
+from hpc_lbsgd.schedulers import known
 
 RENEW_S = 30.0
 # Long beside what an owner survives without a renewal: a file server that fails over, a virtual machine that is moved,
@@ -43,6 +46,7 @@ class Lease:
     job: str | None = None
     cluster: str | None = None
     restart: int = 0  # of the job
+    scheduler: str | None = None  # whose job it is; older files do not say
 
     @property
     def held_by_job(self) -> bool:
@@ -58,7 +62,8 @@ class Lease:
 
     def __str__(self) -> str:
         pids = ", ".join(f"process {p.pid} on {p.host}" for p in self.processes)
-        job = f"Slurm job {self.job} (begun on {self.host})" if self.job else ""
+        title = known.scheduler(self.scheduler).title if self.job else ""
+        job = f"{title} job {self.job} (begun on {self.host})" if self.job else ""
         return f"{' of '.join(part for part in (pids, job) if part)} since {self.since}"
 
 
@@ -87,6 +92,7 @@ class Ask:
     cluster: str | None = None
     restart: int = 0
     for_job: bool = field(default=False)  # a batch script, for all its job
+    scheduler: str | None = None
 
 
 def judge(lease: Lease | None, ask: Ask, facts: Facts) -> Verdict:

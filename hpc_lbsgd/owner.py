@@ -13,7 +13,6 @@ import os
 import secrets
 import socket
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -24,13 +23,12 @@ from pathlib import Path
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_REQUEST, EXIT_STOPPED, RequestError
 from hpc_lbsgd.lease import RENEW_S, Ask, Facts, Lease, Process, Verdict, judge
 from hpc_lbsgd.records import RunFolder, appear, now, sync_folder
+from hpc_lbsgd.schedulers import known
+from hpc_lbsgd.schedulers.scheduler import HIDDEN, OVER
 
 FILE_NAME = "owner.json"
 HANDED_ON = "HPC_LBSGD_OWNER"  # to what the owner starts; this prefix is handed to ranks on other hosts as well
 TRIES = 20
-SLURM_TIMEOUT_S = 30
-# COMPLETING is none of them: processes of the job may still write
-OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 
 
 # ---------------------------------------------------------------- this process and others
@@ -60,54 +58,28 @@ def alive(process: Process) -> bool | None:
 
 
 def ask_from(env: Mapping[str, str], for_job: bool = False) -> Ask:
-    restart = int(env.get("SLURM_RESTART_COUNT") or 0)
-    return Ask(env.get(HANDED_ON) or None, job_of(env), env.get("SLURM_CLUSTER_NAME"), restart, for_job)
+    system = known.of(env)
+    if system is None:
+        return Ask(env.get(HANDED_ON) or None, for_job=for_job)
+    job, cluster = system.job_of(env), system.cluster_of(env)
+    return Ask(env.get(HANDED_ON) or None, job, cluster, system.restart_of(env), for_job, system.name)
 
 
-def job_of(env: Mapping[str, str]) -> str | None:
-    """The Slurm job of this process; of an array the very task (7_1): the array's last task has the array's number,
-    by which Slurm means all of them."""
-    array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else env.get("SLURM_JOB_ID")
-
-
-def job_there(job: str, cluster: str | None) -> bool | None:
-    """Whether Slurm has this job, running or waiting; None where Slurm does not answer, or is another cluster's."""
-    if cluster and cluster != (os.environ.get("SLURM_CLUSTER_NAME") or this_cluster()):
+def job_there(lease: Lease) -> bool | None:
+    """Whether the batch system has an owner's job, running or waiting; None where it does not answer or tell, or is
+    another cluster's."""
+    system = known.scheduler(lease.scheduler)
+    if lease.cluster and lease.cluster != (system.cluster_of(os.environ) or system.cluster_here()):
         return None
-    result = queue(job, "%T", "--states=all")
-    if result is None:
+    found = system.look(lease.job)
+    if found is None or any(seen.state == HIDDEN for seen in found):
         return None
-    states = result.stdout.split()
-    if not (states or result.returncode):  # it is kept from us (PrivateData)
-        return None
-    return any(state not in OVER for state in states)
-
-
-def queue(job: str, form: str, *words: str, **limit: float) -> subprocess.CompletedProcess | None:
-    """squeue's lines for a job in this format, none where there is no such job; None where it is not known."""
-    result = slurm("squeue", "--noheader", f"--jobs={job}", *words, f"--format={form}", **limit)
-    refused = result is not None and result.returncode and "Invalid job id" not in result.stderr
-    return None if refused else result
-
-
-def this_cluster() -> str | None:
-    result = slurm("scontrol", "show", "config")
-    lines = (line.split("=") for line in result.stdout.splitlines()) if result else ()
-    return next((words[1].strip() for words in lines if words[0].strip() == "ClusterName"), None)
-
-
-def slurm(*words: str, timeout_s: float = SLURM_TIMEOUT_S) -> subprocess.CompletedProcess | None:
-    """What Slurm says; None where it is not there, or does not answer."""
-    try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=timeout_s)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    return any(seen.state not in OVER for seen in found)
 
 
 def facts_of(lease: Lease, ask: Ask, renewed: float, clock: Callable[[], float]) -> Facts:
     """clock: the file system's; it writes, and is asked where nothing else decides."""
-    there = job_there(lease.job, lease.cluster) if lease.job and lease.job != ask.job else None
+    there = job_there(lease) if lease.job and lease.job != ask.job else None
     processes = tuple(alive(p) for p in lease.processes)
     idle_s = clock() - renewed if None in processes and True not in processes else 0.0
     return Facts(processes, there, idle_s)
@@ -232,7 +204,7 @@ def take(
     on_lost: Callable[[str], None] | None = None,
     name: str | None = None,
 ) -> Held:
-    """Make this process (for_job: this Slurm job) the owner of a folder, before anything in it is read or written.
+    """Make this process (for_job: this batch job) the owner of a folder, before anything in it is read or written.
     name: of the folder in messages (default: --run FOLDER).
 
     Raises RequestError, and changes nothing, where another may be at work in it.
@@ -247,6 +219,7 @@ def take(
         job=ask.job,
         cluster=ask.cluster,
         restart=ask.restart,
+        scheduler=ask.scheduler,
     )
     name = name or f"--run {folder}"
     with contextlib.suppress(OSError):  # what is wrong with the name is said below
@@ -313,12 +286,20 @@ def refusal(name: str, file: OwnerFile, held: Lease) -> RequestError:
     )
 
 
-def own(folder: str | os.PathLike, ended_with: int | None) -> None:
+def own(folder: str | os.PathLike, ended_with: int | None = None, successor: str | None = None) -> None:
     """For a batch script: take a run folder for its job, and print what ranks must find in HPC_LBSGD_OWNER. Or give it
-    up, at the job's end with this exit code: a failure that no rank lived to tell is on record then."""
-    job = job_of(os.environ)
+    up, at the job's end with this exit code: a failure that no rank lived to tell is on record then. Or pass it to
+    another job, which goes on with the run."""
+    job = ask_from(os.environ).job
     if not job:
-        raise RequestError("own: not in a Slurm job; `train` and `launch` take a run folder by themselves")
+        raise RequestError("own: not in a batch job; `train` and `launch` take a run folder by themselves")
+    if successor is not None:
+        file = OwnerFile(folder)
+        found = file.read()
+        if not found or not (found[0].job == job and found[0].held_by_job):
+            raise RequestError(f"own: {folder} is not this job's to pass on")
+        file.follow(found[0], replace(found[0], token=secrets.token_hex(8), job=successor, since=now(), restart=0))
+        return
     if ended_with is not None:
         run = RunFolder(folder)
         if ended_with not in (EXIT_DONE, EXIT_REQUEST, EXIT_STOPPED) and run.exists():

@@ -1,7 +1,7 @@
 """What a command says on stderr beside its result and its errors: bars and lines of progress.
 
 -q, --quiet      none of it: warnings, errors, and what happens to a run (a step passed over, a slow rank) alone
--v, --verbose    all of it, and the command lines that are run (mpirun, srun, sbatch), and where an error was raised
+-v, --verbose    all of it, the command lines that are run, and where an error was raised
 
 They are kept in the environment, which ranks inherit. The result on stdout is the same. Bars and pages have no
 colours beyond the terminal's own, and NO_COLOR (no-color.org) is heeded by all that might have.

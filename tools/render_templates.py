@@ -1,4 +1,4 @@
-"""Writes the site's part of slurm/*.sbatch as `submit --site generic` would: run it after a change of script.py."""
+"""Writes slurm/*.sbatch as `submit --site generic` would: run it after a change of script.py."""
 
 from pathlib import Path
 
@@ -14,5 +14,5 @@ def by_hand(name: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in FOLDER.glob("*.sbatch"):
-        path.write_text(by_hand(path.stem))
+    for template in (Path(__file__).parents[1] / "hpc_lbsgd" / "cluster" / "templates").glob("*.sh"):
+        (FOLDER / f"{template.stem}.sbatch").write_text(by_hand(template.stem))

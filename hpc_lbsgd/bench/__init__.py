@@ -11,5 +11,6 @@ core/ is what they share. A new benchmark is a package here, and a name in comma
 import one another, core/ imports none of them; only command.py is loaded before a command is chosen.
 
 May be imported by: plan, cluster, cli.
-May import: report, train, parallel, data, recipe, records, arguments, yaml12, theory, progress, origin, errors.
+May import: report, train, parallel, data, recipe, records, arguments, schedulers, yaml12, theory, progress,
+origin, errors.
 """

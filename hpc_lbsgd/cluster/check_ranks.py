@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,9 +10,10 @@ import threading
 from collections.abc import Sequence
 
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.parallel.launchers import Layout, check_hosts, choose, exported, find_mpirun, slots_of
+from hpc_lbsgd.parallel.launchers import Layout, check_hosts, compose, exported, slots_of, started_by_srun
 from hpc_lbsgd.parallel.refusals import refusal
 from hpc_lbsgd.progress import running
+from hpc_lbsgd.schedulers import known
 
 TIMEOUT_S = 120
 MARK = "check: "  # before rank 0's facts, among what launchers print
@@ -24,33 +24,23 @@ def say(facts: dict) -> None:
     print(MARK + json.dumps(facts), flush=True)
 
 
-def hosts_of_job() -> list[str]:
-    """Nodes of the Slurm job that this runs in; none outside a job."""
-    nodes = os.environ.get("SLURM_JOB_NODELIST")
-    if not nodes:
-        return []
-    result = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30)
-    return result.stdout.split()
-
-
 def measure(module: str, hosts: str | None, ranks_per_node: int, words: Sequence[str] = ()) -> dict:
     """Start a check's ranks; returns rank 0's facts, or {"problem": what went wrong}.
 
-    module: run by each rank, with `words`; its rank 0 calls `say`. hosts: "a,b"; default: the nodes of the Slurm job,
-    or this machine.
+    module: run by each rank, with `words`; its rank 0 calls `say`. hosts: "a,b"; default: the nodes of the batch job,
+    or this machine; where srun starts ranks, it knows them.
     """
-    names = [slots_of(h)[0] for h in hosts.split(",")] if hosts else hosts_of_job()
+    names = [slots_of(h)[0] for h in hosts.split(",")] if hosts else known.hosts()
     slots = ",".join(f"{name}:{ranks_per_node}" for name in names) or None
-    layout = Layout(ranks_per_node * max(1, len(names)), slots, oversubscribe=not slots)
+    ranks = ranks_per_node * max(1, len(names))
+    layout = Layout(ranks) if started_by_srun() else Layout(ranks, slots, oversubscribe=not slots)
     try:
         if slots:
-            check_hosts(slots, layout.ranks)
-        mpirun = find_mpirun()
-        launcher = choose(mpirun)
+            check_hosts(slots, ranks)
+        line = compose(layout, exported(layout), [sys.executable, "-m", module, *words])
     except RequestError as problem:
         return {"problem": str(problem)}
-    program = [sys.executable, "-m", module, *words]
-    return run([*launcher.line(mpirun, layout, exported(layout)), *program], layout)
+    return run(line, layout)
 
 
 def run(line: list[str], layout: Layout) -> dict:

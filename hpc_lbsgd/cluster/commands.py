@@ -8,7 +8,7 @@ from hpc_lbsgd.runs import RESUME
 
 
 def add(command) -> None:
-    p = command("submit", submit, help="render the sbatch job of a recipe for a site, and submit it",
+    p = command("submit", submit, help="write the batch script of a recipe for a site, and submit it",
                 example="submit goyal-resnet50 --nodes 32 --site my-site.yaml")  # fmt: skip
     with_recipe(p)
     p.add_argument(
@@ -24,9 +24,9 @@ def add(command) -> None:
         help="with fewer nodes than it may have, and some free: stop safely, queue again, get more",
     )  # fmt: skip
     p.add_argument("--site", default="generic", help="a site file, or a shipped site's name (default: %(default)s)")
-    p.add_argument("--time", help="time limit of a job, as Slurm writes it (default: the site's)")
-    p.add_argument("--time-min", help="to which Slurm may shorten it, so that the job starts earlier")
-    p.add_argument("--deadline", metavar="TIME", help="it must be over by then: 2026-12-24T18:00")
+    p.add_argument("--time", help="time limit of a job, such as 2-12:00:00 (default: the site's)")
+    p.add_argument("--time-min", help="Slurm: to which it may be shortened, so that the job starts earlier")
+    p.add_argument("--deadline", metavar="TIME", help="Slurm, LSF: it must be over by then: 2026-12-24T18:00")
     p.add_argument("--images-per-s", type=positive_float, help="a rank's measured rate: says what will be reached")
     p.add_argument(
         "--run",
@@ -49,15 +49,22 @@ def add(command) -> None:
     p.add_argument("--steps", type=positive, help="--sweep: steps, as bench scaling has them")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="print the script and stop")
-    how.add_argument("--test-only", action="store_true", help="ask Slurm whether it would take the job, and stop")
+    how.add_argument("--test-only", action="store_true", help="Slurm: ask whether it would take the job, and stop")
     with_json(p)
 
     p = command("suspects", suspects, help="for batch scripts: hosts that hung, or were slow, in a run's last start")
     p.add_argument("run", help="run folder")
 
+    p = command("slow-nodes", slow_nodes, help="for batch scripts: measure nodes before a run; print the slow ones")
+    with_recipe(p)
+    p.add_argument("--hosts", required=True, metavar="A,B", help="the nodes")
+    p.add_argument("--ranks-per-node", type=positive, default=1, help="ranks that measure (default: %(default)s)")
+
     p = command("own", own, help="for batch scripts: take a run folder for this job, its ranks and its restarts")
     p.add_argument("--run", required=True, help="run folder")
-    p.add_argument("--release", type=int, metavar="CODE", help="give it up: the job ends with CODE, for good")
+    end = p.add_mutually_exclusive_group()
+    end.add_argument("--release", type=int, metavar="CODE", help="give it up: the job ends with CODE, for good")
+    end.add_argument("--pass-to", metavar="JOB", help="another job goes on with the run")
 
 
 def submit(args) -> int:
@@ -77,8 +84,15 @@ def suspects(args) -> int:
     return EXIT_DONE
 
 
+def slow_nodes(args) -> int:
+    from hpc_lbsgd.cluster import on_ranks
+
+    print(*on_ranks.slow_nodes(args.recipe, args.settings, args.hosts, args.ranks_per_node))
+    return EXIT_DONE
+
+
 def own(args) -> int:
     from hpc_lbsgd import owner
 
-    owner.own(args.run, args.release)
+    owner.own(args.run, args.release, args.pass_to)
     return EXIT_DONE

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hpc_lbsgd.cluster import on_ranks
 from hpc_lbsgd.cluster.finding import FAIL, OK, WARN, Finding
+from hpc_lbsgd.schedulers.known import SCHEDULERS
 
 
 def output_of(*command: str, timeout_s: float = 20) -> str | None:
@@ -246,15 +247,22 @@ def check_dali() -> Iterator[Finding]:
         )
 
 
-def check_slurm() -> Iterator[Finding]:
-    line = output_of("sinfo", "--version")
-    if not line:
-        found = "sinfo does not work" if shutil.which("sinfo") else "none on PATH"
-        yield Finding(WARN, "slurm", found, "fine without a cluster: use `hpc-lbsgd launch`")
-        return
-    yield Finding(OK, "slurm", line)
-    if output_of("scontrol", "ping") is None:
-        yield Finding(FAIL, "slurmctld", "does not answer", "ask the cluster's support; `scontrol ping` says more")
+def check_scheduler() -> Iterator[Finding]:
+    found = [s for s in SCHEDULERS.values() if shutil.which(s.version[0])]
+    if not found:
+        yield Finding(WARN, "scheduler", "none on PATH", "fine without a cluster: use `hpc-lbsgd launch`")
+    for system in found:
+        line = output_of(*system.version)
+        fix = "its commands do not work here: load its module, or ask the cluster's support"
+        yield Finding(OK if line else WARN, system.name, line or f"{' '.join(system.version)} fails", fix)
+        if system.ping and output_of(*system.ping) is None:
+            fix = f"ask the cluster's support; `{' '.join(system.ping)}` says more"
+            yield Finding(FAIL, system.name, "does not answer", fix)
+    if shutil.which("srun"):
+        yield from check_srun()
+
+
+def check_srun() -> Iterator[Finding]:
     try:
         listed = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, timeout=20)
         plugins = sorted(set(re.findall(r"\b(pmix(?:_v\d)?|pmi2|cray_shasta)\b", listed.stdout + listed.stderr)))
@@ -284,7 +292,7 @@ def file_system(path: Path) -> str:
 
 def check_file_systems() -> Iterator[Finding]:
     """All nodes must see runs and data."""
-    on_cluster = output_of("sinfo", "--version") is not None
+    on_cluster = any(shutil.which(s.version[0]) for s in SCHEDULERS.values())
     for name in ("runs", "data"):
         path = Path(name).resolve()
         kind = file_system(path)
@@ -328,7 +336,7 @@ CHECKS: list[Callable[[], Iterator[Finding]]] = [
     check_engines,
     check_horovod,
     check_dali,
-    check_slurm,
+    check_scheduler,
     check_file_systems,
     check_limits,
 ]

@@ -13,6 +13,7 @@ from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Recipe, load_resolved
 from hpc_lbsgd.records import RunFolder, read_metrics
+from hpc_lbsgd.schedulers.scheduler import seconds_of
 from hpc_lbsgd.theory.schedule import Schedule
 
 
@@ -78,16 +79,3 @@ def epochs(schedule: Schedule, step: int) -> float:
         return 0.0
     last = schedule.at(step - 1)
     return last.epoch + (last.first + last.count) / schedule.samples
-
-
-def seconds_of(duration: str) -> int:
-    """Of a time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
-    days, dash, rest = duration.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if dash:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
-    else:
-        hours, (minutes, seconds) = 0, [*parts, 0][:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

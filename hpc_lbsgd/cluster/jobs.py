@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from hpc_lbsgd.cluster import sites
-from hpc_lbsgd.cluster.script import Job, log_path, plain_name
+from hpc_lbsgd.cluster.script import Job, plain_name
 from hpc_lbsgd.cluster.sites import Site
 from hpc_lbsgd.data.who import samples_and_classes
 from hpc_lbsgd.errors import RequestError
@@ -30,8 +30,8 @@ class Request:
     nodes: int | str = 1  # "4-32": as many of them as are free
     spare: int = 0  # nodes more, that stand in for lost and slow ones
     grow_every_hours: float | None = None  # then it is queued again, where it has not all and some are free
-    time: str | None = None  # limit of a job, as Slurm writes it
-    time_min: str | None = None  # to which Slurm may shorten it, to start earlier
+    time: str | None = None  # limit of a job, as a site says it
+    time_min: str | None = None  # to which the scheduler may shorten it, to start earlier
     deadline: str | None = None
     images_per_s: float | None = None  # of a rank, for the forecast
     run: str | None = None  # of an array: the folder of its runs
@@ -93,10 +93,19 @@ class Request:
             )
         return key, values
 
-    def options(self) -> dict[str, str]:
-        """Of sbatch, for every job."""
-        values = {"time": self.time, "time-min": self.time_min, "deadline": self.deadline}
-        return {key: value for key, value in values.items() if value}
+    def check(self, site: Site) -> None:
+        """Raises RequestError for what the site's batch system cannot do."""
+        least, most = self.range
+        asked = {
+            f"--nodes {self.nodes}": ("elastic", least < most),
+            f"--spare {self.spare}": ("elastic", self.spare),
+            f"--time-min {self.time_min}": ("time-min", self.time_min),
+            f"--deadline {self.deadline}": ("deadline", self.deadline),
+            "--chain": ("same number", self.chain),
+        }
+        for what, (feature, wanted) in asked.items():
+            if wanted:
+                site.batch.refuse(feature, what)
 
 
 def training_jobs(name: str, recipe: Recipe, words: list[str], site: Site, run: str, request: Request) -> list[Job]:
@@ -106,13 +115,13 @@ def training_jobs(name: str, recipe: Recipe, words: list[str], site: Site, run: 
     `nodes` at the first stage, in proportion to the workers later on. What goes on with a run says --resume: where the
     run has gone meanwhile, it must not start anew. A first start leaves the flag to the script, which may be restarted.
     """
-    log = log_path(run)
+    log = site.batch.output(run)
     words = [*words, "--run", run]
     resume = [request.resume] if request.resume else []
     nodes = request.range[1]
     if not request.chain:
-        job = elastic(Job("train", plain_name(name), nodes, [*words, *resume], log), request)
-        return [array(job, run, *request.values) if request.array else job]
+        job = elastic(Job("train", plain_name(name), nodes, [*words, *resume], log, run=run), request)
+        return array(job, site, run, *request.values) if request.array else [job]
     settled = recipe.with_workers(nodes * site.ranks)
     if settled.schedule.kind == "adaptive-batch":
         raise RequestError("--chain: schedule.kind = adaptive-batch decides its stages while it runs; submit one job")
@@ -131,7 +140,8 @@ def training_jobs(name: str, recipe: Recipe, words: list[str], site: Site, run: 
         stage, starts = f"{i + 1} of {len(pieces)}", "afterok" if jobs else ""
         words_here = [*words, *([RESUME] if i else resume), *fixed, *end]
         of_stage = -(-nodes * workers // pieces[0][0])
-        jobs.append(Job("train", f"{plain_name(name)}.{i + 1}", of_stage, words_here, log, stage, str(i + 1), starts))
+        job = Job("train", f"{plain_name(name)}.{i + 1}", of_stage, words_here, log, stage, str(i + 1), starts, run=run)
+        jobs.append(job)
     return jobs
 
 
@@ -143,10 +153,22 @@ def idle(recipe: Recipe, site: Site, request: Request) -> str | None:
     return f"--nodes {request.nodes}: {ranks - workers} of {ranks} ranks have no work, for batch.workers = {workers}"
 
 
-def array(job: Job, run: str, key: str, values: list[str]) -> Job:
-    """The job once a value, as an array of Slurm's."""
-    log = log_path(run, number="%A_%a")
-    return replace(job, array_key=key, array_values=values, log=log, asked={"array": f"0-{len(values) - 1}"})
+def array(job: Job, site: Site, run: str, key: str, values: list[str]) -> list[Job]:
+    """The job once a value: an array of the batch system's, or a job each."""
+    if site.batch.arrays:
+        return [replace(job, array_key=key, array_values=values, log=site.batch.output(run, array=True))]
+    jobs = []
+    for value, folder in zip(values, runs_of(run, key, values), strict=True):
+        words = list(job.words)
+        words[words.index("--run") : words.index("--run") + 2] = ["--set", f"{key}={value}", "--run", folder]
+        label = f"{key}={value}"
+        jobs.append(replace(job, words=words, label=label, log=site.batch.output(run, f"job-{label}")))
+    return jobs
+
+
+def runs_of(run: str, key: str, values: list[str]) -> list[str]:
+    """The run folders of an array, as its script names them."""
+    return [f"{run}/{key}={value}" for value in values]
 
 
 def elastic(job: Job, request: Request) -> Job:
@@ -170,7 +192,7 @@ def batches_of(schedule: Schedule) -> list[tuple[int, int]]:
     return pieces
 
 
-def sweep_jobs(name: str, words: list[str], run: str, request: Request, asked: dict) -> list[Job]:
+def sweep_jobs(name: str, words: list[str], site: Site, run: str, request: Request, asked: dict) -> list[Job]:
     """The scaling benchmark as a job a number of nodes, and a report on what they leave, whichever of them fail.
 
     words: of `bench scaling`, without --out. asked: see `scaling.question`; its k is the same for all sizes.
@@ -183,16 +205,17 @@ def sweep_jobs(name: str, words: list[str], run: str, request: Request, asked: d
     jobs = []
     for nodes in request.sweep:
         label = f"{nodes}-nodes"
-        jobs.append(Job("scaling", plain_name(f"{name}.{label}"), nodes, words, log_path(run, label), label=label))
+        log = site.batch.output(run, label)
+        jobs.append(Job("scaling", plain_name(f"{name}.{label}"), nodes, words, log, label=label))
     report = {"label": "report", "starts": "afterany", "one_task": True}
     name = plain_name(f"{name}.report")
-    return [*jobs, Job("scaling", name, 1, ["--report", run], log_path(run, "report"), **report)]
+    return [*jobs, Job("scaling", name, 1, ["--report", run], site.batch.output(run, "report"), **report)]
 
 
-def data_jobs(name: str, recipe: Recipe) -> list[Job]:
+def data_jobs(name: str, recipe: Recipe, site: Site) -> list[Job]:
     """One job a folder that the recipe's data needs listed."""
     folders = [path for path in (recipe.data.train, recipe.data.eval) if path and Path(path).is_dir()]
     if not folders:
         raise RequestError(f"--data: data.train = {recipe.data.train} is no folder; there is nothing to prepare")
     job_name = plain_name(f"{name}.data")
-    return [Job("data", job_name, 1, ["index", folder], "%x-%j.log", one_task=True) for folder in folders]
+    return [Job("data", job_name, 1, ["index", folder], site.batch.output(None), one_task=True) for folder in folders]

@@ -20,6 +20,7 @@ from statistics import median, median_high
 from typing import NamedTuple
 
 from hpc_lbsgd.cluster import check_ranks
+from hpc_lbsgd.schedulers import known
 
 BURSTS, BURST_S = 5, 0.2  # the best of several: what a machine can do, whoever disturbs it now and then
 READ_BYTES, FILES = 2**26, 64
@@ -191,7 +192,7 @@ def one_rank(read: Path | None) -> None:
         torch.set_num_threads(worlds.cores_per_rank(world.local_size))
     begun = time.monotonic()
     engine = TorchEngine(Machine(), "off", device)
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # as the scheduler calls it
+    host = known.host() or socket.gethostname()
     hosts = engine.gather(host)
     mine = computing(device)
     if read is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.cluster import check_ranks, mpi_check, node_check
 from hpc_lbsgd.cluster.finding import FAIL, OK, WARN, Finding
+from hpc_lbsgd.errors import RunError
+from hpc_lbsgd.progress import note
+from hpc_lbsgd.schedulers import known
 
 
 def check_mpi(hosts: str | None) -> Iterator[Finding]:
@@ -25,7 +28,7 @@ def check_mpi(hosts: str | None) -> Iterator[Finding]:
         f"{where}: {speed}" if facts["right"] else f"{where}: the sum is wrong",
         "MPI or the network is broken: try another MPI module, and tell the cluster's support",
     )
-    promised = int(os.environ.get("SLURM_CPUS_PER_TASK", 4 if facts["device"] == "cuda" else 1))
+    promised = known.cores() or (4 if facts["device"] == "cuda" else 1)
     yield Finding(
         OK if facts["cores"] >= promised else WARN,
         "cores a rank",
@@ -52,5 +55,23 @@ def check_nodes(hosts: str | None, read: Path | None) -> Iterator[Finding]:
     yield Finding(OK, "nodes", f"{facts['ranks']} ranks on {len(facts['nodes'])} nodes, {facts['device']}: {rates}")
     for one in facts["slow"]:
         yield Finding(
-            WARN, "slow", str(node_check.Slow(**one)), "leave the node out (sbatch --exclude), and tell the site"
+            WARN,
+            "slow",
+            str(node_check.Slow(**one)),
+            "leave the node out (preflight_nodes in the site file), and tell the site",
         )
+
+
+def slow_nodes(recipe: str, settings: list[str], hosts: str, ranks_per_node: int) -> list[str]:
+    """Nodes far slower than the others, at computing, copying, sending, and reading what the recipe trains on; without
+    their domain. Raises RunError where ranks did not start and end on all of them."""
+    data = recipes.read(recipe, settings).data.train
+    words = ["--read", data] if data and Path(data).exists() else []
+    facts = check_ranks.measure(node_check.__name__, hosts, ranks_per_node, words)
+    if "problem" in facts:
+        raise RunError(f"nodes were not measured: {facts['problem']}")
+    rates = ", ".join(node_check.told(what, rate) for what, rate in facts["median"].items())
+    note(f"{len(facts['nodes'])} nodes measured in {facts['seconds']:.0f} s: {rates}")
+    for one in facts["slow"]:
+        note(f"slow: {node_check.Slow(**one)}")
+    return [host.partition(".")[0] for host in facts["slow_nodes"]]

@@ -1,16 +1,17 @@
-"""A job's batch script: a template of slurm/, filled in for a site."""
+"""A job's batch script: a template, filled in for a site."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
 
 from hpc_lbsgd.cluster.sites import Site
 from hpc_lbsgd.parallel.launchers import EXPORT
 from hpc_lbsgd.runs import as_word
+from hpc_lbsgd.schedulers.scheduler import Wanted, seconds_of
 
 BEGIN, END = "# ---- the site's part", "# ---- end of the site's part"
 STOP_SAFELY = ("train", "reproduce")  # templates that a signal before the time limit asks to stop at a safe point
@@ -18,15 +19,15 @@ STOP_SAFELY = ("train", "reproduce")  # templates that a signal before the time 
 
 @dataclass(frozen=True)
 class Job:
-    """One job: a template, and what stands on its sbatch line."""
+    """One job: a template, and what stands on the line that submits it."""
 
-    template: str  # a file of slurm/, without its suffix
+    template: str  # a file of templates/, without its suffix
     name: str
     nodes: int  # that have ranks, at most
     words: list[str]  # the script's arguments
-    log: str
+    log: str  # as Scheduler.output says
     stage: str = ""  # of a chain: "2 of 3"
-    label: str = ""  # of one job among several: its script is job-LABEL.sbatch
+    label: str = ""  # of one job among several: its script is job-LABEL.SUFFIX
     starts: str = ""  # afterok: when the job before it is done; afterany: when all before it are over, well or not
     one_task: bool = False  # a process with a node's cores and no GPU, in place of the site's ranks
     least: int | None = None  # nodes with which it starts, and goes on when others are lost; None: all
@@ -34,7 +35,10 @@ class Job:
     grow_every_s: int | None = None  # then it is queued again, where it has less than `nodes` and some are free
     array_key: str = ""  # a key of the recipe, which has another value in each task
     array_values: list[str] = field(default_factory=list)
-    asked: dict[str, str] = field(default_factory=dict)  # sbatch's options, where the site's are not what is wanted
+    run: str | None = None  # the folder that its script is kept in
+    time: str | None = None  # its limit, where the site's is not what is wanted
+    time_min: str | None = None
+    deadline: str | None = None
 
     @property
     def takes_what_is_free(self) -> bool:
@@ -46,61 +50,51 @@ class Job:
 
     @property
     def node_range(self) -> str:
-        """As sbatch's --nodes has it."""
         most = self.nodes + self.spare
         return f"{self.least}-{most}" if self.takes_what_is_free else str(most)
 
-    @property
-    def script_name(self) -> str:
-        return f"job-{self.label}.sbatch" if self.label else "job.sbatch"
-
-    def condition(self, numbers: list[str]) -> str | None:
-        """sbatch's --dependency, from the numbers of the jobs submitted before it."""
-        before = {"afterok": numbers[-1:], "afterany": numbers}.get(self.starts)
-        return ":".join([self.starts, *before]) if before else None
+    def script_name(self, site: Site) -> str:
+        return f"job-{self.label}.{site.batch.suffix}" if self.label else f"job.{site.batch.suffix}"
 
 
 def template(name: str) -> str:
-    return (resources.files("hpc_lbsgd.cluster") / "templates" / f"{name}.sbatch").read_text()
+    return (resources.files("hpc_lbsgd.cluster") / "templates" / f"{name}.sh").read_text()
 
 
 def render(job: Job, site: Site, python: str) -> str:
-    """The batch script: the template with the site's part filled in."""
-    head, rest = template(job.template).split(BEGIN, 1)
+    """The batch script: the template with the site's part filled in, and what it asks of the batch system."""
+    system = site.batch
+    name = f"{job.template}.{system.suffix}"
+    text = template(job.template).replace("@submit@", system.by_hand.format(name)).replace("@script@", name)
+    head, rest = text.split(BEGIN, 1)
     first_line, rest = rest.split("\n", 1)
     body = rest.split(END + "\n", 1)[1]
-    part = [*directives(job, site), "set -euo pipefail", *loading(site), *settings(job, site, python, body)]
+    body = re.sub(r"^#@ (\w+)\n", lambda found: system.block(found[1]), body, flags=re.M)
+    directives = [f"{system.sentinel} {words}" for words in system.directives(wanted(job, site))]
+    part = [*directives, "set -euo pipefail", *loading(site), *settings(job, site, python, body)]
     return "\n".join([f"{head}{BEGIN}{first_line}", *part, f"{END}\n{body}"])
 
 
-def directives(job: Job, site: Site) -> Iterator[str]:
-    """#SBATCH lines. Slurm reads them, no shell; what comes from people is one plain word each."""
-    values = {
-        "job-name": job.name,
-        "partition": site.partition,
-        "account": site.account,
-        "qos": site.qos,
-        "nodes": job.node_range,
-        # Slurm (22.05) gives no more nodes than the fewest would have tasks: a range asks for cores instead
-        "ntasks-per-node": 1 if job.one_task else None if job.takes_what_is_free else site.ranks,
-        "mincpus": site.ranks * site.cores if job.takes_what_is_free else None,
-        # not --gpus-per-task: every rank must see all GPUs of its node, for NCCL
-        "gpus-per-node": site.gpus_per_node if site.gpus and not job.one_task else None,
-        "cpus-per-task": site.cores * (site.ranks if job.one_task else 1),
-        "time": site.time_limit,
-        "signal": f"B:USR2@{site.warn_s}" if job.template in STOP_SAFELY else None,
-        "open-mode": "append",
-        "output": "%x-%j.log",
-        **job.asked,
-    }
-    for key, value in values.items():
-        if value is not None:
-            yield f"#SBATCH --{key}={value}"
-    yield "#SBATCH --requeue"
-    if job.outlives_nodes:
-        yield "#SBATCH --no-kill"
-    for option in site.options:
-        yield f"#SBATCH {option}"
+def wanted(job: Job, site: Site) -> Wanted:
+    """What the job asks of its batch system."""
+    return Wanted(
+        name=job.name,
+        nodes=job.nodes + job.spare,
+        ranks=1 if job.one_task else site.ranks,
+        cores=site.cores * (site.ranks if job.one_task else 1),
+        time=job.time or site.time_limit,
+        gpus=site.gpus_per_node if site.gpus and not job.one_task else "",
+        least=job.least if job.takes_what_is_free else None,
+        outlives_nodes=job.outlives_nodes,
+        warn_s=site.warn_s if job.template in STOP_SAFELY else None,
+        queue=site.partition,
+        account=site.account,
+        qos=site.qos,
+        time_min=job.time_min,
+        deadline=job.deadline,
+        tasks=len(job.array_values),
+        options=site.options,
+    )
 
 
 def loading(site: Site) -> Iterator[str]:
@@ -117,12 +111,15 @@ def loading(site: Site) -> Iterator[str]:
         yield f"export {key}={shlex.quote(value)}"
     if site.environment:
         yield f"export {EXPORT}={shlex.quote(','.join(site.environment))}"
-    yield "export SLURM_EXPORT_ENV=ALL # all of this reaches the ranks, also where sbatch was given --export=NONE"
+    yield from site.batch.exports
 
 
 def settings(job: Job, site: Site, python: str, body: str) -> Iterator[str]:
     """Shell variables that the template's body uses."""
     srun_options, wrap = contained(site)
+    script = "" if job.run is None else f"{job.run}/{job.script_name(site)}"
+    told = site.batch.tells_ranks
+    same_number = "same number" in site.batch.can
     values = {
         "python": site.python or ("python" if site.container else python),
         "launcher": site.launcher,
@@ -133,17 +130,36 @@ def settings(job: Job, site: Site, python: str, body: str) -> Iterator[str]:
         "wrap": wrap,
         "max_restarts": site.max_restarts,
         "chain": job.stage,
-        "each": site.ranks if job.takes_what_is_free else "",
+        "each": site.ranks if job.takes_what_is_free or not told else "",
+        "cores": None if told else site.cores * (site.ranks if job.one_task else 1),
+        "warn_after_s": max(1, seconds_of(job.time or site.time_limit) - site.warn_s),
+        "preflight": "yes" if site.preflight_nodes else "",
+        "again": line(replace(job, starts=""), site, script) if script and not same_number else [],
         "least": (job.least or job.nodes) if job.outlives_nodes else "",
         "most": job.nodes if job.outlives_nodes else "",
-        "grow_every_s": job.grow_every_s,
+        "grow_every_s": job.grow_every_s or "",
         "array_key": job.array_key,
         "array_values": job.array_values,
     }
+    if job.words and not site.batch.takes_words:
+        yield f"(($#)) || set -- {' '.join(map(one_line, job.words))}"
     for key, value in values.items():
-        if re.search(rf"\$\{{?{key}\b", body):
-            quoted = f"({shlex.join(value)})" if isinstance(value, list) else shlex.quote(str(value)) if value else ""
-            yield f"{key}={quoted}"
+        if value is not None and re.search(rf"\$\{{?{key}\b", body):
+            yield f"{key}={in_bash(value)}"
+
+
+def in_bash(value: str | int | list[str]) -> str:
+    if isinstance(value, list):
+        return f"({' '.join(map(one_line, value))})"
+    return shlex.quote(str(value)) if value else ""
+
+
+def one_line(word: str) -> str:
+    """Quoted for bash: what a new line would begin with may be read as a directive."""
+    if "\n" not in word:
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{escaped}'"
 
 
 def contained(site: Site) -> tuple[list[str], list[str]]:
@@ -159,20 +175,12 @@ def contained(site: Site) -> tuple[list[str], list[str]]:
 
 
 def plain_name(text: str) -> str:
-    """As a job's name: nothing that Slurm, a shell or a file pattern would read as more than a letter."""
+    """As a job's name: nothing that a batch system, a shell or a file pattern would read as more than a letter."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", text)[:60].strip("_.-") or "hpc-lbsgd"
 
 
-def log_path(run: str, label: str = "job", number: str = "%j") -> str:
-    """As sbatch takes it: % starts a pattern, and a backslash switches patterns off."""
-    return f"%x-{number}.log" if "\\" in run else f"{run.replace('%', '%%')}/{label}-{number}.log"
-
-
-def sbatch_line(job: Job, script: str, condition: str | None = None, test_only: bool = False) -> list[str]:
-    options = [f"--output={job.log}"]
-    if condition:
-        # a job whose condition can no longer be met must not wait for ever
-        options += [f"--dependency={condition}", "--kill-on-invalid-dep=yes"]
-    if test_only:
-        options += ["--test-only"]
-    return ["sbatch", *options, as_word(script), *job.words]
+def line(job: Job, site: Site, script: str, numbers: Sequence[str] = ()) -> list[str]:
+    """The command that submits a job. numbers: of the jobs submitted before it."""
+    before = {"afterok": numbers[-1:], "afterany": numbers}.get(job.starts)
+    after = site.batch.after(job.starts, before) if before else []
+    return site.batch.line(as_word(script), job.log, job.words, after)

@@ -14,11 +14,14 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel.launchers import FLAVOURS
 from hpc_lbsgd.reading import names_in, validated
 from hpc_lbsgd.recipe import STAGE_DIR, expanded
+from hpc_lbsgd.schedulers.known import SCHEDULERS
+from hpc_lbsgd.schedulers.scheduler import Scheduler
 from hpc_lbsgd.sections import Count, Section
 
-# Values that become #SBATCH lines: one word, nothing that Slurm or a shell would read as more
+# Values that become directives: one word, nothing that a batch system or a shell would read as more
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:@+-]*$")]
-Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@+&|*%()\[\]/-]+)?$")]
+WORD = r"[A-Za-z0-9_.,:@+&|*%()\[\]/<>=!-]+"
+Option = Annotated[str, Field(pattern=rf"^(--[a-z][a-z-]*(={WORD})?|-[A-Za-z]+( {WORD})?)$")]
 GPUs = Annotated[str, Field(pattern=r"^([A-Za-z0-9_.-]+:)?\d+$")]
 Interface = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]+$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -52,7 +55,9 @@ class Container(Section):
 
 
 class Site(Section):
+    scheduler: Literal[tuple(SCHEDULERS)] = "slurm"
     partition: Name | None = None
+    """or queue"""
     account: Name | None = None
     qos: Name | None = None
     time_limit: Duration = "24:00:00"
@@ -60,7 +65,7 @@ class Site(Section):
     warn_s: Annotated[int, Field(ge=1, le=65535)] = 300
     """seconds before the time limit at which a job is asked to stop; a step and a checkpoint must fit in"""
     options: list[Option] = []
-    """further options of sbatch, such as --constraint=h100 or --exclusive"""
+    """further options of the command that submits, such as --constraint=h100 or --exclusive; `-l place=excl` of PBS"""
     gpus_per_node: Annotated[GPUs, BeforeValidator(_as_gpus)] = "8"
     """a number, or a kind and a number: a100:4"""
     ranks_per_node: Count | None = None
@@ -70,7 +75,8 @@ class Site(Section):
     cores_per_rank: Count | None = None
     """cores that a rank (a GPU) gets: compute, decoding, Horovod's own thread; default: cores_per_node / ranks, rounded
     down, and 1 where neither is said"""
-    launcher: Literal["srun", "mpirun"] = "srun"
+    launcher: Literal["srun", "mpirun", "flux"] = "srun"
+    """default: srun with Slurm, flux with Flux, mpirun with others"""
     mpi: Flavour = "openmpi"
     """the MPI that Horovod was built with"""
     srun_mpi: Annotated[str, Field(pattern=r"^(pmix(_v\d)?|pmi2|cray_shasta|none)$")] | None = None
@@ -81,7 +87,7 @@ class Site(Section):
     environment: dict[Variable, str] = {}
     """set on all ranks"""
     host_suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$")] = ""
-    """launcher mpirun: appended to Slurm's node names, where another network has other names (-ib); mpirun then
+    """launcher mpirun: appended to the scheduler's node names, where another network has other names (-ib); mpirun then
     reaches the nodes by ssh"""
     exclude_interfaces: list[Interface] = []
     """network interfaces that MPI and NCCL must not use, such as docker0"""
@@ -95,12 +101,34 @@ class Site(Section):
     ($SLURM_TMPDIR) are those of each node"""
     python: Words | None = None
     """of the environment, on the nodes; default: the one that submits, in a container python"""
+    preflight_nodes: bool = False
+    """a job measures its nodes before its ranks start (`doctor --nodes`, half a minute), and leaves out slow ones"""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """restarts of a job without a new checkpoint, after which it gives up"""
     container: Container | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _launcher_of_scheduler(cls, content):
+        system = SCHEDULERS.get(content.get("scheduler")) if isinstance(content, dict) else None
+        return {"launcher": system.launchers[0], **content} if system else content
+
     @model_validator(mode="after")
     def _fits_together(self):
+        if self.launcher not in self.batch.launchers:
+            allowed = ", ".join(self.batch.launchers)
+            raise ValueError(f"launcher = {self.launcher} with scheduler = {self.scheduler}; allowed: {allowed}")
+        for feature, key, value in (
+            ("qos", "qos", self.qos),
+            ("kinds of GPU", "gpus_per_node", self.gpus_per_node if ":" in self.gpus_per_node else None),
+            ("container", "container", self.container and self.container.image),
+        ):
+            if value:
+                self.refuse(feature, f"{key} = {value}")
+        if self.preflight_nodes:
+            self.refuse("leave nodes out", "preflight_nodes = true")
+        if self.preflight_nodes and self.container:
+            raise ValueError("preflight_nodes with container: ranks of the check would start outside it")
         if not self.gpus and self.ranks_per_node is None:
             raise ValueError("ranks_per_node is not set, and gpus_per_node = 0: say how many ranks a node has")
         if self.cores_per_node and self.ranks * self.cores > self.cores_per_node:
@@ -117,6 +145,17 @@ class Site(Section):
         if self.launcher == "srun" and self.mpi == "openmpi" and self.srun_mpi == "pmi2":
             raise ValueError("srun_mpi = pmi2 with mpi = openmpi; allowed: pmix")
         return self
+
+    def refuse(self, feature: str, what: str) -> None:
+        """As Scheduler.refuse, for what a site says."""
+        try:
+            self.batch.refuse(feature, what)
+        except RequestError as problem:
+            raise ValueError(str(problem)) from None
+
+    @property
+    def batch(self) -> Scheduler:
+        return SCHEDULERS[self.scheduler]
 
     @property
     def ranks(self) -> int:

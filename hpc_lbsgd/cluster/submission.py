@@ -1,16 +1,16 @@
-"""`submit`: jobs for a recipe, handed to sbatch."""
+"""`submit`: jobs for a recipe, handed to the batch system of a site."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,19 +19,21 @@ from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.scaling import run as scaling
 from hpc_lbsgd.bench.scaling.results import Folder
 from hpc_lbsgd.cluster import forecast, sites
-from hpc_lbsgd.cluster.jobs import Request, data_jobs, idle, sweep_jobs, training_jobs
-from hpc_lbsgd.cluster.script import Job, plain_name, render, sbatch_line
+from hpc_lbsgd.cluster.jobs import Request, data_jobs, idle, runs_of, sweep_jobs, training_jobs
+from hpc_lbsgd.cluster.script import Job, line, plain_name, render
+from hpc_lbsgd.cluster.sites import Site
 from hpc_lbsgd.cluster.submitted import SubmittedJob
 from hpc_lbsgd.errors import EXIT_DONE, RequestError, RunError
 from hpc_lbsgd.runs import RESUME, as_word, choose_run
 
-SBATCH_TIMEOUT_S = 60
+SUBMIT_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Jobs that nothing speaks against."""
 
+    site: Site
     jobs: list[Job]
     texts: list[str]  # their scripts
     run: str | None  # run folder; of an array, that of its runs
@@ -39,24 +41,24 @@ class Prepared:
     asked: dict | None = None  # of a sweep
 
     def tasks(self, job: Job, number: str) -> list[SubmittedJob]:
-        """What Slurm has under this number: the job, or the tasks of an array."""
-        if not job.array_values:
-            return [SubmittedJob(number, job.nodes, self.run, log_of(job, number), job.stage)]
-        return [
-            SubmittedJob(f"{number}_{i}", job.nodes, run, log_of(job, number, i), job.stage)
-            for i, run in enumerate(runs_of(self.run, job.array_key, job.array_values))
-        ]
+        """What the batch system has under this number: the job, or the tasks of an array."""
+        system = self.site.batch
+
+        def submitted(number_of_task: str, run: str | None, task: int = 0) -> SubmittedJob:
+            log = system.log_of(job.log, job.name, number, task)
+            return SubmittedJob(number_of_task, job.nodes, run, log, system.name, job.stage)
+
+        if job.array_values:
+            runs = runs_of(self.run, job.array_key, job.array_values)
+            return [submitted(system.task(number, i), run, i) for i, run in enumerate(runs)]
+        return [submitted(number, folders_of(job, self.run)[0])]
 
 
-def runs_of(run: str, key: str, values: list[str]) -> list[str]:
-    """The run folders of an array, as its script names them."""
-    return [f"{run}/{key}={value}" for value in values]
-
-
-def log_of(job: Job, number: str, task: int = 0) -> Path:
-    """As Slurm fills the name in."""
-    names = {"%%": "%", "%x": job.name, "%j": number, "%A": number, "%a": str(task)}
-    return Path(re.sub("%[%xjAa]", lambda found: names[found[0]], job.log))
+def folders_of(job: Job, run: str | None) -> list[str | None]:
+    """The run folders of a job, those of an array below `run`."""
+    if job.array_values:
+        return runs_of(run, job.array_key, job.array_values)
+    return [job.words[job.words.index("--run") + 1] if job.template == "train" else run]
 
 
 def submit(recipe: str, settings: Sequence[str] = (), site: str = "generic", **request) -> SubmittedJob:
@@ -64,7 +66,7 @@ def submit(recipe: str, settings: Sequence[str] = (), site: str = "generic", **r
 
     settings: "key=value", as --set has them. site: a site file, or a shipped site's name. request: fields of
     `jobs.Request`, as flags of the command are called: nodes="4-32", spare=1, time="2:00:00", run="runs/mine".
-    Raises RequestError before anything is submitted, RunError where Slurm refuses the job.
+    Raises RequestError before anything is submitted, RunError where the batch system refuses the job.
     """
     several = [key for key in ("array", "chain", "sweep", "data") if request.get(key)]
     if several:
@@ -88,6 +90,7 @@ def submit_all(recipe: str, settings: Sequence[str], site: str, request: dict) -
 def prepare(name: str, settings: list[str], site_name: str, request: Request) -> Prepared:
     """Check the request; nothing is written. Raises RequestError."""
     site, recipe = sites.read(site_name), recipes.read(name, settings)
+    request.check(site)
     stem = Path(name).stem
     words = [name, *(word for setting in settings for word in ("--set", setting))]
     asked = run = None
@@ -102,21 +105,22 @@ def prepare(name: str, settings: list[str], site_name: str, request: Request) ->
             time.sleep(0.1)
             run = as_word(choose_run(label, named, resume, runs).path)
     if request.data:
-        jobs = data_jobs(stem, recipe)
+        jobs = data_jobs(stem, recipe, site)
     elif request.sweep:
         asked = scaling.question(stem, recipe, [nodes * site.ranks for nodes in request.sweep], None)
         Folder(run).check(asked)
-        jobs = sweep_jobs(stem, words, run, request, asked)
+        jobs = sweep_jobs(stem, words, site, run, request, asked)
     else:
         jobs = training_jobs(stem, recipe, words, site, run, request)
     key, values = request.values
     for value, folder in zip(values, runs_of(run, key, values), strict=True):
         recipes.read(name, [*settings, f"{key}={value}"])
         choose_run(label, folder, request.resume)
-    jobs = [replace(job, asked={**job.asked, **request.options()}) for job in jobs]
+    limits = {"time": request.time, "time_min": request.time_min, "deadline": request.deadline}
+    jobs = [replace(job, **limits) for job in jobs]
     texts = [render(job, site, sys.executable) for job in jobs]
     told = [forecast.said(recipe, site, request, run), idle(recipe, site, request)] if len(jobs) == 1 and run else []
-    return Prepared(jobs, texts, run, [text for text in told if text], asked)
+    return Prepared(site, jobs, texts, run, [text for text in told if text], asked)
 
 
 def command(
@@ -130,8 +134,9 @@ def command(
         show(found, as_json)
         return EXIT_DONE
     if test_only:
+        found.site.batch.refuse("test", "--test-only")
         for job, text in zip(found.jobs, found.texts, strict=True):
-            test(job, text)
+            test(found.site, job, text)
         return EXIT_DONE
     jobs = queue(found)
     if as_json:
@@ -145,34 +150,37 @@ def command(
 
 
 def show(found: Prepared, as_json: bool) -> None:
-    """What would be submitted: the sbatch line as a comment after the first line, then the script."""
+    """What would be submitted: the command as a comment after the first line, then the script."""
     jobs, texts = found.jobs, found.texts
     if as_json:
         said = [{**asdict(job), "script": text} for job, text in zip(jobs, texts, strict=True)]
         print(json.dumps({"run": found.run, "jobs": said}))
         return
     for i, (job, text) in enumerate(zip(jobs, texts, strict=True)):
-        line = sbatch_line(job, job.script_name, job.condition([f"JOB_{other.label}" for other in jobs[:i]]))
+        script, site = job.script_name(found.site), found.site
+        words = line(job, site, script, [f"JOB_{other.label}" for other in jobs[:i]])
         shebang, rest = text.split("\n", 1)
-        comment = shlex.join(line).replace("\n", "\n# ")
+        comment = shlex.join(words).replace("\n", "\n# ") + (f" < {script}" if site.batch.from_stdin else "")
         print(f"{shebang}\n# {comment}\n{rest}")
 
 
-def test(job: Job, text: str) -> None:
-    """Ask Slurm whether it would take the job."""
-    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as script:
+def test(site: Site, job: Job, text: str) -> None:
+    """Ask whether the job would be taken."""
+    with tempfile.NamedTemporaryFile("w", suffix=f".{site.batch.suffix}") as script:
         script.write(text)
         script.flush()
-        print(call(sbatch_line(job, script.name, test_only=True), job), file=sys.stderr)
+        submits, *rest = line(job, site, script.name)
+        print(call(site, [submits, *site.batch.test, *rest], job, script.name), file=sys.stderr)
 
 
 def queue(found: Prepared) -> list[SubmittedJob]:
-    """Hand all jobs to sbatch, the scripts kept in the run folder. All, or none."""
+    """Hand all jobs to the batch system, the scripts kept in the run folder. All, or none."""
+    site, system = found.site, found.site.batch
     numbers: list[str] = []
     submitted: list[SubmittedJob] = []
     folder = Path(found.run or ".")
     for job in found.jobs:
-        for folder_of_run in runs_of(found.run, job.array_key, job.array_values) or [found.run]:
+        for folder_of_run in folders_of(job, found.run):
             if folder_of_run:
                 owner.check(folder_of_run)
     if found.asked:
@@ -182,37 +190,39 @@ def queue(found: Prepared) -> list[SubmittedJob]:
     except OSError as problem:
         raise RequestError(f"--run {folder}: cannot be written: {problem.strerror}") from None
     for job, text in zip(found.jobs, found.texts, strict=True):
-        script = folder / job.script_name
+        script = folder / job.script_name(site)
         if job.template == "data":
-            descriptor, path = tempfile.mkstemp(suffix=".sbatch")
+            descriptor, path = tempfile.mkstemp(suffix=f".{system.suffix}")
             os.close(descriptor)
             script = Path(path)
         script.write_text(text)
         try:
-            said = call(sbatch_line(job, str(script), job.condition(numbers)), job)
+            said = call(site, line(job, site, str(script), numbers), job, str(script))
         except RunError:
             if numbers:
-                subprocess.run(["scancel", *numbers], timeout=SBATCH_TIMEOUT_S, check=False)
+                subprocess.run(system.cancel(numbers), timeout=SUBMIT_TIMEOUT_S, check=False)
             raise
         finally:
             if job.template == "data":
                 script.unlink()
         progress.note(said)
-        numbers.append(re.search(r"Submitted batch job (\d+)", said).group(1))
+        numbers.append(system.number(said))
         submitted += found.tasks(job, numbers[-1])
     return submitted
 
 
-def call(line: list[str], job: Job) -> str:
-    """Run sbatch; returns what it says."""
-    progress.running(line)
+def call(site: Site, words: list[str], job: Job, script: str) -> str:
+    """Run the command that submits; returns what it says."""
+    progress.running(words)
+    system = site.batch
     try:
-        result = subprocess.run(line, capture_output=True, text=True, timeout=SBATCH_TIMEOUT_S)
+        with open(script) if system.from_stdin else nullcontext(subprocess.DEVNULL) as stdin:
+            result = subprocess.run(words, stdin=stdin, capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S)
     except FileNotFoundError:
-        raise RequestError("no sbatch on PATH: submit from a login node, or look with --dry-run") from None
+        raise RequestError(f"no {words[0]} on PATH: submit from a login node, or look with --dry-run") from None
     except subprocess.TimeoutExpired:
-        raise RunError(f"sbatch did not answer within {SBATCH_TIMEOUT_S} s: is slurmctld up (scontrol ping)?") from None
+        raise RunError(f"{words[0]} did not answer within {SUBMIT_TIMEOUT_S} s: is {system.title} up?") from None
     if result.returncode:
         stage = f" (stage {job.stage})" if job.stage else ""
-        raise RunError(f"sbatch refused {job.name} on {job.node_range} nodes{stage}: {result.stderr.strip()}")
-    return (result.stdout + result.stderr).strip()
+        raise RunError(f"{words[0]} refused {job.name} on {job.node_range} nodes{stage}: {result.stderr.strip()}")
+    return (result.stderr + result.stdout).strip()

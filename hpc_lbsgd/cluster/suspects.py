@@ -9,7 +9,7 @@ from hpc_lbsgd.records import RunFolder, read_metrics
 
 def suspects(run: str | os.PathLike) -> list[str]:
     """Hosts whose ranks hung at the end of the run's last start (the watchdog named them), or were slow in it and had
-    not become as fast as the others again. As Slurm's nodes are called: without their domain."""
+    not become as fast as the others again. Without their domain."""
     folder = RunFolder(run)
     found = set((folder.status() or {}).get("stalest_hosts") or [])
     slow: dict[int | None, str] = {}

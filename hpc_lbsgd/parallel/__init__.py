@@ -8,5 +8,5 @@ world.py       what a rank can know before MPI starts; launchers.py: what each m
                refusals.py: what one says where it starts nothing, in a line
 
 May be imported by: train, bench, reproduce, plan, cluster, trained, api, complaints, cli.
-May import: sections, recipe, theory, errors.
+May import: sections, recipe, schedulers, theory, errors.
 """

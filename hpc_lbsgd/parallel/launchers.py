@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.schedulers import known
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,6 @@ class Spawn(Launcher):
 
 
 EXPORT = "HPC_LBSGD_EXPORT"  # names of further variables that all ranks shall have: "A,B"
-# what batch systems leave, under which mpirun finds other hosts by itself; Slurm says how many there are
-BATCH = ("PBS_NODEFILE", "LSB_MCPU_HOSTS", "LSB_DJOB_HOSTFILE", "COBALT_NODEFILE", "FLUX_JOB_ID")
 
 LAUNCHERS: list[type[Launcher]] = [OpenMPI, OpenMPI5, Hydra, IntelMPI]
 FLAVOURS = {launcher.name: launcher for launcher in LAUNCHERS}  # the one list of them, in the order of help
@@ -197,8 +196,7 @@ def choose(mpirun: str, flavour: str | None = None) -> Launcher:
 
 def exported(layout: Layout, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What ranks on other hosts must find in their environment; their engine sets its own part itself."""
-    elsewhere = layout.hosts or layout.hostfile or int(environment.get("SLURM_JOB_NUM_NODES", 1)) > 1
-    elsewhere = elsewhere or any(name in environment for name in BATCH)
+    elsewhere = layout.hosts or layout.hostfile or known.many_nodes(environment)
     names = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", *environment.get(EXPORT, "").split(","))
     prefixes = ("HOROVOD_", "NCCL_", "GLOO_", "MASTER_", "MALLOC_", "OMP_NUM_THREADS", "UCX_", "FI_", "HPC_LBSGD_")
     return {k: v for k, v in environment.items() if elsewhere and (k in names or k.startswith(prefixes))}
@@ -212,10 +210,15 @@ def starter(flavour: str | None = None, needs_mpi: bool = True) -> tuple[Launche
     return choose(mpirun, flavour), mpirun
 
 
+def started_by_srun() -> str | None:
+    """The words of srun, or of another launcher of the batch system, where a job's script says so."""
+    return os.environ.get("HPC_LBSGD_SRUN")
+
+
 def compose(layout: Layout, environment: dict[str, str], program: list[str], flavour: str | None = None) -> list[str]:
     """The whole command line that starts `program` on all ranks: with this environment's mpirun, or where a job's
     script has said so with srun (HPC_LBSGD_SRUN: its words)."""
-    srun = os.environ.get("HPC_LBSGD_SRUN")
+    srun = started_by_srun()
     if srun and not (layout.hosts or layout.hostfile):
         return [*Srun().line(srun, layout, environment), *program]
     launcher, path = starter(flavour)

@@ -25,7 +25,7 @@ PAGES = (
      "{ranks} ranks, but there are {slots} (one a core, or what the batch system gave this job); "
      "start fewer, or allow more ranks than that with --oversubscribe"),
     (r"hosts? (?:is|are) not included in the current allocation(?:.*Missing requested host: (?P<host>\S+))?",
-     "host {host} is not one of this job's; see what it has: scontrol show hostnames"),
+     "host {host} is not one of this job's nodes"),
     (r"could not access (?:or execute )?an executable: Executable: (?P<what>.+?) Node: (?P<host>\S+)",
      "{what} cannot be started on {host}: the environment must be at the same place on all hosts"),
     (r"tried to fork a new process.*Local host: (?P<host>\S+) .*Application name: (?P<what>.+?) Error: (?P<why>.+?) --",

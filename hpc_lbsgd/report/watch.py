@@ -15,10 +15,12 @@ from pathlib import Path
 from hpc_lbsgd import amend
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.owner import at_work, queue
+from hpc_lbsgd.owner import at_work
 from hpc_lbsgd.recipe import Decision
 from hpc_lbsgd.records import RunFolder, metrics_of, record_of, seconds_of, whole
 from hpc_lbsgd.report.facts import NO_END
+from hpc_lbsgd.schedulers import known
+from hpc_lbsgd.schedulers.scheduler import HIDDEN
 from hpc_lbsgd.train.display import duration
 
 RECENT = 50  # steps that speed and waits are averaged over
@@ -26,8 +28,8 @@ HISTORY = 2000  # steps that the sparkline shows
 EVENTS = 4  # of the newest
 BARS = "▁▂▃▄▅▆▇█"
 SILENT_S = 60.0  # without a record: said
-SLURM_EVERY_S, SLURM_TIMEOUT_S = 30.0, 10.0
-OWNER_EVERY_S = 10.0  # Slurm may have to be asked
+JOB_EVERY_S, JOB_TIMEOUT_S = 30.0, 10.0
+OWNER_EVERY_S = 10.0  # the batch system may have to be asked
 PLAIN_EVERY_S = 10.0  # a line, where there is no terminal
 RUNNING = "running"
 
@@ -67,7 +69,7 @@ class Live:
         if not folder.exists():
             raise RequestError(f"{folder.path}: no run (no recipe.yaml in it)")
         self.folder, self.tail = folder, Tail(folder.metrics, self.forget)
-        self._slurm: tuple[float, str | None] = (-SLURM_EVERY_S, None)
+        self._job: tuple[float, str | None] = (-JOB_EVERY_S, None)
         self._owner: tuple[float, bool] = (-math.inf, True)  # when it was asked for, and whether it is at work
         self.forget()
 
@@ -133,7 +135,7 @@ class Live:
             "ranks": self.newest.get("start", {}).get("ranks"),
             "attempt": self.newest.get("start", {}).get("attempt"),
             "seconds_since_last_record": None if last is None else max(time.time() - last, 0.0),
-            "slurm": self.slurm(),
+            "job": self.job(),
             "events": [{k: v for k, v in e.items() if k != "kind"} for e in self.events],
         }
 
@@ -162,17 +164,22 @@ class Live:
         schedule = amend.schedule_of(recipe, samples, [Decision(*d) for d in self.decisions], amendments)
         return schedule.steps, schedule.epochs, schedule.samples_ahead(self.done)
 
-    def slurm(self) -> str | None:
-        """State and time left of the job that the last start was, where Slurm knows it."""
+    def job(self) -> str | None:
+        """State and time left of the job that the last start was, where its batch system knows it."""
         starts = self.folder.starts()
-        job = starts[-1].get("slurm_job_id") if starts else None
-        if not job or not shutil.which("squeue"):
+        start = starts[-1] if starts else {}
+        job, system = start.get("job_id"), known.SCHEDULERS.get(start.get("scheduler"))
+        if not job or system is None or not shutil.which(system.looks):
             return None
-        if time.monotonic() - self._slurm[0] >= SLURM_EVERY_S:
-            found = queue(str(job), "%T, %L left", timeout_s=SLURM_TIMEOUT_S)
-            said = "Slurm does not answer" if found is None else "; ".join(found.stdout.splitlines())
-            self._slurm = time.monotonic(), f"job {job}: {said or 'not in the queue'}"
-        return self._slurm[1]
+        if time.monotonic() - self._job[0] >= JOB_EVERY_S:
+            found = system.look(str(job), JOB_TIMEOUT_S)
+            if found is None:
+                said = f"{system.title} does not answer"
+            else:
+                said = "; ".join(", ".join([s.state, *([f"{s.left} left"] if s.left else [])]) for s in found
+                                 if s.state != HIDDEN)  # fmt: skip
+            self._job = time.monotonic(), f"job {job}: {said or 'not in the queue'}"
+        return self._job[1]
 
 
 # ---------------------------------------------------------------- for people
@@ -223,7 +230,7 @@ def lines(f: dict, losses: list[float], width: int) -> list[str]:
         row(some("test accuracy {:.2%}", "accuracy"), some("best {:.2%}", "best_accuracy")),
         row(*(f"{name} {value:.4g}" for name, value in f["metrics"].items())),
         some("last checkpoint: step {}", "checkpoint_step"),
-        f["slurm"] or "",
+        f["job"] or "",
         f"no record for {duration(silent)}" if f["status"] == RUNNING and silent > SILENT_S else "",
         "nobody is at work in it any more: it was killed; go on with hpc-lbsgd resume" if f["status"] == NO_END else "",
     ]

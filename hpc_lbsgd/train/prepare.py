@@ -24,10 +24,10 @@ from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.user import UserSet
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.imports import load
-from hpc_lbsgd.owner import job_of
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.recipe import Recipe, flatten
 from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
+from hpc_lbsgd.schedulers import known
 from hpc_lbsgd.sections import OPTIMIZERS
 from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train import checkpoint, loggers, losses, metrics, own_optim
@@ -338,6 +338,7 @@ def software_facts() -> dict:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = None
+    system = known.of()
     return {
         "command": shlex.join(sys.orig_argv),
         "folder": os.getcwd(),
@@ -346,7 +347,8 @@ def software_facts() -> dict:
         "versions": versions,
         "git_commit": origin.commit(),
         "user": user,
-        "slurm_job_id": job_of(os.environ),
+        "scheduler": system.name if system else None,
+        "job_id": system.job_of(os.environ) if system else None,
         "modules": os.environ.get("LOADEDMODULES", "").split(":") if os.environ.get("LOADEDMODULES") else [],
         "settings": settings_of(os.environ),
     }

@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
+import sys
 
-from conftest import mpirun
+from conftest import command, mpirun
 
 from hpc_lbsgd.cluster import check_ranks
 
@@ -30,3 +32,17 @@ def test_a_slow_rank_is_named(tmp_path):
     assert set(found["median"]) == {"matrix product", "copy in memory", "read of the data", "sending to others"}
     assert [one["host"] for one in found["slow"] if one["what"] == "matrix product"] == ["node-1"]
     assert "slow: node-1, rank 1: matrix product" in done.stderr
+
+
+def test_a_job_measures_its_nodes_by_what_starts_its_ranks(tmp_path):
+    """mpirun, or what the script says in the place of srun. One node is slower than no other; its ranks may be."""
+    (tmp_path / "srun").write_text("#!/bin/sh\nwhile [ $1 != --ntasks=2 ]; do shift; done; shift\n"
+                                   'exec mpirun -np 2 --oversubscribe "$@"\n')  # fmt: skip
+    (tmp_path / "srun").chmod(0o755)
+    words = ["slow-nodes", "goyal-resnet50", "--hosts", "localhost", "--ranks-per-node", "2"]
+    for env in ({}, {"HPC_LBSGD_SRUN": f"{tmp_path}/srun --nodes=1"}):
+        done = command(*words, env={"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", **env})
+        assert done.returncode == 0 and "1 nodes measured in" in done.stderr, done.stderr
+        assert set(done.stdout.split()) <= {socket.gethostname().partition(".")[0]}
+    refused = command(*words, env={"HPC_LBSGD_SRUN": "false"})
+    assert refused.returncode == 1 and "nodes were not measured: " in refused.stderr, refused.stderr

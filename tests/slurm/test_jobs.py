@@ -1,6 +1,7 @@
 """Jobs on a real Slurm of 32 nodes: they start, they survive, and they end with the same weights as one undisturbed."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -168,7 +169,7 @@ def test_real_training_on_4_nodes(lab, exact_recipe, folder, one_rank, launcher,
     (environment,) = json.loads((run / "environment.json").read_text())
     assert (start["ranks"], start["engine"]) == (8, engine)
     assert [r["host"] for r in environment["ranks"]] == [f"node{i:02d}" for i in (1, 1, 2, 2, 3, 3, 4, 4)]
-    assert environment["slurm_job_id"] == str(number)
+    assert environment["job_id"] == str(number)
     assert weights(run) == one_rank
 
 
@@ -266,6 +267,21 @@ def test_a_restart_that_fails_to_start_its_ranks_is_tried_again(lab, folder):
     (number,) = submit(lab, "goyal-resnet50", run, *words)
     facts = lab.wait(number, 120)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "2"), log_of(lab, number)
+
+
+def test_a_slow_node_is_left_out_before_the_first_step(lab, folder):
+    """It is named in the first start alone; what measures it on real ranks is tests/mpi/test_node_check.py's."""
+    stub, run = folder / "measures", folder / "measured"
+    done = 'printf \'{\n "status": "done"\n}\n\' > ' + f"{run}/status.json"
+    stub.write_text(f"{HEAD}case \"$*\" in *slow-nodes*) [ $SLURM_RESTART_COUNT ] || echo $SLURMD_NODENAME ;; "
+                    f"*' train '*) {done} ;; esac\n")  # fmt: skip
+    stub.chmod(0o755)
+    words = ["--nodes", 2, "--site", site(folder, "measures", python=str(stub), ranks_per_node=1, preflight_nodes=True)]
+    (number,) = submit(lab, "goyal-resnet50", run, *words)
+    facts, log = lab.wait(number, 120), log_of(lab, number)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
+    left_out = re.search(r"bad before the first step: (node\d+); queued again without \1", log)[1]
+    assert left_out not in lab.call("scontrol", "show", "hostnames", facts["NodeList"]).stdout.split()
 
 
 def test_a_cancelled_job_stays_cancelled(lab, folder):

@@ -47,16 +47,18 @@ def run_script(
     return found.returncode, found.stderr, (folder / "asked").read_text()
 
 
-def elastic(folder, *starts, lost=True, nodes_here=4, up="", **keys):
+def elastic(folder, *starts, lost=True, nodes_here=4, up="", measure="", restarts=0, **keys):
     """What the script says, and what it asked of Slurm. Four nodes, two ranks each; `starts`: shell, one a start
-    of the ranks. lost: n9 answers no more. up: what sinfo says."""
+    of the ranks. lost: n9 answers no more. up: what sinfo says. measure: shell that measures nodes."""
+    (folder / "measure").write_text(measure)
     (folder / "starts").write_text("0")
     for i, text in enumerate(starts, 1):
         (folder / f"start-{i}").write_text(text)
     for name, body in (
         ("srun", f'case "$*" in *"n9 true") exit {int(lost)} ;; *" true"|*"bash -c"*) exit 0 ;; esac\n'
                  "n=$(($(cat starts) + 1)); echo $n >starts; . ./start-$n"),
-        ("python", 'case "$*" in *" own "*) echo me ;; *" suspects "*) cat suspects 2>/dev/null ;; esac'),
+        ("python", 'case "$*" in *" own "*) echo me ;; *" suspects "*) cat suspects 2>/dev/null ;;'
+                   ' *" slow-nodes "*) echo "$HPC_LBSGD_SRUN" >measured; . ./measure ;; esac'),
         ("squeue", "echo RUNNING"),
         ("scontrol", '[ "$2" != hostnames ] || echo "$3" | tr , "\\n"'),
         ("sinfo", f"printf '{up}'"),
@@ -64,8 +66,11 @@ def elastic(folder, *starts, lost=True, nodes_here=4, up="", **keys):
         (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >>asked\n{body}\n')
         (folder / name).chmod(0o755)
     job = Job("train", "x", nodes_here, [], "", **keys)
-    (folder / "job.sbatch").write_text(render(job, sites.Site(ranks_per_node=2), str(folder / "python")))
-    slurm = {**JOB, "SLURM_JOB_NODELIST": "n1,n2,n9,n4", "SLURM_NTASKS": "8", "SLURM_JOB_PARTITION": "p"}
+    (folder / "job.sbatch").write_text(
+        render(job, sites.Site(ranks_per_node=2, preflight_nodes=bool(measure)), str(folder / "python"))
+    )
+    slurm = {**JOB, "SLURM_JOB_NODELIST": "n1,n2,n9,n4", "SLURM_NTASKS": "8", "SLURM_JOB_PARTITION": "p",
+             "SLURM_RESTART_COUNT": str(restarts)}  # fmt: skip
     found = subprocess.run(
         ["bash", "job.sbatch", "r.yaml", "--run=run"], cwd=folder, capture_output=True, text=True, timeout=60,
         env={**os.environ, **slurm, "PATH": f"{folder}:{os.environ['PATH']}"},
@@ -121,6 +126,27 @@ def test_a_spare_node_takes_the_place_of_one_that_hung(tmp_path):
 def test_a_slow_node_is_left_out_at_the_next_stop(spare, ends, tmp_path):
     said, starts, _ = elastic(tmp_path, f"{STOPPED}; echo n2 >suspects", DONE, nodes_here=4 - spare, spare=spare)
     assert f"stopped at a safe point, n2 slow; {ends}" in said and len(starts) == 1 + spare
+
+
+@pytest.mark.parametrize(
+    "measure, keys, ends, started",
+    [
+        ("echo n2", {"nodes_here": 3, "spare": 1}, "n2; goes on with 3 nodes", "--nodelist=n1,n9,n4 "),
+        ("echo n2", {"least": 2}, "n2; goes on with 3 nodes", "--nodelist=n1,n9,n4 "),
+        ("echo n2", {}, "bad before the first step: n2; queued again without n2", None),
+        ("exit 1", {"least": 2, "lost": True}, "n9; goes on with 3 nodes", "--nodelist=n1,n2,n4 "),  # it says nothing
+        ("true", {}, "done: run", "--nodelist=n1,n2,n9,n4 "),
+        ("echo n2", {"restarts": 4}, "done: run", "--nodelist=n1,n2,n9,n4 "),  # not for ever
+    ],
+)
+def test_nodes_are_measured_before_the_first_step(measure, keys, ends, started, tmp_path):
+    said, starts, asked = elastic(tmp_path, DONE, measure=measure, **{"lost": False, **keys})
+    assert ends in said and [started in line for line in starts] == [True] * bool(started), said
+    if not keys.get("restarts"):
+        line = (tmp_path / "measured").read_text()
+        assert "--nodelist=n1,n2,n9,n4 --nodes=4 --ntasks=8 --ntasks-per-node=2 " in line
+    if not started:
+        assert "scontrol update JobId=9 ExcNodeList=n2" in asked
 
 
 def test_a_failure_that_a_rank_explains_is_the_end_also_where_a_node_was_slow(tmp_path):

@@ -56,7 +56,7 @@ def test_golden_on_the_lab(nodes):
 
 
 def test_golden_of_a_rich_site(tmp_path):
-    job = Job("train", "resnet.2", 4, [], "", "2 of 3", asked={"time": "2-00:00:00"})
+    job = Job("train", "resnet.2", 4, [], "", "2 of 3", time="2-00:00:00")
     golden("train-rich.sbatch", render(job, site(RICH, tmp_path), "/opt/my env/python"))
 
 
@@ -73,7 +73,7 @@ def test_golden_scaling(nodes):
 
 def test_golden_scaling_and_allreduce_of_a_rich_site(tmp_path):
     for name in ("scaling", "allreduce"):
-        job = Job(name, "resnet", 4, [], "", asked={"time": "2-00:00:00"})
+        job = Job(name, "resnet", 4, [], "", time="2-00:00:00")
         golden(f"{name}-rich.sbatch", render(job, site(RICH, tmp_path), "/opt/my env/python"))
 
 
@@ -90,7 +90,7 @@ def test_the_shipped_templates_are_the_generic_site():
         assert path.read_text() == module.by_hand(path.stem), "run tools/render_templates.py"
 
 
-SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sbatch")), *sorted(GOLDEN.glob("*.sbatch"))]
+SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sbatch")), *sorted(GOLDEN.iterdir())]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: f"{p.parent.name}/{p.name}")
@@ -117,7 +117,7 @@ def test_the_commented_template_says_every_key_and_its_default():
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("partitoin: gpu", r"unknown key partitoin \(= 'gpu'\); allowed here: partition, account"),
+        ("partitoin: gpu", r"unknown key partitoin \(= 'gpu'\); allowed here: scheduler, partition"),
         ("container: {runtime: apptainer, image: x, mount: y}", r"unknown key container.mount .*allowed here: runtime"),
         ('partition: "gpu\\n#SBATCH --uid=0"', "partition = "),
         ("partition: a b", "partition = 'a b'"),
@@ -368,7 +368,7 @@ def test_a_sweep_is_a_job_a_size_and_a_report_that_no_failure_stops(tmp_path):
         assert "--signal" not in job["script"] and not job["starts"]
     report = Job(**{k: v for k, v in jobs[3].items() if k != "script"})
     assert report.words == ["--report", str(tmp_path / "s")]
-    assert report.condition(["7", "8", "9"]) == "afterany:7:8:9"
+    assert "--dependency=afterany:7:8:9" in script.line(report, sites.read("lab"), "job", ["7", "8", "9"])
     assert "gpus-per-node" not in jobs[3]["script"] and "#SBATCH --ntasks-per-node=1\n" in jobs[3]["script"]
     shown = command(*words, "--dry-run").stdout
     assert "--dependency=afterany:JOB_1-nodes:JOB_2-nodes:JOB_4-nodes" in shown

@@ -20,6 +20,7 @@ from hpc_lbsgd import cli
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.cluster.sites import Site
 from hpc_lbsgd.parallel.launchers import FLAVOURS
+from hpc_lbsgd.schedulers.known import INNERMOST_FIRST, SCHEDULERS
 from hpc_lbsgd.sections import Machine, ScheduleSection
 
 if sys.version_info >= (3, 11):
@@ -94,7 +95,7 @@ def test_files_to_touch_are_there_and_have_the_names(text):
 
 
 def test_there_is_a_list_for_each_thing_that_may_be_added():
-    wanted = {"an engine", "a schedule", "a benchmark", "a launcher", "a site", "a recipe"}
+    wanted = {"an engine", "a schedule", "a benchmark", "a launcher", "a scheduler", "a site", "a recipe"}
     assert {title.removeprefix("Adding ") for title, _ in LISTS} == wanted
 
 
@@ -265,6 +266,7 @@ def says(path: Path, subject: str, words: set[str]) -> bool:
             set(KINDS) - {"constant"},
         ),
         ("a launcher", r"^(mpi|flavour|name)$", set(FLAVOURS)),
+        ("a scheduler", r"^(scheduler|SCHEDULERS|system|name|launcher)$", set(SCHEDULERS)),
     ],
 )
 def test_whoever_knows_a_word_by_name_is_in_the_list(title, subject, words):
@@ -272,6 +274,7 @@ def test_whoever_knows_a_word_by_name_is_in_the_list(title, subject, words):
     text = dict(LISTS)[f"Adding {title}"]
     found = {p for p in (ROOT / "hpc_lbsgd").rglob("*.py") if says(p, subject, words)}
     names = {re.sub(r"/(?:horovod|torch|ddp)_engine", "/NAME_engine", str(p.relative_to(ROOT))) for p in found}
+    names = {re.sub(rf"/schedulers/(?:{'|'.join(SCHEDULERS)})\.py", "/schedulers/NAME.py", name) for name in names}
     assert len(names) > 1 and {name for name in names if f"`{name}`" not in text} == set()
 
 
@@ -286,6 +289,28 @@ def test_each_engine_and_each_flavour_has_what_is_asked_of_it():
         assert Site(mpi=flavour).wire_up == launcher.srun_mpi and launcher.library and launcher.said
         assert re.search(rf"^mpi: .*\b{flavour}\b", template, re.M), "what a site may say"
         assert [page for page in pages if flavour in page], f"no page for {flavour} is linked in docs/cluster.md"
+
+
+def test_each_scheduler_has_what_is_asked_of_it():
+    """And its words are in its own files alone: variables and commands of Slurm are not met elsewhere."""
+    template = (ROOT / "hpc_lbsgd" / "cluster" / "sites" / "template.yaml").read_text()
+    manual, pages = (ROOT / "docs" / "cluster.md").read_text(), (ROOT / "mkdocs.yml").read_text()
+    asked = {name for path in (ROOT / "hpc_lbsgd" / "cluster" / "templates").glob("*.sh")
+             for name in re.findall(r"^#@ (\w+)$", path.read_text(), re.M)}  # fmt: skip
+    for name, system in SCHEDULERS.items():
+        assert {block for block in asked if not isinstance(system.block(block), str)} == set()
+        assert Site(scheduler=name, gpus_per_node=0, ranks_per_node=1).launcher == system.launchers[0]
+        assert re.search(rf"^scheduler: .*\b{name}\b", template, re.M) and name in INNERMOST_FIRST
+        assert f"(schedulers/{name}.md)" in manual and f"schedulers/{name}.md" in pages
+    own = re.compile(r"\b(SLURM_[A-Z]+|squeue|scontrol|scancel|sbatch|PBS_\w+|qsub|qstat|LSB_\w+|bsub|bjobs)\b")
+    may = {"parallel/world.py", "parallel/meeting.py"}  # where ranks find their places
+    for path in (ROOT / "hpc_lbsgd").rglob("*.py"):
+        where = str(path.relative_to(ROOT / "hpc_lbsgd"))
+        tree = ast.parse(path.read_text())
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        code = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docs]
+        words = {word for text in code if isinstance(text, str) for word in own.findall(text)}
+        assert not words or where in may or where.startswith("schedulers/"), f"{where}: {words}"
 
 
 def test_each_schedule_has_what_is_asked_of_it():

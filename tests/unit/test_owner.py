@@ -79,6 +79,26 @@ def test_what_an_owner_starts_shares_it_and_the_last_gives_it_up(tmp_path, monke
     assert os.listdir(tmp_path) == ["there"]
 
 
+def test_a_job_passes_its_run_to_the_one_that_goes_on_with_it(tmp_path, monkeypatch):
+    """PBS and Flux: it has another number, and waits in the queue for the end of this one."""
+    monkeypatch.setenv("PBS_JOBID", "7.host")
+    owner.own(tmp_path)
+    token = OwnerFile(tmp_path).read()[0].owner
+    owner.own(tmp_path, successor="8.host")
+    lease = OwnerFile(tmp_path).read()[0]
+    assert (lease.job, lease.scheduler, lease.held_by_job, lease.owner) == ("8.host", "pbs", True, token)
+    with pytest.raises(RequestError, match="not this job's to pass on"):
+        owner.own(tmp_path, successor="9.host")
+    owner.own(tmp_path, ended_with=0)  # not its own any more
+    monkeypatch.setattr(owner, "job_there", lambda lease: True)
+    with pytest.raises(RequestError, match="in use by PBS job 8.host "):
+        take(tmp_path)
+    monkeypatch.setenv("PBS_JOBID", "8.host")
+    assert take(tmp_path, for_job=True).lease.owner == token
+    owner.own(tmp_path, ended_with=0)
+    assert OwnerFile(tmp_path).read() is None
+
+
 def test_a_lease_that_was_lost_is_noticed(tmp_path, monkeypatch):
     import queue
 

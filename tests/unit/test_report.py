@@ -292,7 +292,7 @@ def test_what_is_not_whole_is_left_out(run, environment):
 @pytest.mark.parametrize(
     "script, said",
     [
-        ("echo RUNNING, 1:00 left", "job 7: RUNNING, 1:00 left"),
+        ("echo RUNNING 1:00", "job 7: RUNNING, 1:00 left"),
         ("", "job 7: not in the queue"),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "job 7: not in the queue"),
         ("echo 'Unable to contact slurm controller' >&2; exit 1", "job 7: Slurm does not answer"),
@@ -301,11 +301,11 @@ def test_what_is_not_whole_is_left_out(run, environment):
 )
 def test_watch_tells_a_job_that_is_gone_from_a_controller_that_is_away(tmp_path, monkeypatch, script, said):
     (tmp_path / "recipe.yaml").touch()
-    (tmp_path / "environment.json").write_text(json.dumps([{"slurm_job_id": "7"}]))
+    (tmp_path / "environment.json").write_text(json.dumps([{"scheduler": "slurm", "job_id": "7"}]))
     (tmp_path / "squeue").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert Live(RunFolder(tmp_path)).slurm() == said
+    assert Live(RunFolder(tmp_path)).job() == said
 
 
 def test_a_task_of_an_array_is_written_down_as_itself(monkeypatch):
@@ -314,7 +314,8 @@ def test_a_task_of_an_array_is_written_down_as_itself(monkeypatch):
 
     for name, value in (("JOB_ID", "7"), ("ARRAY_JOB_ID", "7"), ("ARRAY_TASK_ID", "3")):
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert software_facts()["slurm_job_id"] == "7_3"
+    facts = software_facts()
+    assert (facts["scheduler"], facts["job_id"]) == ("slurm", "7_3")
 
 
 def test_each_of_many_runs_has_a_look_of_its_own(tmp_path):

@@ -1,4 +1,4 @@
-"""`bench scaling`: weak and strong scaling of a recipe's step, by mpirun here or as jobs of a Slurm sweep.
+"""`bench scaling`: weak and strong scaling of a recipe's step, by mpirun here or as batch jobs of a sweep.
 
 results.py is the folder that launches leave their results in, and what they say together.
 

@@ -1,7 +1,7 @@
 """What is measured on which numbers of ranks, and how they take turns.
 
 Given numbers of ranks it starts them in turn with mpirun. Given none, it measures the ranks that it was itself started
-on (srun, mpirun): a job of a Slurm sweep. Either way its launches go to one folder, and the report covers all of it.
+on (srun, mpirun): a batch job of a sweep. Either way its launches go to one folder, and the report covers all of it.
 """
 
 from __future__ import annotations

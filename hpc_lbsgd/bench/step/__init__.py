@@ -6,5 +6,6 @@ What it prints as JSON is what `bench simulate --calibrate` reads. ways.py loads
 DistributedDataParallel.
 
 May be imported by: commands.
-May import: core, report, train, parallel, data, recipe, arguments, yaml12, theory, errors.
+May import: core, report, train, parallel, data, recipe, arguments, schedulers, yaml12, theory,
+errors.
 """

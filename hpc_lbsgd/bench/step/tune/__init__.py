@@ -3,5 +3,5 @@
 search.py is the search, pure; run.py launches step/measure.py for it; show.py writes the table and the file.
 
 May be imported by: command.
-May import: run, core, train, parallel, recipe, yaml12, errors.
+May import: run, core, train, parallel, recipe, schedulers, yaml12, errors.
 """

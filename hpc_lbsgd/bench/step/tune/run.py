@@ -5,7 +5,6 @@ Weights do not depend on these keys; keys of a recipe's result part are never se
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -19,6 +18,7 @@ from hpc_lbsgd.bench.step.tune.search import Launched, Search, Setting, Trial, j
 from hpc_lbsgd.bench.step.tune.show import WIRE, to_yaml
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Machine
+from hpc_lbsgd.schedulers.known import hosts
 
 METRIC = "seconds of a step on the slowest rank, mean of a launch; ratios of one round, median over rounds"
 
@@ -146,7 +146,7 @@ def tune(
 
     on_gpu = torch.cuda.is_available()
     task = task | {"mode": "buckets"}
-    groups = choose(names, on_gpu, int(os.environ.get("SLURM_JOB_NUM_NODES", 1)))
+    groups = choose(names, on_gpu, max(1, len(hosts())))
     launches.check_file("--out", out)
     effect = effect_of(task, on_gpu)  # refuses a wrong model before anything starts
 
