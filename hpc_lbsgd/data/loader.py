@@ -27,7 +27,7 @@ def check_sizes(data, manifest: Manifest, train: bool) -> None:
         raise RequestError(
             f"data.channels = {data.channels}, but {manifest.path} is packed raw with {manifest.raw_channels}"
         )
-    if Source(data, manifest, 0, train).resizes:
+    if not Source(data, manifest, 0, train).of_one_size:
         return
     looked_at = wrong = 0
     example = None
@@ -66,7 +66,7 @@ def create(
     if isinstance(manifest, UserSet):
         return UserLoader(manifest, seed, threads, prefetch, channels_last, device, processes)
     source = Source(data, manifest, seed, train)
-    if data.loader == "dali":
+    if data.loader == "dali" and source.pictures:
         from hpc_lbsgd.data.dali import DaliLoader as kind
     else:
         from hpc_lbsgd.data.torchvision import TorchvisionLoader as kind

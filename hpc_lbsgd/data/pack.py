@@ -28,7 +28,7 @@ import pyarrow as pa
 from hpc_lbsgd import owner, progress
 from hpc_lbsgd.data import fields, labels
 from hpc_lbsgd.data import manifest as manifests
-from hpc_lbsgd.data.carried import Carried
+from hpc_lbsgd.data.carried import Carried, suffix_of
 from hpc_lbsgd.data.encode import Encoding, encode
 from hpc_lbsgd.data.manifest import PACKED_SCHEMA, PARTS, Manifest, checksum
 from hpc_lbsgd.data.parts import Share
@@ -39,7 +39,6 @@ from hpc_lbsgd.records import sync_folder, write_atomically
 
 TAR_BLOCK = 512
 ROWS_TOGETHER = 20_000_000  # about 2 GB while they are written
-RAW_SUFFIX, JPEG_SUFFIX = ".npy", ".jpg"
 
 
 class Hashed:
@@ -85,7 +84,7 @@ def pack_shard(source: str, out: str, number: int, first: int, last: int, encodi
                             data, width, height, orientation = encode(data, encoding)
                         except ValueError as problem:
                             raise SampleError(sample, f"{m.file(sample)}: cannot be decoded ({problem})") from None
-                        suffix = RAW_SUFFIX if encoding.kind == "raw" else JPEG_SUFFIX
+                        suffix = suffix_of(encoding)
                     label = int(m.labels[sample])
                     add(tar, f"{sample:09d}{suffix.lower()}", data)
                     offset = hashed.position - padded(len(data))
@@ -151,9 +150,11 @@ def cut(m: Manifest, encoding: Encoding, shard_bytes: int) -> list[tuple[int, in
     """(first, last) of each shard: as many samples as are expected to fill it. A function of the source alone, so
     that a pack that goes on cuts as before."""
     if encoding.kind == "raw":
-        sizes = expected_pixels(m, encoding) * encoding.channels
+        sizes = expected_pixels(m, encoding) * encoding.channels * (1 + len(m.of_kind("image")))
     else:
         sizes = np.asarray(m.sizes)
+    for name in m.of_kind("bytes") if encoding.kind == "raw" else m.of_kind("bytes", "image"):
+        sizes = sizes + np.asarray(m.of_file(name, "bytes"))
     ends = np.cumsum(sizes + 3 * TAR_BLOCK)
     cuts, first = [], 0
     while first < len(m):

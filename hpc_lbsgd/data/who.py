@@ -24,7 +24,7 @@ def samples_and_classes(recipe: Recipe) -> tuple[int, int]:
         found = None
     samples, classes = data.samples or (found and len(found)), data.classes
     if found and not classes:
-        fields.refuse_unknown(data.targets, found.fields, str(found.path))
+        fields.refuse_unknown(data, found.fields, str(found.path))
         classes = fields.outputs(data.targets, found.fields, len(found.classes))
     if not samples:
         raise RequestError("data.samples is not set, and data.train has no manifest to count: set data.samples=N")

@@ -249,14 +249,12 @@ def with_targets(recipe: Recipe, train: Manifest, evaluation: Manifest | None) -
     """The recipe with N and the number of outputs settled. Refuses targets that both sets do not have alike, or that
     its loss cannot be taken of."""
     data, sets = recipe.data, [m for m in (train, evaluation) if m is not None]
-    for m in sets:
-        fields.refuse_unknown(data.targets, m.fields, str(m.path))
     outputs = fields.outputs(data.targets, train.fields, len(train.classes))
     if data.targets == [fields.CLASS] and data.classes not in (None, outputs):
         raise RequestError(f"data.classes = {data.classes}, but {data.train} has {outputs}")
     if fields.CLASS in data.targets and any(m.classes != train.classes for m in sets):
         raise RequestError(f"data.eval = {data.eval}: its classes are not those of data.train = {data.train}")
-    for name in data.targets:
+    for name in dict.fromkeys([*data.inputs, *data.targets]):
         first, *others = (m.fields[name] for m in sets)
         if any(other != first and not other.kind == first.kind == "mask" for other in others):
             raise RequestError(
@@ -274,8 +272,7 @@ def with_targets(recipe: Recipe, train: Manifest, evaluation: Manifest | None) -
 
 
 def check_targets(recipe: Recipe, manifest: Manifest) -> None:
-    """Refuse a set without the fields that are targets, or with others than the loss can be taken of."""
-    fields.refuse_unknown(recipe.data.targets, manifest.fields, str(manifest.path))
+    """Refuse a set with other targets than the loss can be taken of."""
     losses.check(recipe.train.loss, recipe.data.targets, manifest, recipe.data.classes)
 
 
