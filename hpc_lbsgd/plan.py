@@ -9,7 +9,7 @@ from dataclasses import replace
 from hpc_lbsgd.amend import Amendment, checked, recipe_now, said, schedule_of
 from hpc_lbsgd.bench.simulate import workload
 from hpc_lbsgd.data.order import passes_of_rank
-from hpc_lbsgd.data.who import samples_and_classes
+from hpc_lbsgd.data.who import samples_and_classes, set_of
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.recipe import Decision, Recipe, load_resolved
@@ -69,7 +69,6 @@ def two_samples(recipe: Recipe):
     import torch
 
     from hpc_lbsgd.data import loader, user
-    from hpc_lbsgd.data.manifest import Manifest, find
     from hpc_lbsgd.data.storage import Request
     from hpc_lbsgd.data.targets import each
     from hpc_lbsgd.train.replica import measured
@@ -77,14 +76,14 @@ def two_samples(recipe: Recipe):
     data, asked = recipe.data, Request(0, np.zeros(2, np.int64))
     if data.dataset:
         batch = user.collected(user.UserSet(data.dataset, "train"), recipe.seed, asked)
-    elif data.inputs == ["image"]:
-        return torch.zeros(2, data.channels, data.image_size, data.image_size)
-    elif not data.train:
-        raise RequestError(f"data.inputs = [{', '.join(data.inputs)}]: what they are the data says; set data.train")
     else:
+        found = set_of(data)
+        if data.inputs == ["image"] and not (found and found.own):
+            return torch.zeros(2, data.channels, data.image_size, data.image_size)
+        if found is None:
+            raise RequestError(f"data.inputs = [{', '.join(data.inputs)}]: what they are the data says; set data.train")
         section = data.model_copy(update={"loader": "torchvision"})
-        cpu = torch.device("cpu")
-        made = loader.create(section, Manifest(find(data.train)), recipe.seed, True, 2, 1, 1, False, cpu)
+        made = loader.create(section, found, recipe.seed, True, 2, 1, 1, False, torch.device("cpu"))
         (batch,) = made.batches([asked])
     return each(lambda given: measured(given, torch.float32), batch.inputs)
 

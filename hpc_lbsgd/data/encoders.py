@@ -34,7 +34,8 @@ class Encoders:
             try:
                 with self._lock:
                     made = self._functions[name](value if isinstance(value, str) else value.tobytes())
-                rows.append(torch.as_tensor(made))
+                # an array may be a view of what must not be written
+                rows.append(torch.as_tensor(made.copy() if isinstance(made, np.ndarray) else made))
             except Exception as problem:  # of anyone's code
                 told = f"{type(problem).__name__}: {problem}{place_of(problem)}"
                 raise RunError(f"{said}: of {where}: {told}") from None

@@ -23,6 +23,7 @@ PREFIX = "field."  # of columns: a table may well have a field called width
 FILES = ("mask", "image", "bytes")  # kinds that are files; what their columns begin with
 SAID = ("text", *FILES, "boxes")  # kinds that --fields NAME:KIND may say
 KINDS = {pa.int64(): "int", pa.float64(): "float", pa.large_string(): "text"}
+LONGEST_NAME = 60  # bytes of the name of a field that is a file
 LONGEST_TEXT = 2**20  # bytes in UTF-8: it lies in the manifest
 NOWHERE = 255  # the class in a mask of what counts for nothing, and of what lies outside an image
 LARGEST = float(np.finfo(np.float32).max)  # what a model is given is float32

@@ -94,8 +94,9 @@ class Manifest:
             self.own_fields = fields.of_schema(self.table.schema, self.header.get("masks", {}))
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as problem:
             raise RequestError(f"{path}: not a manifest ({problem}); make one with: hpc-lbsgd data index DIR") from None
+        image = {} if self.own else {fields.IMAGE: fields.Field(fields.IMAGE)}
         class_field = {fields.CLASS: fields.Field(fields.CLASS)} if self.classes else {}
-        self.fields = {fields.IMAGE: fields.Field(fields.IMAGE), **class_field, **self.own_fields}
+        self.fields = {**image, **class_field, **self.own_fields}
         self._as_written, self._columns = self.table, {}
         self.excluded: list[str] = []
         self.rows = columns.Rows(self.table.num_rows, np.empty(0, np.int64))
@@ -115,6 +116,11 @@ class Manifest:
     def raw_channels(self) -> int | None:
         """1 or 3 where samples are pixels, not encoded images."""
         return self.header.get("raw_channels")
+
+    @property
+    def own(self) -> list | None:
+        """What samples are made of where they are those of a user's own set, packed (own.py)."""
+        return self.header.get("own")
 
     def __len__(self) -> int:
         return len(self.rows)

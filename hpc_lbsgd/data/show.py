@@ -120,7 +120,9 @@ def sheet(figure, shown: Shown) -> None:
             axis.set_box_aspect(None if axis in row[1 + EPOCHS :: 2 + EPOCHS] else 1)  # empty ones too; not the gaps
         for number, place in enumerate(places):
             first = number * (2 + EPOCHS)
-            for axis, pixels in zip(row[first:], map(squared, [shown.stored[place], *shown.seen[:, place]]), strict=False):
+            for axis, pixels in zip(
+                row[first:], map(squared, [shown.stored[place], *shown.seen[:, place]]), strict=False
+            ):
                 axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
             row[first].set_title(plain(told(m, int(shown.samples[place])), 60), fontsize=8, loc="left", pad=3)
     titles = ["stored", *(f"epoch {e}" for e in range(EPOCHS)), ""] * PER_CLASS
@@ -241,6 +243,8 @@ def show(
 ) -> Shown:
     """Write what was asked for; data: a recipe's section."""
     m = Manifest(manifests.find(path))
+    if m.own:
+        raise RequestError(f"{m.path}: samples of your own are no pictures; there is nothing to be shown")
     shown = look(m, data or section_for(m), seed, classes)
     for target, make in ((png_to, png), (html_to, page)):
         try:

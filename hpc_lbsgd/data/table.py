@@ -27,7 +27,6 @@ from hpc_lbsgd.errors import RequestError
 
 PATHS = ("path", "file_name", "filename", "file", IMAGE)  # columns that name the image: the first that is there
 CLASSES = (CLASS, "label")  # and its class, where they have names or whole numbers
-LONGEST_NAME = 60  # bytes of the name of a field that is a file
 MASK = "mask"  # column of a mask's path, or the end of its name behind a _
 INT, FLOAT = re.compile(r"[+-]?[0-9]{1,40}"), re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
@@ -219,7 +218,7 @@ def file_kind(table: Table, name: str, kinds: Mapping[str, str | None]) -> str |
 
 
 def file_paths(top: str, table: Table, name: str) -> list[str]:
-    if "/" in name or len(name.encode()) > LONGEST_NAME or name in fields.RESERVED:
+    if "/" in name or len(name.encode()) > fields.LONGEST_NAME or name in fields.RESERVED:
         raise RequestError(
             f"{table.path}: {name!r}: the name of a field that is a file is part of that file's in a pack; make it "
             f"short, without /, and none of {', '.join(fields.RESERVED)}"

@@ -50,10 +50,11 @@ class UserSet:
 
     def sample(self, index: int, seed: int, epoch: int) -> tuple[Inputs, Targets]:
         """(input, label) of a sample in an epoch, each of them a tensor or bytes, or several by name."""
-        if hasattr(self.dataset, "sample"):
-            found = self.dataset.sample(index, np.random.default_rng(stream_key("user", seed, epoch, index)))
-        else:
-            found = self.dataset[index]
+        return self.given(index, np.random.default_rng(stream_key("user", seed, epoch, index)))
+
+    def given(self, index: int, rng) -> tuple[Inputs, Targets]:
+        """The same, drawn from a generator."""
+        found = self.dataset.sample(index, rng) if hasattr(self.dataset, "sample") else self.dataset[index]
         return each(leaf, found[0]), each(leaf, found[1])
 
 

@@ -208,7 +208,10 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
     data = recipe.data
     if data.dataset:
         if recipe.machine.stage_dir:
-            raise RequestError("machine.stage_dir: a set of your own (data.dataset) is not staged; unset one of them")
+            raise RequestError(
+                "machine.stage_dir: a set of your own (data.dataset) is staged once it is packed (hpc-lbsgd data pack "
+                f"{data.dataset} OUT); unset one of them"
+            )
         return open_user_data(recipe)
     if not data.train:
         raise RequestError("data.train is not set: name a folder of class folders, or a manifest")
@@ -237,12 +240,30 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
             else:
                 found[key].check_files()
         check_sizes(data, found[key], key == "train")
-    train = found["train"]
+    train, evaluation = found["train"], found.get("eval")
     if recipe.machine.stage_dir:
         stage.folder_of(train, recipe.machine.stage_dir)  # refuses what cannot be staged
     if data.samples not in (None, len(train)):
         raise RequestError(f"data.samples = {data.samples}, but {data.train} has {len(train)}")
-    return train, found.get("eval"), with_targets(recipe, train, found.get("eval"))
+    settle = with_own if any(m.own for m in found.values()) else with_targets
+    return train, evaluation, settle(recipe, train, evaluation)
+
+
+def with_own(recipe: Recipe, train: Manifest, evaluation: Manifest | None) -> Recipe:
+    """The recipe for packed sets of the user's own (own.py), with N and the number of outputs settled."""
+    data = recipe.data
+    if evaluation is not None and evaluation.own != train.own:
+        raise RequestError(f"data.eval = {data.eval}: its samples are made otherwise than those of data.train")
+    for key, known in (("inputs", [fields.IMAGE]), ("targets", [fields.CLASS]), ("encode", {})):
+        if getattr(data, key) != known:
+            raise RequestError(f"data.{key}: {data.train} is a set of your own, which says by itself what is given")
+    classes = data.classes or len(train.classes)
+    if not classes:
+        raise RequestError(f"data.classes is not set, and {data.train} has no classes: set data.classes=N")
+    if train.classes and classes != len(train.classes):
+        raise RequestError(f"data.classes = {classes}, but {data.train} has {len(train.classes)}")
+    settled = data.model_copy(update={"samples": len(train), "classes": classes})
+    return recipe.model_copy(update={"data": settled})
 
 
 def with_targets(recipe: Recipe, train: Manifest, evaluation: Manifest | None) -> Recipe:
@@ -273,6 +294,9 @@ def with_targets(recipe: Recipe, train: Manifest, evaluation: Manifest | None) -
 
 def check_targets(recipe: Recipe, manifest: Manifest) -> None:
     """Refuse a set with other targets than the loss can be taken of."""
+    if manifest.own:
+        return
+    fields.refuse_unknown(recipe.data, manifest.fields, str(manifest.path))
     losses.check(recipe.train.loss, recipe.data.targets, manifest, recipe.data.classes)
 
 

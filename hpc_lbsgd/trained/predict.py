@@ -15,6 +15,7 @@ from hpc_lbsgd.data.decode import pixels
 from hpc_lbsgd.data.fields import CLASS, IMAGE
 from hpc_lbsgd.data.finish import Finish, cut
 from hpc_lbsgd.data.manifest import SUFFIXES
+from hpc_lbsgd.data.who import set_of
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel.world import cores
 from hpc_lbsgd.trained.opened import Trained
@@ -57,6 +58,8 @@ def predict(found: Trained, paths: Sequence[str], top: int) -> Iterator[Predicti
             "asks that data, `export` gives the model"
         )
     data = recipe.data
+    if (before := set_of(data)) is not None and before.own:
+        raise RequestError(f"{data.train}: packed samples of your own are no image files; `evaluate` asks that data")
     if data.inputs != [IMAGE]:
         raise RequestError(
             f"{found.folder.path}: its model gets {', '.join(data.inputs)}, not an image alone; `evaluate` asks its "
