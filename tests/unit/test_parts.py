@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import command, write_images
 
-from hpc_lbsgd.data import archive, manifest, pack, parts, shards, verify
+from hpc_lbsgd.data import archive, files, manifest, pack, parts, shards, verify
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.parts import Share
 from hpc_lbsgd.errors import RequestError
@@ -27,13 +27,13 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture
 def decoded(monkeypatch):
     """How many images were decoded, so far."""
-    count, decode_all = [0], trees.decode_all
+    count, decode_all = [0], files.decode_all
 
     def counted(contents):
         count[0] += len(contents)
         return decode_all(contents)
 
-    monkeypatch.setattr(trees, "decode_all", counted)
+    monkeypatch.setattr(files, "decode_all", counted)
     return count
 
 
@@ -74,7 +74,7 @@ def test_a_storage_that_failed_is_asked_again(root, decoded, monkeypatch):
         return open(path, *mode)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trees, "open", broken, raising=False)
+        patch.setattr(files, "open", broken, raising=False)
         with pytest.raises(RequestError, match="1 of 96 images cannot be read"):
             trees.index(root, processes=1)
     assert decoded[0] == 95
@@ -196,4 +196,4 @@ def test_a_pack_of_all_waits_for_no_part_and_steps_on_none(tmp_path):
     finally:
         job.kill()
         job.wait()
-    assert len(pack.pack(m.path, out, pack.Encoding(), 0.01, 1)) == 12 and not (out / pack.PARTS).exists()
+    assert len(pack.pack(m.path, out, pack.Encoding(), 0.01, 1)) == 12 and not (out / manifest.PARTS).exists()
