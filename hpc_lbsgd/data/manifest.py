@@ -92,7 +92,7 @@ class Manifest:
             self.root = (self.path.parent / self.header["root"]).resolve()
             self.classes: list[str] = self.header["classes"]
             self.own_fields = fields.of_schema(self.table.schema, self.header.get("masks", {}))
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as problem:
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as problem:
             raise RequestError(f"{path}: not a manifest ({problem}); make one with: hpc-lbsgd data index DIR") from None
         image = {} if self.own else {fields.IMAGE: fields.Field(fields.IMAGE)}
         class_field = {fields.CLASS: fields.Field(fields.CLASS)} if self.classes else {}
