@@ -58,9 +58,13 @@ def leaves(sample: tuple[Inputs, Targets]) -> dict[str, np.ndarray | bytes]:
     return found
 
 
+def described(found: dict[str, np.ndarray | bytes]) -> list[Part]:
+    return [Part(n, BYTES) if isinstance(v, bytes) else Part(n, v.dtype.str, v.shape) for n, v in found.items()]
+
+
 def parts_of(sample: tuple[Inputs, Targets]) -> list[Part]:
-    found = [Part(name, BYTES) if isinstance(v, bytes) else Part(name, v.dtype.str, v.shape)
-             for name, v in leaves(sample).items()]  # fmt: skip
+    """Raises ValueError for what cannot be packed."""
+    found = described(leaves(sample))
     for part in found:
         if "/" in part.name or len(part.name.encode()) > fields.LONGEST_NAME:
             raise ValueError(f"{part.name!r} is part of the names of files: make it short, without /")
@@ -152,21 +156,21 @@ class Own:
 
     def _refuse_other(self, index: int, found: dict) -> None:
         """A record has one layout: what the first sample has."""
+        own = {part.name: part for part in described(found)}
         for part in self.parts:
-            value = found.get(part.name)
-            own = Part(part.name, BYTES) if isinstance(value, bytes) else value is not None and Part(
-                part.name, value.dtype.str, value.shape)  # fmt: skip
-            if own != part:
-                raise RunError(f"{self._at(index)}: {part.name} is {said(own)}, and {said(part)} in the first")
-        if more := set(found) - {part.name for part in self.parts}:
+            if own.get(part.name) != part:
+                raise RunError(
+                    f"{self._at(index)}: {part.name} is {said(own.get(part.name))}, and {said(part)} in the first"
+                )
+        if more := set(own) - {part.name for part in self.parts}:
             raise RunError(f"{self._at(index)}: has {min(more)}, which the first has not")
 
     def header(self) -> dict:
         return {"classes": self.classes, "own": [[part.name, part.dtype, list(part.shape)] for part in self.parts]}
 
 
-def said(part: Part | bool) -> str:
-    if not part:
+def said(part: Part | None) -> str:
+    if part is None:
         return "not there"
     return part.dtype if part.dtype == BYTES else f"{np.dtype(part.dtype)} {part.shape}"
 

@@ -14,15 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from hpc_lbsgd import amend as amends
 from hpc_lbsgd import origin
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data import archive, fields, stage, table, tree
 from hpc_lbsgd.data import manifest as manifests
+from hpc_lbsgd.data.encoders import Encoders
 from hpc_lbsgd.data.loader import check_sizes
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.user import UserSet
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.imports import load
 from hpc_lbsgd.owner import job_of
 from hpc_lbsgd.parallel import world as worlds
@@ -289,7 +292,18 @@ def with_targets(recipe: Recipe, train: Manifest, evaluation: Manifest | None) -
     recipe = recipe.model_copy(update={"data": settled})
     for m in sets:
         check_targets(recipe, m)
+        try_encoders(recipe, m)
     return recipe
+
+
+def try_encoders(recipe: Recipe, manifest: Manifest) -> None:
+    """Ask the user's functions for a first text: what they cannot do shows before work."""
+    for name in recipe.data.encode:
+        if manifest.fields[name].kind == "text":
+            try:
+                Encoders(recipe.data.encode, manifest).encoded(name, np.array([0]), manifest.values(name)[[0]])
+            except RunError as problem:
+                raise RequestError(str(problem)) from None
 
 
 def check_targets(recipe: Recipe, manifest: Manifest) -> None:

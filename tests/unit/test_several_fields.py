@@ -13,7 +13,9 @@ from PIL import Image
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data import archive, loader, manifest, pack, show, stage, table, verify
 from hpc_lbsgd.data import files as data_files
+from hpc_lbsgd.data.dali import DaliLoader
 from hpc_lbsgd.data.fields import Field, asked
+from hpc_lbsgd.data.source import Source
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.recipe import Data
@@ -132,6 +134,18 @@ def test_photos_of_any_size_and_any_side_up_have_one_window(tmp_path, kind):
     for train in (True, False):
         for inputs, _ in made(m, data, [Request(2, np.arange(8)), Request(2, np.arange(8, 12))], train):
             assert ((inputs["image"] + inputs["right"]) - 255).abs().max() <= 2  # scaling rounds each
+
+
+def test_where_dali_does_all_pictures_are_one_batch(tmp_path):
+    """As on GPUs: turned pictures are found again among those of all samples."""
+    m = index(write(tmp_path, [(60, 40), (40, 60), (33, 90)] * 4, [1 + i % 8 for i in range(12)]))
+    data = Data(**SECTION | {"image_size": 32}, orientation="apply", augment="resized-crop")
+    requests = [Request(2, np.arange(8)), Request(2, np.arange(8, 12))]
+    whole = DaliLoader(Source(data, m, 3, True), 8, 1, 2, False, CPU, whole=True)
+    for batch, (inputs, labels) in zip(whole.batches(requests), made(m, data, requests), strict=True):
+        assert torch.equal(batch.inputs["caption"], inputs["caption"]) and batch.labels["x"].equal(labels["x"])
+        for name in ("image", "right"):
+            assert (batch.inputs[name] - inputs[name]).abs().max() <= 6  # noise, by two resizers
 
 
 @pytest.mark.parametrize("kind", ["torchvision", "dali"])
@@ -272,6 +286,7 @@ def test_a_text_without_its_function_is_refused_before_work(places, tmp_path):
             ["data.encode.caption=test_several_fields:gone"],
             "data.encode.caption = test_several_fields:gone: .*no attri",
         ),
+        (["data.encode.caption=test_several_fields:failing"], "00.png: KeyError: 'no such token'"),
         (["data.inputs=[image,left]"], "has no field 'left'; it has: image, caption, x, "),
         (["data.inputs=[sound]", "data.targets=[right]", "data.eval_resize=16"], "how many outputs .* for right"),
     ):
