@@ -149,6 +149,8 @@ def traced(path: Path):
     """Around torch's exporters, which follow no branch that depends on values. Raises RunError with what they say."""
     try:
         yield
+    except RequestError:
+        raise
     except Exception as problem:  # they raise many kinds
         said = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         raise RunError(
