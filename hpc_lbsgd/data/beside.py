@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from hpc_lbsgd.data import boxes, files, masks, parts
-from hpc_lbsgd.data.fields import CLASS, LONGEST_TEXT, PREFIX, RESERVED, NoField, asked
+from hpc_lbsgd.data.fields import CLASS, LONGEST_TEXT, PREFIX, RESERVED, NoField, asked, refuse_name
 from hpc_lbsgd.data.manifest import SUFFIXES, Row, listed, with_columns
 from hpc_lbsgd.errors import RequestError
 
@@ -77,6 +77,7 @@ class Beside:
         return False
 
     def _keep(self, name: str, member: Member) -> None:
+        refuse_name(name, member.name)
         mine = self.members.setdefault(name, {})
         if member.key in mine:
             raise RequestError(f"{member.name} and {mine[member.key].name}: both are {name} of one sample")

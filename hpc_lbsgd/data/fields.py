@@ -21,6 +21,7 @@ IMAGE, CLASS = "image", "class"
 RESERVED = (IMAGE, CLASS)
 PREFIX = "field."  # of columns: a table may well have a field called width
 FILES = ("mask", "image", "bytes")  # kinds that are files; what their columns begin with
+FILE_TYPES = {"path": pa.large_string(), "bytes": pa.int64(), "checksum": pa.uint64(), "offset": pa.int64()}
 SAID = ("text", *FILES, "boxes")  # kinds that --fields NAME:KIND may say
 KINDS = {pa.int64(): "int", pa.float64(): "float", pa.large_string(): "text"}
 LONGEST_NAME = 60  # bytes of the name of a field that is a file
@@ -61,14 +62,18 @@ def of_type(column: pa.DataType) -> Field:
 
 def of_schema(schema: pa.Schema, masks: Mapping[str, Sequence[int]]) -> dict[str, Field]:
     """The fields of a manifest's columns, but for image and class. masks: classes that are in them. Raises ValueError
-    as `of_type` does, KeyError for a file without its columns, or a mask without its classes."""
+    as `of_type` does, or for columns of other types, KeyError for a file without its columns, or a mask without its
+    classes."""
     found = {c.name.removeprefix(PREFIX): of_type(c.type) for c in schema if c.name.startswith(PREFIX)}
     for column in schema:
         kind, _, rest = column.name.partition(".")
         name, _, what = rest.rpartition(":")
         if kind in FILES and what == "path":
-            for more in ("bytes", "checksum"):
-                schema.field(file_column(kind, name, more))
+            for more, wanted in FILE_TYPES.items():
+                if more != "offset" or "offset" in schema.names:  # in tar files
+                    found_type = schema.field(file_column(kind, name, more)).type
+                    if found_type != wanted:
+                        raise ValueError(f"column {file_column(kind, name, more)}: {found_type}, expected {wanted}")
             classes = masks[name] if kind == "mask" else None
             length = None if classes is None else 1 + max((c for c in classes if c != NOWHERE), default=0)
             found[name] = Field(kind, length)
@@ -115,6 +120,15 @@ def refuse_unknown(data, fields: Mapping[str, Field], where: str) -> None:
             raise RequestError(f"data.encode: {name} is none of data.inputs and data.targets")
         if fields[name].kind not in ("text", "bytes"):
             raise RequestError(f"data.encode: {name} of {where} is {fields[name]}; it is for text and bytes")
+
+
+def refuse_name(name: str, where: str) -> None:
+    """Raise RequestError for a field that is a file, whose name is part of that file's in a pack."""
+    if "/" in name or len(name.encode()) > LONGEST_NAME or name in RESERVED:
+        raise RequestError(
+            f"{where}: {name!r}: the name of a field that is a file is part of that file's in a pack; make it short, "
+            f"without /, and none of {', '.join(RESERVED)}"
+        )
 
 
 def asked(wanted: Sequence[str]) -> dict[str, str | None]:

@@ -29,7 +29,7 @@ class Header(BaseModel, strict=True):
     shards: list[Shard] = []
     raw_channels: Annotated[int, Field(ge=1, le=3)] | None = None  # a Literal would take true for 1
     masks: dict[str, list[Annotated[int, Field(ge=0, le=255)]]] = {}
-    own: list[tuple[str, str, list[Count]]] | None = None
+    own: list[Annotated[tuple[str, str, list[Count]], Field(strict=False)]] | None = None  # JSON has lists
     escaped: bool = False
     decoders: dict[str, str] = {}
     left_out: dict[str, int] = {}
@@ -53,8 +53,9 @@ def check_columns(table: pa.Table, schema: pa.Schema) -> None:
         found = table.column(field.name)
         if found.type != field.type:
             raise ValueError(f"column {field.name}: {found.type}, expected {field.type}")
-        if found.null_count:
-            raise ValueError(f"column {field.name}: a row without a value")
+    for name in table.column_names:
+        if name != "orientation" and table.column(name).null_count:
+            raise ValueError(f"column {name}: a row without a value")
 
 
 def misplaced(m, rows: slice) -> int | None:

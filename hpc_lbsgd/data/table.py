@@ -218,11 +218,7 @@ def file_kind(table: Table, name: str, kinds: Mapping[str, str | None]) -> str |
 
 
 def file_paths(top: str, table: Table, name: str) -> list[str]:
-    if "/" in name or len(name.encode()) > fields.LONGEST_NAME or name in fields.RESERVED:
-        raise RequestError(
-            f"{table.path}: {name!r}: the name of a field that is a file is part of that file's in a pack; make it "
-            f"short, without /, and none of {', '.join(fields.RESERVED)}"
-        )
+    fields.refuse_name(name, str(table.path))
     paths = [below(top, table, name, row, value) for row, value in enumerate(table.columns[name])]
     odd = next((row for row, path in enumerate(paths) if not is_utf8(path)), None)
     if odd is not None:

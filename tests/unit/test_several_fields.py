@@ -257,6 +257,7 @@ def test_webdatasets_of_others(tmp_path):
         (["txt:text"], {"a.txt": b"x" * (2**20 + 1)}, "a.txt: a text of 1048577 bytes"),
         (["sound:bytes"], {"a.sound.wav": b""}, "a.sound.wav and a.sound.FLAC: both are sound of one sample"),
         (["sound:bytes"], {"b.png": png}, "1 images have no sound beside them"),
+        (["image:bytes"], {"a.image.bin": b""}, "a.image.bin: 'image': the name of a field that is a file"),
         (["other:bytes"], {}, "'other' of .* has no file: bytes is asked for"),
         (["n:text"], {}, "'n' of .* is '1', no text"),
     ):
