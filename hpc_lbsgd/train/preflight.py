@@ -264,7 +264,8 @@ class Bench:
 
 def parts_of(batch: Batch) -> list[torch.Tensor]:
     """What a model and a loss get of it."""
-    return [*tensors(batch.inputs), *tensors(batch.labels)]
+    inputs, labels, *_ = batch
+    return [*tensors(inputs), *tensors(labels)]
 
 
 def check_data(first: Batch, again: Batch, engine) -> Check:
