@@ -9,7 +9,7 @@ from dataclasses import replace
 from hpc_lbsgd.amend import Amendment, checked, recipe_now, said, schedule_of
 from hpc_lbsgd.bench.simulate import workload
 from hpc_lbsgd.data.order import passes_of_rank
-from hpc_lbsgd.data.who import samples_and_classes
+from hpc_lbsgd.data.who import samples_and_classes, set_of
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.outline import outline, render
 from hpc_lbsgd.recipe import Decision, Recipe, load_resolved
@@ -35,16 +35,19 @@ def model_costs(recipe: Recipe, classes: int) -> tuple[int, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from hpc_lbsgd.data.targets import each_tensor
     from hpc_lbsgd.train import models
+    from hpc_lbsgd.train.preflight import shapes
     from hpc_lbsgd.train.probe import tensors
+    from hpc_lbsgd.train.replica import called
 
     def counted(model: torch.nn.Module, device: str) -> float:
-        inputs = torch.zeros(2, *shape, dtype=dtype, device=device)
+        inputs = each_tensor(lambda t: t.to(device), samples)
         with FlopCounterMode(display=False) as counter:
-            sum(t.sum() for t in tensors(model(inputs)) if t.requires_grad).backward()
-        return counter.get_total_flops() / len(inputs)
+            sum(t.sum() for t in tensors(called(model, inputs)) if t.requires_grad).backward()
+        return counter.get_total_flops() / 2
 
-    shape, dtype = sample_shape(recipe)
+    samples = two_samples(recipe)
     try:
         model = models.without_storage(recipe, classes)
         flop = counted(model, "meta")
@@ -54,22 +57,35 @@ def model_costs(recipe: Recipe, classes: int) -> tuple[int, float]:
             flop = counted(model, "cpu")
         except Exception as problem:
             raise RequestError(
-                f"model.name = {recipe.model.name}: it cannot be run on 2 samples of {tuple(shape)}, {dtype} "
+                f"model.name = {recipe.model.name}: it cannot be run on 2 samples, {shapes(samples)} "
                 f"({type(problem).__name__}: {problem})"
             ) from None
     return sum(p.numel() for p in model.parameters()), flop
 
 
-def sample_shape(recipe: Recipe):
-    """Shape and dtype of a sample, as the model gets it: of pictures from the recipe, else of the first sample."""
+def two_samples(recipe: Recipe):
+    """What the model gets of two samples: zeros where they are pictures alone, else what the first sample is."""
+    import numpy as np
     import torch
 
-    if not recipe.data.dataset:
-        return (recipe.data.channels, recipe.data.image_size, recipe.data.image_size), torch.float32
-    from hpc_lbsgd.data.user import UserSet
+    from hpc_lbsgd.data import loader, user
+    from hpc_lbsgd.data.storage import Request
+    from hpc_lbsgd.data.targets import each
+    from hpc_lbsgd.train.replica import measured
 
-    first = UserSet(recipe.data.dataset, "train").sample(0, recipe.seed, 0)[0]
-    return first.shape, torch.float32 if first.is_floating_point() else first.dtype
+    data, asked = recipe.data, Request(0, np.zeros(2, np.int64))
+    if data.dataset:
+        batch = user.collected(user.UserSet(data.dataset, "train"), recipe.seed, asked)
+    else:
+        found = set_of(data)
+        if data.inputs == ["image"] and not (found and found.own):
+            return torch.zeros(2, data.channels, data.image_size, data.image_size)
+        if found is None:
+            raise RequestError(f"data.inputs = [{', '.join(data.inputs)}]: what they are the data says; set data.train")
+        section = data.model_copy(update={"loader": "torchvision"})
+        made = loader.create(section, found, recipe.seed, True, 2, 1, 1, False, torch.device("cpu"))
+        (batch,) = made.batches([asked])
+    return each(lambda given: measured(given, torch.float32), batch.inputs)
 
 
 def plan(

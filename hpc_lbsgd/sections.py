@@ -59,8 +59,12 @@ class Data(Section):
     """the same for evaluation"""
     samples: Count | None = None
     """N; what `plan` uses without the data, checked against the data when it is there"""
+    inputs: Annotated[list[str], Field(min_length=1)] = ["image"]
+    """fields of the set that the model's forward gets: one as its tensor, several by name (see docs/data.md)"""
     targets: Annotated[list[str], Field(min_length=1)] = ["class"]
     """fields of the set that the loss gets: one as its tensor, several as a dict of them by name (see docs/data.md)"""
+    encode: dict[str, Own] = {}
+    """{field: package.module:function}: what makes numbers of a text or of bytes, called with one sample's"""
     classes: Count | None = None
     """number of classes; checked against the data when it is there. With other targets: how many outputs the model is
     asked for (default: a number for each)"""
@@ -93,15 +97,20 @@ class Data(Section):
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ValueError(f"data.{key} has {len(getattr(self, key))} values for data.channels = {self.channels}")
-        if len(set(self.targets)) < len(self.targets):
-            raise ValueError(f"data.targets = [{', '.join(self.targets)}]: one is there twice")
+        for key in ("inputs", "targets"):
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                raise ValueError(f"data.{key} = [{', '.join(getattr(self, key))}]: one is there twice")
         if self.classes == 1 and self.targets == ["class"] and not self.dataset:
             raise ValueError("data.classes = 1: there is nothing to tell apart; allowed: at least 2")
-        if self.dataset and self.targets != ["class"]:
-            raise ValueError(
-                f"data.targets = [{', '.join(self.targets)}] with data.dataset = {self.dataset}: a set of your own "
-                "says by itself what the loss gets"
-            )
+        for key, known in (("targets", ["class"]), ("inputs", ["image"])):
+            if self.dataset and (asked := getattr(self, key)) != known:
+                gets = "the loss" if key == "targets" else "the model"
+                raise ValueError(
+                    f"data.{key} = [{', '.join(asked)}] with data.dataset = {self.dataset}: a set of your own says by "
+                    f"itself what {gets} gets"
+                )
+        if self.dataset and self.encode:
+            raise ValueError(f"data.encode with data.dataset = {self.dataset}: a set of your own gives numbers")
         for key in ("crop_area", "crop_aspect"):
             low, high = getattr(self, key)
             if low > high:

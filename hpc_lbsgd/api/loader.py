@@ -20,7 +20,8 @@ from hpc_lbsgd.theory.schedule import Schedule
 
 
 class Loader:
-    """Steps of parts whose `inputs` are images, (n, C, H, W) float32, and whose `labels` are (n,) int64.
+    """Steps of parts whose `inputs` are images, (n, C, H, W) float32, and whose `labels` are (n,) int64; or what the
+    keys `inputs` and `targets` name, several as a dict.
 
         for step in lb.Loader("data/imagenet/train", schedule, seed=0, image_size=224):
             for part in step.workers: ...
@@ -78,7 +79,7 @@ class Loader:
         batches = made.batches(starmap(Request, shuffle.passes()))
         if shuffle.device.type == "cpu":  # where a loader uses memory again, and a script may keep its parts
             batches = map(copied, batches)
-        return shuffle.parted((batch.images, batch.labels) for batch in batches)
+        return shuffle.parted((batch.inputs, batch.labels) for batch in batches)
 
     def __len__(self) -> int:
         """Steps from `start` to the end."""

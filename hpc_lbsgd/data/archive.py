@@ -12,19 +12,19 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from hpc_lbsgd import progress
 from hpc_lbsgd.data import labels, parts, tree
 from hpc_lbsgd.data import manifest as manifests
-from hpc_lbsgd.data.beside import Fields, Member, checked, examined, fields_of, json_in, table_of
-from hpc_lbsgd.data.fields import CLASS
-from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, Row, listed
+from hpc_lbsgd.data.beside import Beside, Fields, Member, checked, examined, json_in, looked_at, table_of
+from hpc_lbsgd.data.fields import CLASS, IMAGE
+from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, listed
 from hpc_lbsgd.data.names import read_excluded
 from hpc_lbsgd.data.parts import ALL, Share
-from hpc_lbsgd.data.tree import AT_A_TIME, rows_of, usable
+from hpc_lbsgd.data.tree import usable
 from hpc_lbsgd.errors import RequestError
 
 BLOCK = tarfile.BLOCKSIZE  # bytes; a tar ends with two of zeros
@@ -104,6 +104,7 @@ class Listed(NamedTuple):
     numbers: bool  # labels that look like numbers are numbers
     left_out: Counter[str]  # files that are neither images nor labels, by what they are
     fields: Fields
+    kinds: dict[str, str | None]  # of these, where it was said
 
 
 def samples_of(
@@ -112,7 +113,7 @@ def samples_of(
     """Every image of these tars with its label, and the fields that are wanted."""
     images: list[Member] = []
     beside: dict[tuple[int, str], dict[str, str]] = {}  # (shard, key) -> label by the suffix of its file
-    said: dict[tuple[int, str], dict] = {}
+    own = Beside(wanted or ())
     left_out: Counter[str] = Counter()
     known: set[tuple[int, str]] = set()
     with progress.bar(paths, desc="listing", unit="tar") as bar:
@@ -125,12 +126,13 @@ def samples_of(
                             raise RequestError(f"{path}: holds {member.name} twice (tar -r?); pack it anew")
                         known.add((shard, member.name))
                         images.append(member)
+                    elif own.take(member, lambda m=member, file=file: os.pread(file.fileno(), m.size, m.offset)):
+                        continue
                     elif suffix in LABEL_SUFFIXES and member.size <= LONGEST_LABEL:
-                        file.seek(member.offset)
-                        data = file.read(member.size)
+                        data = os.pread(file.fileno(), member.size, member.offset)
                         if wanted and suffix == ".json":
-                            said[member.key] = json_in(data)
-                        text = label_in(data, suffix, wanted or ())
+                            own.said[member.key] = json_in(data)
+                        text = label_in(data, suffix, own.kinds)
                         if text is not None:
                             beside.setdefault(member.key, {})[suffix] = text
                     else:
@@ -141,7 +143,7 @@ def samples_of(
     beside = {key: found for key, found in beside.items() if key in keys}  # not a VERSION.txt in a tree of classes
     more, with_classes = Fields({}, {}), table is not None or wanted is None or CLASS in wanted
     if wanted is not None:
-        images, more = fields_of(images, said, wanted, left_out)
+        images, more = own.fields(images, left_out)
     elif beside:
         images = inputs_of(images, beside, left_out)
     if table is not None:
@@ -159,7 +161,7 @@ def samples_of(
             f"nor a line in --labels:\n{listed(problems)}"
         )
     samples = [Sample(*pair) for pair in zip(images, found, strict=True)]
-    return Listed(samples, bool(beside) or table is not None, left_out, more)
+    return Listed(samples, bool(beside) or table is not None, left_out, more, own.kinds)
 
 
 def inputs_of(images: list[Member], beside: Mapping, left_out: Counter[str]) -> list[Member]:
@@ -197,7 +199,7 @@ def distinct(samples: list[Sample], paths: list[Path]) -> list[Sample]:
     return [s._replace(member=s.member._replace(name=f"{paths[s.member.shard].stem}/{s.member.name}")) for s in samples]
 
 
-def label_in(data: bytes, suffix: str, others: Sequence[str] = ()) -> str | None:
+def label_in(data: bytes, suffix: str, others: Collection[str] = ()) -> str | None:
     """A class's name or number in a file beside an image; None where there is none. others: fields of JSON that are
     none."""
     text = data.decode("utf-8", errors="replace").strip()
@@ -212,20 +214,6 @@ def label_in(data: bytes, suffix: str, others: Sequence[str] = ()) -> str | None
     if suffix == ".txt" and not text.isdigit():  # a caption
         return None
     return text or None
-
-
-def examine(path: str, chosen_members: list[Member]) -> list[Row | str]:
-    """For each image its row, or what is wrong with it."""
-    rows: list[Row | str] = []
-    with open(path, "rb") as file:
-        for start in range(0, len(chosen_members), AT_A_TIME):
-            some = chosen_members[start : start + AT_A_TIME]
-            rows += rows_of([os.pread(file.fileno(), m.size, m.offset) for m in some])
-    return rows
-
-
-def identities(path: str, chosen_members: list[Member]) -> list:
-    return [path, parts.identity_of(path), [(m.name, m.offset, m.size) for m in chosen_members]]
 
 
 def index(
@@ -265,20 +253,17 @@ def index(
     chosen = [i for i, s in enumerate(samples) if s.member.name not in excluded]
     chosen.sort(key=lambda i: (numbers[i], samples[i].member.name))  # as a tree of folders would be
     work = chunks(samples, chosen)
-    jobs = [(str(paths[shard]), [samples[i].member for i in some]) for shard, some in work]
-    pieces = [parts.Work(examine, identities, job, len(job[1])) for job in jobs]
-    found_rows = parts.rows(out, pieces, f"indexing {source}", processes, share)
+    title = f"indexing {source}"
+    by_sample = looked_at(IMAGE, [s.member for s in samples], paths, work, out, title, processes, share)
     seen = examined(found.fields, paths, work, out, processes, share)
     if share.count > 1:
-        return sum(map(len, found_rows))
-    by_sample: dict[int, Row | str] = {}
-    for (_, some), rows in zip(work, found_rows, strict=True):
-        by_sample.update(zip(some, rows, strict=True))
+        return len(by_sample)
     chosen_members = [samples[i].member for i in chosen]
     rows, keys = checked([by_sample[i] for i in chosen], chosen, seen), [member.name for member in chosen_members]
     shown = [f"{paths[member.shard]}:{member.name}" for member in chosen_members]
     good = usable(keys, rows, shown, out.parent if exclude else None)
-    more, classes_in = table_of(found.fields, [chosen[i] for i in good], seen, [shown[i] for i in good], floats)
+    kept, their_names = [chosen[i] for i in good], [shown[i] for i in good]
+    more, classes_in = table_of(found.fields, found.kinds, kept, seen, their_names, floats)
     manifests.write(
         out,
         root,

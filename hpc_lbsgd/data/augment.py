@@ -26,6 +26,10 @@ class Windows:
     h: np.ndarray
     flip: np.ndarray
 
+    def rows(self, index: np.ndarray) -> Windows:
+        """Those of some samples."""
+        return Windows(*(column[index] for column in (self.x, self.y, self.w, self.h, self.flip)))
+
 
 def _uniforms(seed: int, epoch: int, samples: np.ndarray, draws: int) -> np.ndarray:
     return hash_uniforms(stream_key("augment", seed, epoch), samples, draws)

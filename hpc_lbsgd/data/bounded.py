@@ -14,7 +14,7 @@ import torch
 
 from hpc_lbsgd.data.source import Batch, Loader, Source
 from hpc_lbsgd.data.storage import Request
-from hpc_lbsgd.data.targets import joined
+from hpc_lbsgd.data.targets import each_tensor, joined
 
 UNDER_WAY = 2  # parts in a loader's hands beside those made ahead: being decoded, and being resized
 
@@ -42,8 +42,8 @@ class Bounded:
                 continue
             # a part's memory is used again when the next one is asked for
             found = [copied(first), *(copied(next(made)) for _ in range(parts - 1))]
-            images, labels, replaced = zip(*found, strict=True)
-            yield Batch(torch.cat(images), joined(labels), sum(replaced))
+            inputs, labels, replaced = zip(*found, strict=True)
+            yield Batch(joined(inputs), joined(labels), sum(replaced))
 
     def parts(self, request: Request) -> list[Request]:
         costs = self.source.costs(request.samples)
@@ -59,4 +59,4 @@ class Bounded:
 
 
 def copied(batch: Batch) -> Batch:
-    return batch._replace(images=batch.images.clone())
+    return batch._replace(inputs=each_tensor(torch.clone, batch.inputs))

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from hpc_lbsgd.data.fields import LARGEST, PREFIX, NoField
+from hpc_lbsgd.data.fields import LARGEST, PREFIX, NoField, texts_of
+from hpc_lbsgd.data.fields import column_of as numbers_of
 from hpc_lbsgd.data.orientation import MIRROR_X, MIRROR_Y, SIDEWAYS
 
 NAME = "boxes"  # of a field, or the end of its name behind a _
@@ -39,6 +40,15 @@ def column_of(values: Sequence, width: int | None = None) -> pa.Array:
     return pa.LargeListArray.from_arrays(
         pa.array(ends, pa.int64()), pa.FixedSizeListArray.from_arrays(numbers, width or CORNERS)
     )
+
+
+def column_for(name: str, kind: str | None, values: Sequence, as_floats: bool) -> pa.Array:
+    """A field's column from its values: of the kind that is said, or that shows. Raises NoField as those do."""
+    if kind == "text":
+        return texts_of(values)
+    if kind == "boxes" or named(name, values):
+        return column_of(values)
+    return numbers_of(values, as_floats)
 
 
 def named(name: str, values: Sequence) -> bool:

@@ -92,8 +92,23 @@ class Lists:
         return numbers[first:last]
 
 
-def column(table: pa.Table, name: str, rows: Rows) -> np.ndarray | Column | Lists:
-    """A column without nulls: of numbers, of lists of as many (rows of an array), or of lists of such lists."""
+class Texts:
+    """A column of texts; an index makes a list of them."""
+
+    def __init__(self, column: pa.ChunkedArray, rows: Rows):
+        self.column, self.rows = column, rows
+
+    def __getitem__(self, index):
+        if isinstance(index, (int, np.integer)):
+            return self[[index]][0]
+        return [self.column[row].as_py() for row in self.rows.at(np.asarray(index)).tolist()]
+
+
+def column(table: pa.Table, name: str, rows: Rows) -> np.ndarray | Column | Lists | Texts:
+    """A column without nulls: of numbers, of lists of as many (rows of an array), of lists of such lists, or of
+    texts."""
+    if pa.types.is_large_string(table.schema.field(name).type):
+        return Texts(table.column(name), rows)
     if pa.types.is_large_list(table.schema.field(name).type):
         return Lists(table.column(name).chunks, rows)
     pieces = [numbers_in(chunk) for chunk in table.column(name).chunks]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from hpc_lbsgd.arguments import add_command, not_negative, positive, positive_float, quality, with_json, with_set
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, RequestError
+
+OWN = re.compile(r"[\w.]+:\w+")  # a function, as recipes name them
 
 
 def add(commands) -> None:
@@ -41,7 +44,8 @@ def add(commands) -> None:
         "--fields",
         metavar="A,B",
         type=names,
-        help="of a table: columns to take (default: all of numbers); of tar files: what lies beside images",
+        help="of a table: columns to take (default: all of numbers); of tar files: what lies beside images. NAME:KIND "
+        "for text, bytes, image, mask and boxes",
     )
     p.add_argument("--path-column", metavar="NAME", help="of a table: the column of images' paths (default: path ...)")
     p.add_argument("--root", type=Path, metavar="DIR", help="of a table: where its paths start (default: its folder)")
@@ -53,7 +57,9 @@ def add(commands) -> None:
         data, "pack", help="a data set as a few tar shards with an index; goes on where it was stopped",
         example="data pack imagenet/train imagenet/packed --jpeg 90 --short-side 256",
     )  # fmt: skip
-    p.add_argument("manifest", help="manifest, or the folder that has one")
+    p.add_argument(
+        "manifest", help="manifest, or the folder that has one; or package.module:function, a data.dataset of your own"
+    )
     p.add_argument("out", type=Path, help="folder to write to")
     stored = p.add_mutually_exclusive_group()
     stored.add_argument("--jpeg", type=quality, metavar="QUALITY", help="re-encode as JPEG (1 to 95)")
@@ -143,7 +149,7 @@ def show_manifests(args, manifests) -> int:
             "fingerprint": m.fingerprint,
             "left_out": m.header.get("left_out", {}),
             "turned": 0 if m.orientations is None else turned(m),
-            "doubts": doubts(m.classes, m.labels),
+            "doubts": [] if m.own else doubts(m.classes, m.labels),
         }
         for m in manifests
     ]
@@ -153,7 +159,8 @@ def show_manifests(args, manifests) -> int:
         for f in facts:
             names = ", ".join(f["classes"][:5]) + (" ..." if len(f["classes"]) > 5 else "")
             some = f" in {len(f['classes'])} classes ({names})" if names else ""
-            print(f"{f['manifest']}: {f['samples']} images{some}, {f['bytes'] / 1e6:.1f} MB")
+            what = "images" if "image" in f["fields"] else "samples"
+            print(f"{f['manifest']}: {f['samples']} {what}{some}, {f['bytes'] / 1e6:.1f} MB")
             if own := [f"{name} ({kind})" for name, kind in f["fields"].items() if kind not in ("image", "class")]:
                 print(f"  fields: {', '.join(own)}")
             if f["left_out"]:
@@ -210,17 +217,27 @@ def index(args) -> int:
 
 def pack(args) -> int:
     from hpc_lbsgd.data import pack as packs
+    from hpc_lbsgd.data import shards
     from hpc_lbsgd.data.parts import Share
 
-    kind = "raw" if args.raw else "jpeg" if args.jpeg else "keep"
-    encoding = packs.Encoding(
-        kind, args.short_side, args.long_side, args.jpeg or 90, 1 if args.grey else 3, args.upright
-    )
-    asked = args.manifest, args.out, encoding, args.shard_mb, args.processes
+    if OWN.fullmatch(args.manifest) and not Path(args.manifest).exists():
+        from hpc_lbsgd.data.own import Own  # torch: seconds
+
+        if args.raw or args.jpeg or args.short_side or args.long_side or args.grey or args.upright:
+            raise RequestError(f"{args.manifest}: samples of your own are packed as they are: no option for images")
+        packed = [(Own(args.manifest, part), args.out / part) for part in ("train", "eval")]
+        args.out.mkdir(parents=True, exist_ok=True)
+    else:
+        kind = "raw" if args.raw else "jpeg" if args.jpeg else "keep"
+        encoding = packs.Encoding(
+            kind, args.short_side, args.long_side, args.jpeg or 90, 1 if args.grey else 3, args.upright
+        )
+        packed = [(packs.Images(args.manifest, encoding), args.out)]
+    how = args.shard_mb, args.processes
     if args.part:
         share = Share(*args.part)
-        return show_part(args, share, packs.pack_share(*asked, share))
-    return show_manifests(args, [packs.pack(*asked)])
+        return show_part(args, share, sum(shards.pack_share(c, out, *how, share) for c, out in packed))
+    return show_manifests(args, [shards.pack(c, out, *how) for c, out in packed])
 
 
 def verify(args) -> int:

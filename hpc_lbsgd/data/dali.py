@@ -22,7 +22,7 @@ from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.dali_check import reason, unturned
 from hpc_lbsgd.data.decode import pixels
 from hpc_lbsgd.data.finish import Finish
-from hpc_lbsgd.data.place import moved
+from hpc_lbsgd.data.place import on_device
 from hpc_lbsgd.data.source import Batch, Fetched, Source
 from hpc_lbsgd.data.storage import READERS, Request
 from hpc_lbsgd.errors import RequestError, RunError
@@ -47,6 +47,7 @@ class DaliLoader:
         whole: bool | None = None,
     ):
         self.source, self.prefetch, self.channels_last, self.device = source, prefetch, channels_last, device
+        max_batch *= len(source.pictures)
         self.max_batch, self.threads, self.on_gpu = max_batch, threads, device.type == "cuda" and not torch.version.hip
         self.whole = self.on_gpu if whole is None else whole
         self._feed: Iterator[Fetched] = iter(())
@@ -131,7 +132,7 @@ class DaliLoader:
         return self._lent[-1]
 
     def _inputs(self, fetched: Fetched):
-        w = self.source.windows(fetched.given)
+        w = fetched.windows
         mirror = w.flip & ~self._turned_later(fetched)
         flip = [mirror.astype(np.int32)[:, None]] if self.whole else []
         asked_for = self.source.crops if self.whole else self.source.resizes
@@ -165,8 +166,7 @@ class DaliLoader:
         made = map(self._as_torch, self._outputs()) if self.whole else self._finished()
         for fetched, images in made:
             # a wait where memory is used again: of a GPU that DALI does not know
-            targets = moved(self.source.targets(fetched), self.device)
-            yield Batch(images.to(self.device), targets, fetched.replaced)
+            yield on_device(self.source.batch(fetched, images.to(self.device)), self.device)
 
     def _finished(self) -> Iterator[tuple[Fetched, torch.Tensor]]:
         """On a CPU: decoded windows, resized and normalised ahead of time in one more thread."""
@@ -177,7 +177,7 @@ class DaliLoader:
             if fetched is None:
                 return None
             room = next(self._buffers)[: len(windows)]
-            return fetched, self._finish.into(room, windows, self.source.windows(fetched.given).flip)
+            return fetched, self._finish.into(room, windows, fetched.windows.flip)
 
         return takewhile(lambda made: made is not None, ahead(make, repeat(None), self.prefetch, 1))
 
@@ -185,12 +185,12 @@ class DaliLoader:
         """The windows of each request, decoded; good until the next are asked for."""
         if self.source.raw:
             for fetched in self._feed:
-                yield fetched, self.source.cut(fetched.given, fetched.contents)
+                yield fetched, self.source.cut(fetched, fetched.contents)
             return
         for fetched, output in self._outputs():
             images = np.asarray(output.as_tensor()) if output.is_dense_tensor() else map(np.asarray, output)
             made = self.source.upright if self.source.resizes else self.source.cut
-            yield fetched, made(fetched.given, list(images))
+            yield fetched, made(fetched, list(images))
 
     def _as_torch(self, made: tuple[Fetched, Any]) -> tuple[Fetched, torch.Tensor]:
         """Where DALI does all: the pipeline's output as it lies. It is ours for as long as it is held, for DALI takes
@@ -199,53 +199,46 @@ class DaliLoader:
         images = torch.from_dlpack(output.as_tensor())
         images = images.permute(0, 3, 1, 2) if self.channels_last else images
         for i in np.flatnonzero(self._turned_later(fetched)):
-            sample = fetched.given.samples[i : i + 1]
-            flip = self.source.windows(Request(fetched.given.epoch, sample)).flip[0]
-            images[i] = orientation.upright_tensor(images[i], int(self.source.manifest.orientations[sample[0]]), flip)
+            images[i] = orientation.upright_tensor(images[i], int(fetched.ways[i]), fetched.windows.flip[i])
         return fetched, images
 
     def _turned_later(self, fetched: Fetched) -> np.ndarray:
         """Where DALI does all: pictures (B,) that are turned, and then mirrored, when they are square: DALI cannot turn
         one of a batch and leave another."""
-        if not (self.whole and self.source.turns):
+        if not self.whole or fetched.ways is None:
             return np.zeros(len(fetched.contents), bool)
-        return self.source.manifest.orientations[fetched.given.samples] > 1
+        return fetched.ways > 1
 
     def _find_bad(self, problem: RuntimeError) -> None:
         """DALI does not say which image it failed at. Most that fail it fail Pillow, which is asked in no time; what is
         left is passed through a pipeline one by one."""
-        candidates = [
-            (fetched, sample, content)
-            for fetched in self._fed
-            for sample, content in zip(fetched.given.samples.tolist(), fetched.contents, strict=True)
-        ]
+        candidates = [(fetched, number) for fetched in self._fed for number in range(len(fetched.contents))]
         for why in (self._pillow, self._probe()):
             found = False
-            for fetched, sample, content in candidates:
-                told = why(fetched, sample, content)
+            for fetched, number in candidates:
+                told = why(fetched, number)
                 if told:
                     found = True
-                    self.source.refuse(self.source.undecodable(sample, content, told))
+                    self.source.refuse(self.source.undecodable(fetched, number, told))
             if found:
                 return
         raise RunError(f"DALI failed: {problem}") from problem
 
-    def _pillow(self, fetched: Fetched, sample: int, content: np.ndarray) -> str | None:
+    def _pillow(self, fetched: Fetched, number: int) -> str | None:
         if not self.source.raw:
             try:
-                pixels(content, self.source.data.channels)
+                pixels(fetched.contents[number], self.source.data.channels)
             except ValueError as problem:
                 return f"Pillow: {problem}"
         return None
 
-    def _probe(self) -> Callable[[Fetched, int, np.ndarray], str | None]:
+    def _probe(self) -> Callable[[Fetched, int], str | None]:
         """Why a pipeline of one image cannot decode it. It serves until it fails, which breaks it."""
         pipeline, given = None, []
 
-        def why(fetched: Fetched, sample: int, content: np.ndarray) -> str | None:
+        def why(fetched: Fetched, number: int) -> str | None:
             nonlocal pipeline
-            one = Fetched(fetched.asked, Request(fetched.asked.epoch, np.array([sample])), [content], {})
-            given[:] = [self._inputs(one)]
+            given[:] = [self._inputs(fetched.picture(number))]
             pipeline = pipeline or self._build(1, 1, lambda: given[0], prefetch=1)
             try:
                 pipeline.run()

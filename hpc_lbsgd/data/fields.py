@@ -1,9 +1,9 @@
-"""What a sample has beside its image and its class: fields of numbers, boxes and masks, by name.
+"""What a sample has beside its image and its class: fields of numbers, texts, boxes, masks, images and bytes, by name.
 
 Numbers are a column of the manifest, field.NAME, and its Arrow type says what they are: int64 or float64, one a sample,
-or a list of as many for each; lists of any length of such lists are boxes (boxes.py). A mask is a file of its own
-(masks.py): columns mask.NAME:path, :bytes, :checksum, and in tar files :offset, in the shard of its image. Image and
-class are fields too, with columns of their own.
+or a list of as many for each; lists of any length of such lists are boxes (boxes.py); a string is a text. Masks
+(masks.py), further images and bytes are files of their own (files.py): columns KIND.NAME:path, :bytes, :checksum, and
+in tar files :offset, in the shard of the image. Image and class are fields too, with columns of their own.
 """
 
 from __future__ import annotations
@@ -19,20 +19,25 @@ from hpc_lbsgd.errors import RequestError
 
 IMAGE, CLASS = "image", "class"
 RESERVED = (IMAGE, CLASS)
-PREFIX, MASK = "field.", "mask."  # of columns: a table may well have a field called width
-KINDS = {pa.int64(): "int", pa.float64(): "float"}
+PREFIX = "field."  # of columns: a table may well have a field called width
+FILES = ("mask", "image", "bytes")  # kinds that are files; what their columns begin with
+FILE_TYPES = {"path": pa.large_string(), "bytes": pa.int64(), "checksum": pa.uint64(), "offset": pa.int64()}
+SAID = ("text", *FILES, "boxes")  # kinds that --fields NAME:KIND may say
+KINDS = {pa.int64(): "int", pa.float64(): "float", pa.large_string(): "text"}
+LONGEST_NAME = 60  # bytes of the name of a field that is a file
+LONGEST_TEXT = 2**20  # bytes in UTF-8: it lies in the manifest
 NOWHERE = 255  # the class in a mask of what counts for nothing, and of what lies outside an image
 LARGEST = float(np.finfo(np.float32).max)  # what a model is given is float32
 
 
 class Field(NamedTuple):
-    kind: str  # image, class, int, float, boxes or mask
+    kind: str  # image, class, int, float, text, boxes, mask or bytes
     length: int | None = None  # numbers of a list, or of a box; None: one number. Of a mask: classes
 
     @property
     def width(self) -> int:
-        """Numbers that a model is to give for it; of boxes nobody can say."""
-        if self.kind == "boxes":
+        """Numbers that a model is to give for it; 0 where nobody can say."""
+        if self.kind in ("boxes", "text", "image", "bytes"):
             return 0
         return 1 if self.length is None else self.length
 
@@ -50,29 +55,44 @@ def of_type(column: pa.DataType) -> Field:
         return Field("boxes", of_type(column.value_type).length)
     length = column.list_size if pa.types.is_fixed_size_list(column) else None
     kind = KINDS.get(column if length is None else column.value_type)
-    if kind is None or length == 0:
+    if kind is None or length == 0 or (kind == "text" and length is not None):
         raise ValueError(f"no field has the type {column}")
     return Field(kind, length)
 
 
 def of_schema(schema: pa.Schema, masks: Mapping[str, Sequence[int]]) -> dict[str, Field]:
     """The fields of a manifest's columns, but for image and class. masks: classes that are in them. Raises ValueError
-    as `of_type` does, KeyError for a mask without its columns."""
+    as `of_type` does, or for columns of other types, KeyError for a file without its columns, or a mask without its
+    classes."""
     found = {c.name.removeprefix(PREFIX): of_type(c.type) for c in schema if c.name.startswith(PREFIX)}
-    for name, classes in masks.items():
-        for what in ("path", "bytes", "checksum"):
-            schema.field(f"{MASK}{name}:{what}")
-        found[name] = Field("mask", 1 + max((c for c in classes if c != NOWHERE), default=0))
+    for column in schema:
+        kind, _, rest = column.name.partition(".")
+        name, _, what = rest.rpartition(":")
+        if kind in FILES and what == "path":
+            for more, wanted in FILE_TYPES.items():
+                if more != "offset" or "offset" in schema.names:  # in tar files
+                    found_type = schema.field(file_column(kind, name, more)).type
+                    if found_type != wanted:
+                        raise ValueError(f"column {file_column(kind, name, more)}: {found_type}, expected {wanted}")
+            classes = masks[name] if kind == "mask" else None
+            length = None if classes is None else 1 + max((c for c in classes if c != NOWHERE), default=0)
+            found[name] = Field(kind, length)
     return found
+
+
+def file_column(kind: str, name: str, what: str) -> str:
+    """The column of a field that is a file. what: path, bytes, checksum or offset."""
+    return f"{kind}.{name}:{what}"
 
 
 def columns_of(table: pa.Table) -> pa.Table:
     """A manifest's columns of fields alone."""
-    return table.select([name for name in table.column_names if name.startswith((PREFIX, MASK))])
+    own = (PREFIX, *(f"{kind}." for kind in FILES))
+    return table.select([name for name in table.column_names if name.startswith(own)])
 
 
 def content_of(table: pa.Table) -> pa.Table:
-    """The same without where masks lie, which is no part of what they are."""
+    """The same without where files lie, which is no part of what they are."""
     found = columns_of(table)
     return found.select([name for name in found.column_names if not name.endswith(":offset")])
 
@@ -82,13 +102,45 @@ def outputs(targets: Sequence[str], fields: Mapping[str, Field], classes: int) -
     return sum(classes if fields[name].kind == CLASS else fields[name].width for name in targets)
 
 
-def refuse_unknown(targets: Sequence[str], fields: Mapping[str, Field], where: str) -> None:
-    """Raise RequestError for targets that a set does not have."""
-    there = [name for name in fields if name != IMAGE]
-    missing = next((name for name in targets if name not in there), None)
-    if missing:
-        asked, known = ", ".join(targets), ", ".join(there) or "none"
-        raise RequestError(f"data.targets = [{asked}]: {where} has no field {missing!r}; it has: {known}")
+def refuse_unknown(data, fields: Mapping[str, Field], where: str) -> None:
+    """Raise RequestError for inputs or targets of a recipe's `data` section that a set does not have, and for texts
+    that nothing makes numbers of."""
+    for key, asked in (("inputs", data.inputs), ("targets", data.targets)):
+        for name in asked:
+            said = f"data.{key} = [{', '.join(asked)}]"
+            if name not in fields:
+                raise RequestError(f"{said}: {where} has no field {name!r}; it has: {', '.join(fields)}")
+            if fields[name].kind == "text" and name not in data.encode:
+                raise RequestError(
+                    f"{said}: {name} is text, and how it becomes numbers is yours to say: data.encode = "
+                    f"{{{name}: package.module:function}}"
+                )
+    for name in data.encode:
+        if name not in {*data.inputs, *data.targets}:
+            raise RequestError(f"data.encode: {name} is none of data.inputs and data.targets")
+        if fields[name].kind not in ("text", "bytes"):
+            raise RequestError(f"data.encode: {name} of {where} is {fields[name]}; it is for text and bytes")
+
+
+def refuse_name(name: str, where: str) -> None:
+    """Raise RequestError for a field that is a file, whose name is part of that file's in a pack."""
+    if "/" in name or len(name.encode()) > LONGEST_NAME or name in RESERVED:
+        raise RequestError(
+            f"{where}: {name!r}: the name of a field that is a file is part of that file's in a pack; make it short, "
+            f"without /, and none of {', '.join(RESERVED)}"
+        )
+
+
+def asked(wanted: Sequence[str]) -> dict[str, str | None]:
+    """{name: kind} of words NAME or NAME:KIND; None: what it is shows by itself."""
+    found: dict[str, str | None] = {}
+    for word in wanted:
+        name, _, kind = word.rpartition(":")
+        if name and kind in SAID:
+            found[name] = kind
+        else:
+            found[word] = None
+    return found
 
 
 # ---------------------------------------------------------------- from a table's values
@@ -129,6 +181,22 @@ def column_of(values: Sequence, as_floats: bool = False) -> pa.Array:
     return numbers if length is None else pa.FixedSizeListArray.from_arrays(numbers, length)
 
 
+def texts_of(values: Sequence) -> pa.Array:
+    """A column of texts. Raises NoField for what is none, is not UTF-8, or is too long to lie in a manifest."""
+    for row, value in enumerate(values):
+        if value is None:
+            raise NoField(row, "has no value")
+        if not isinstance(value, str):
+            raise NoField(row, f"is {str(value)[:40]!r}, no text")
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError:
+            raise NoField(row, "is not UTF-8") from None
+        if size > LONGEST_TEXT:
+            raise NoField(row, f"is a text of {size} bytes, {LONGEST_TEXT} are allowed: keep it in a file, as bytes")
+    return pa.array(values, pa.large_string())
+
+
 def check(row: int, value: object) -> None:
     if value is None:
         raise NoField(row, "has no value")
@@ -144,6 +212,6 @@ def check(row: int, value: object) -> None:
 
 
 def row_of(table: pa.Table, row: int) -> dict:
-    """Numbers of a row, by name."""
+    """Numbers and texts of a row, by name."""
     own = [name for name in table.column_names if name.startswith(PREFIX)]
     return {name.removeprefix(PREFIX): table.column(name)[row].as_py() for name in own}

@@ -8,6 +8,7 @@ import torch
 
 from hpc_lbsgd.data.bounded import UNDER_WAY, Bounded
 from hpc_lbsgd.data.manifest import Manifest
+from hpc_lbsgd.data.own import PackedSet
 from hpc_lbsgd.data.source import Loader, Source
 from hpc_lbsgd.data.user import PREFIX, UserSet
 from hpc_lbsgd.data.user_loader import UserLoader
@@ -23,11 +24,13 @@ def open_set(recipe, path: str | Path) -> Manifest | UserSet:
 
 def check_sizes(data, manifest: Manifest, train: bool) -> None:
     """Refuse images of the wrong size where nothing resizes them, and raw pixels of the wrong depth."""
+    if manifest.own:
+        return
     if manifest.raw_channels not in (None, data.channels):
         raise RequestError(
             f"data.channels = {data.channels}, but {manifest.path} is packed raw with {manifest.raw_channels}"
         )
-    if Source(data, manifest, 0, train).resizes:
+    if not Source(data, manifest, 0, train).of_one_size:
         return
     looked_at = wrong = 0
     example = None
@@ -63,10 +66,12 @@ def create(
     prefetch_mb: on CPUs, what samples may take while they are made ahead of time (default: no bound). processes:
     that make a user's samples (default: threads do).
     """
-    if isinstance(manifest, UserSet):
+    if isinstance(manifest, Manifest) and manifest.own:
+        manifest = PackedSet(manifest)
+    if isinstance(manifest, (UserSet, PackedSet)):
         return UserLoader(manifest, seed, threads, prefetch, channels_last, device, processes)
     source = Source(data, manifest, seed, train)
-    if data.loader == "dali":
+    if data.loader == "dali" and source.pictures:
         from hpc_lbsgd.data.dali import DaliLoader as kind
     else:
         from hpc_lbsgd.data.torchvision import TorchvisionLoader as kind

@@ -92,10 +92,11 @@ class Manifest:
             self.root = (self.path.parent / self.header["root"]).resolve()
             self.classes: list[str] = self.header["classes"]
             self.own_fields = fields.of_schema(self.table.schema, self.header.get("masks", {}))
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as problem:
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as problem:
             raise RequestError(f"{path}: not a manifest ({problem}); make one with: hpc-lbsgd data index DIR") from None
+        image = {} if self.own else {fields.IMAGE: fields.Field(fields.IMAGE)}
         class_field = {fields.CLASS: fields.Field(fields.CLASS)} if self.classes else {}
-        self.fields = {fields.IMAGE: fields.Field(fields.IMAGE), **class_field, **self.own_fields}
+        self.fields = {**image, **class_field, **self.own_fields}
         self._as_written, self._columns = self.table, {}
         self.excluded: list[str] = []
         self.rows = columns.Rows(self.table.num_rows, np.empty(0, np.int64))
@@ -115,6 +116,11 @@ class Manifest:
     def raw_channels(self) -> int | None:
         """1 or 3 where samples are pixels, not encoded images."""
         return self.header.get("raw_channels")
+
+    @property
+    def own(self) -> list | None:
+        """What samples are made of where they are those of a user's own set, packed (own.py)."""
+        return self.header.get("own")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -159,28 +165,28 @@ class Manifest:
         return self._column("offset")
 
     def values(self, name: str) -> np.ndarray:
-        """A field's numbers: (N,), or (N, length) where they are lists."""
+        """A field's numbers: (N,), or (N, length) where they are lists; or its texts."""
         return self.labels if name == fields.CLASS else self._column(fields.PREFIX + name)
 
-    def of_mask(self, name: str, what: str) -> np.ndarray:
-        """`bytes`, `checksum` or `offset` of a mask, by sample."""
-        return self._column(f"{fields.MASK}{name}:{what}")
+    def of_file(self, name: str, what: str) -> np.ndarray:
+        """`bytes`, `checksum` or `offset` of a field that is a file, by sample."""
+        return self._column(fields.file_column(self.own_fields[name].kind, name, what))
 
-    def suffix(self, index: int, mask: str) -> str:
-        """Of the name of a mask's file."""
-        return os.path.splitext(self.file(index, mask))[1].lower()
+    def suffix(self, index: int, name: str) -> str:
+        """Of the name of such a file."""
+        return os.path.splitext(self.file(index, name))[1].lower()
 
-    def of_kind(self, kind: str) -> list[str]:
-        """Fields that are of it."""
-        return [name for name, field in self.own_fields.items() if field.kind == kind]
+    def of_kind(self, *kinds: str) -> list[str]:
+        """Fields that are of one of them."""
+        return [name for name, field in self.own_fields.items() if field.kind in kinds]
 
     @property
     def floats(self) -> list[str]:
         return self.of_kind("float")
 
     @property
-    def masks(self) -> list[str]:
-        return self.of_kind("mask")
+    def files(self) -> list[str]:
+        return self.of_kind(*fields.FILES)
 
     @property
     def boxes(self) -> list[str]:
@@ -199,12 +205,13 @@ class Manifest:
         """The same as the column has it."""
         return self.table.column("path")[int(self.rows.at(np.int64(index)))].as_py()
 
-    def file(self, index: int, mask: str | None = None) -> str:
-        """Where one sample (or its mask) lies, for people: its absolute path, or its shard's with its own behind a
-        colon."""
+    def file(self, index: int, name: str | None = None) -> str:
+        """Where one sample (or its file of that name) lies, for people: its absolute path, or its shard's with its own
+        behind a colon."""
         key = self.key(index)
-        if mask is not None:
-            key = self.table.column(f"{fields.MASK}{mask}:path")[int(self.rows.at(np.int64(index)))].as_py()
+        if name is not None:
+            column = fields.file_column(self.own_fields[name].kind, name, "path")
+            key = self.table.column(column)[int(self.rows.at(np.int64(index)))].as_py()
         if self.shards:
             return f"{self.root / self.shards[self.shard_of[index]]['name']}:{key}"
         return os.path.join(self.root, key)
@@ -228,8 +235,8 @@ class Manifest:
             if len(self) > FILES_CHECKED_AT_START:
                 chosen = random.Random(0).sample(chosen, FILES_CHECKED_AT_START)
             images = ((self.file(i), int(self.sizes[i])) for i in chosen)
-            masks = ((self.file(i, n), int(self.of_mask(n, "bytes")[i])) for n in self.masks for i in chosen)
-            expected = chain(images, masks)
+            beside = ((self.file(i, n), int(self.of_file(n, "bytes")[i])) for n in self.files for i in chosen)
+            expected = chain(images, beside)
         problems = []
         for path, size in expected:
             try:

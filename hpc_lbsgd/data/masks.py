@@ -6,20 +6,14 @@ A mask is cut, turned and mirrored as its image is, and resized to the nearest p
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 
-from hpc_lbsgd.data import parts
 from hpc_lbsgd.data.decode import told
-from hpc_lbsgd.data.fields import MASK
-from hpc_lbsgd.data.manifest import Row, checksum
 from hpc_lbsgd.data.orientation import turned
 
 SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # formats that lose nothing
-Seen = tuple[int, int, int, int, list[int]]  # width, height, bytes, checksum, classes in it: of a mask
 
 
 def pixels(data) -> np.ndarray:
@@ -36,6 +30,12 @@ def pixels(data) -> np.ndarray:
             return np.array(image, np.uint8)
     except Exception as problem:  # Pillow raises many kinds
         raise ValueError(told(problem)) from None
+
+
+def look(content: bytes) -> tuple[int, int, list[int]]:
+    """(width, height, classes in it) of an encoded mask. Raises ValueError as `pixels` does."""
+    found = pixels(content)
+    return found.shape[1], found.shape[0], np.unique(found).tolist()
 
 
 def check(mask: np.ndarray, classes: Sequence[int]) -> None:
@@ -64,85 +64,3 @@ def resized(mask: np.ndarray, width: int, height: int) -> np.ndarray:
 def fitted(data: bytes, orientation: int, width: int, height: int) -> bytes:
     """A PNG of a mask, turned, and of the size that its image has now."""
     return encoded(resized(turned(pixels(data), orientation), width, height))
-
-
-# ---------------------------------------------------------------- for the index
-
-
-def look(content: bytes | str) -> Seen | str:
-    """What a mask is, or what is wrong with it; what is wrong already stays."""
-    if isinstance(content, str):
-        return content
-    try:
-        found = pixels(content)
-    except ValueError as problem:
-        return str(problem)
-    return found.shape[1], found.shape[0], len(content), checksum(content), np.unique(found).tolist()
-
-
-def examine(root: str, paths: list[str]) -> list[Seen | str]:
-    """Of each file below a folder."""
-    found = []
-    for path in paths:
-        try:
-            with open(os.path.join(root, path), "rb") as file:
-                content: bytes | str = file.read()
-        except OSError as problem:
-            content = str(problem)
-        found.append(look(content))
-    return found
-
-
-def identities(root: str, paths: list[str]) -> list:
-    return [(path, parts.identity_of(os.path.join(root, path))) for path in paths]
-
-
-def examine_in_tar(path: str, places: list[tuple[int, int]]) -> list[Seen | str]:
-    """Of each (offset, bytes) of a tar."""
-    with open(path, "rb") as file:
-        return [look(os.pread(file.fileno(), size, offset)) for offset, size in places]
-
-
-def identities_in_tar(path: str, places: list[tuple[int, int]]) -> list:
-    return [path, parts.identity_of(path), places]
-
-
-def beside(name: str, image: Row | str, mask: Seen | str) -> Row | str:
-    """An image's row, or what is wrong with it or its mask."""
-    if isinstance(image, str):
-        return image
-    if isinstance(mask, str):
-        return f"{name}: {mask}"
-    if image[:2] != mask[:2]:
-        return f"{name} is {mask[0]}x{mask[1]}, and the image {image[0]}x{image[1]}, as they are stored"
-    return image
-
-
-def table_of(
-    name: str, paths: Sequence[str], found: Sequence[Seen], offsets: Sequence[int] | None = None
-) -> tuple[pa.Table, list[int]]:
-    """(a mask's columns of a manifest, classes in all of them). offsets: inside tar files."""
-    columns = {
-        "path": pa.array(paths, pa.large_string()),
-        "bytes": pa.array([mask[2] for mask in found], pa.int64()),
-        "checksum": pa.array([mask[3] for mask in found], pa.uint64()),
-    }
-    if offsets is not None:
-        columns["offset"] = pa.array(offsets, pa.int64())
-    classes = sorted(set().union(*(mask[4] for mask in found)))
-    return pa.table({f"{MASK}{name}:{what}": column for what, column in columns.items()}), classes
-
-
-def placed(more: pa.Table, places: dict[str, list[tuple[int, int, int]]]) -> pa.Table:
-    """Columns of fields, with other (bytes, checksum, offset) of masks, by name and sample."""
-    for name, found in places.items():
-        for what, values in zip(("bytes", "checksum", "offset"), zip(*found, strict=True), strict=True):
-            title = f"{MASK}{name}:{what}"
-            column = pa.array(values, pa.uint64() if what == "checksum" else pa.int64())
-            known = title in more.column_names
-            more = (
-                more.set_column(more.column_names.index(title), title, column)
-                if known
-                else more.append_column(title, column)
-            )
-    return more

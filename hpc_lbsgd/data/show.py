@@ -16,8 +16,10 @@ from matplotlib.figure import Figure
 from hpc_lbsgd.data import decode, labels, loader, orientation
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.columns import slices
+from hpc_lbsgd.data.fields import IMAGE, Field
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.storage import Request, open_storage
+from hpc_lbsgd.data.targets import Inputs, tensors
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Data, Machine
 from hpc_lbsgd.records import write_atomically
@@ -33,7 +35,7 @@ STYLE = (
 @dataclass
 class Shown:
     """What is looked at: `samples`, PER_CLASS of each of some classes. Pixels of 0 to 255: `stored` (H, W, C) each,
-    `seen` (epochs, samples, S, S, C)."""
+    `seen` (epochs, samples, S, S, C). Several pictures of a sample are side by side."""
 
     manifest: Manifest
     data: Data
@@ -71,20 +73,29 @@ def look(m: Manifest, data: Data, seed: int, classes: int) -> Shown:
     """Raises RequestError for images that do not fit the section, RunError for those that cannot be decoded."""
     if not len(m):
         raise RequestError(f"{m.path}: exclude.txt beside it leaves no image")
+    pictures = [name for name, field in m.fields.items() if field.kind == IMAGE]
+    data = data.model_copy(update={"inputs": pictures, "targets": pictures, "encode": {}})
     loader.check_sizes(data, m, True)
     samples = chosen(m, classes, seed)
     made = loader.create(data, m, seed, True, 8, 1, 1, False, torch.device("cpu"), Machine().prefetch_mb)
     parts = [samples[i : i + 8] for i in range(0, len(samples), 8)]
-    batches = [b.images.clone() for b in made.batches(Request(e, part) for e in range(EPOCHS) for part in parts)]
+    batches = [side_by_side(b.inputs) for b in made.batches(Request(e, part) for e in range(EPOCHS) for part in parts)]
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
     pixels = (torch.cat(batches) * std + mean).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
     storage = open_storage(m)
     stored = []
     for i in samples.tolist():
-        content = storage.read(i)
-        image = content if m.raw_channels else decode.pixels(content, data.channels)
-        stored.append(orientation.turned(image, int(m.orientations[i])) if data.orientation == "apply" else image)
+        contents = [storage.read(i, None if name == IMAGE else name) for name in pictures]
+        images = contents if m.raw_channels else [decode.pixels(content, data.channels) for content in contents]
+        if data.orientation == "apply":
+            images = [orientation.turned(image, int(m.orientations[i])) for image in images]
+        stored.append(np.concatenate(images, axis=1))
     return Shown(m, data, seed, samples, stored, pixels.reshape(EPOCHS, len(samples), *pixels.shape[1:]))
+
+
+def side_by_side(inputs: Inputs) -> torch.Tensor:
+    """(B, C, S, pictures * S) of one picture a sample, or several by name."""
+    return torch.cat(tensors(inputs), dim=3)
 
 
 # ---------------------------------------------------------------- pictures
@@ -109,7 +120,9 @@ def sheet(figure, shown: Shown) -> None:
             axis.set_box_aspect(None if axis in row[1 + EPOCHS :: 2 + EPOCHS] else 1)  # empty ones too; not the gaps
         for number, place in enumerate(places):
             first = number * (2 + EPOCHS)
-            for axis, pixels in zip(row[first:], [squared(shown.stored[place]), *shown.seen[:, place]], strict=False):
+            for axis, pixels in zip(
+                row[first:], map(squared, [shown.stored[place], *shown.seen[:, place]]), strict=False
+            ):
                 axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
             row[first].set_title(plain(told(m, int(shown.samples[place])), 60), fontsize=8, loc="left", pad=3)
     titles = ["stored", *(f"epoch {e}" for e in range(EPOCHS)), ""] * PER_CLASS
@@ -125,8 +138,17 @@ def rows_of(shown: Shown) -> list[int]:
 
 def told(m: Manifest, sample: int) -> str:
     """What is known of a sample beside its image."""
-    own = (f"{name} {m.values(name)[sample]:.4g}" for name, field in m.own_fields.items() if field.length is None)
+    own = (said for name, field in m.own_fields.items() if (said := of_field(m, name, field, sample)))
     return ", ".join([*([m.classes[m.labels[sample]]] if m.classes else []), *own])
+
+
+def of_field(m: Manifest, name: str, field: Field, sample: int) -> str | None:
+    """None of what is in pictures, and of lists."""
+    if field.kind == "text":
+        return f"{name} {m.values(name)[sample]!r}"
+    if field.kind == "bytes":
+        return f"{name} {m.of_file(name, 'bytes')[sample]} bytes"
+    return f"{name} {m.values(name)[sample]:.4g}" if field.length is None and field.kind in ("int", "float") else None
 
 
 def squared(image: np.ndarray) -> np.ndarray:
@@ -221,6 +243,8 @@ def show(
 ) -> Shown:
     """Write what was asked for; data: a recipe's section."""
     m = Manifest(manifests.find(path))
+    if m.own:
+        raise RequestError(f"{m.path}: samples of your own are no pictures; there is nothing to be shown")
     shown = look(m, data or section_for(m), seed, classes)
     for target, make in ((png_to, png), (html_to, page)):
         try:

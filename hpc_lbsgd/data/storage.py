@@ -38,14 +38,14 @@ class Folder:
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
 
-    def read(self, sample: int) -> np.ndarray:
-        """The encoded image, uint8 (bytes,)."""
-        return self.content(sample)
+    def read(self, sample: int, name: str | None = None) -> np.ndarray:
+        """The encoded image (or another one of that name), uint8 (bytes,)."""
+        return self.content(sample, name)
 
-    def content(self, sample: int, mask: str | None = None) -> np.ndarray:
-        """All bytes of a sample's image, or of its mask of that name, uint8 (bytes,)."""
+    def content(self, sample: int, name: str | None = None) -> np.ndarray:
+        """All bytes of a sample's image, or of its file of that name, uint8 (bytes,)."""
         m = self.manifest
-        path, expected = m.file(sample, mask), int((m.sizes if mask is None else m.of_mask(mask, "bytes"))[sample])
+        path, expected = m.file(sample, name), int((m.sizes if name is None else m.of_file(name, "bytes"))[sample])
         try:
             # bare system calls: np.fromfile takes five times as long for a small file
             descriptor = os.open(path, os.O_RDONLY)
@@ -73,18 +73,19 @@ class Shards:
         self._lock = threading.Lock()
         allow_open_files(len(manifest.shards))
 
-    def read(self, sample: int) -> np.ndarray:
-        """The encoded image, uint8 (bytes,); or pixels, uint8 (H, W, C), where the set is packed raw."""
-        m, data = self.manifest, self.content(sample)
+    def read(self, sample: int, name: str | None = None) -> np.ndarray:
+        """The encoded image (or another one of that name), uint8 (bytes,); or pixels, uint8 (H, W, C), where the set is
+        packed raw."""
+        m, data = self.manifest, self.content(sample, name)
         if m.raw_channels:
             shape = int(m.heights[sample]), int(m.widths[sample]), m.raw_channels
             return data[-shape[0] * shape[1] * shape[2] :].reshape(shape)  # behind the header of a .npy file
         return data
 
-    def content(self, sample: int, mask: str | None = None) -> np.ndarray:
+    def content(self, sample: int, name: str | None = None) -> np.ndarray:
         """All bytes of the tar member, uint8 (bytes,)."""
         m = self.manifest
-        sizes, offsets = (m.sizes, m.offsets) if mask is None else (m.of_mask(mask, "bytes"), m.of_mask(mask, "offset"))
+        sizes, offsets = (m.sizes, m.offsets) if name is None else (m.of_file(name, "bytes"), m.of_file(name, "offset"))
         size = int(sizes[sample])
         content = np.empty(size, np.uint8)
         try:
@@ -94,11 +95,11 @@ class Shards:
                 found += more  # network file systems may give a part
         except OSError as problem:
             raise SampleError(
-                sample, f"cannot read {m.file(sample, mask)}: {problem}. Is the shard still there?"
+                sample, f"cannot read {m.file(sample, name)}: {problem}. Is the shard still there?"
             ) from None
         if found != size:
             raise SampleError(
-                sample, f"{m.file(sample, mask)}: {found} bytes of {size}: the shard is shorter than when it was packed"
+                sample, f"{m.file(sample, name)}: {found} bytes of {size}: the shard is shorter than when it was packed"
             )
         return content
 

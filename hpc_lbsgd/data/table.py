@@ -11,14 +11,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from hpc_lbsgd.data import boxes, fields, labels
-from hpc_lbsgd.data.fields import CLASS, IMAGE, PREFIX, NoField, column_of
+from hpc_lbsgd.data.fields import CLASS, IMAGE, PREFIX, NoField
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.names import is_utf8
 from hpc_lbsgd.data.parts import ALL, Share
@@ -27,7 +27,6 @@ from hpc_lbsgd.errors import RequestError
 
 PATHS = ("path", "file_name", "filename", "file", IMAGE)  # columns that name the image: the first that is there
 CLASSES = (CLASS, "label")  # and its class, where they have names or whole numbers
-LONGEST_MASK = 60  # bytes of its name
 MASK = "mask"  # column of a mask's path, or the end of its name behind a _
 INT, FLOAT = re.compile(r"[+-]?[0-9]{1,40}"), re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
@@ -146,8 +145,8 @@ def said_by(text: str) -> object:
 
 
 def scan(table: Table, root: Path, wanted: list[str] | None, path_column: str | None, like: Manifest | None) -> Tree:
-    """The images of a table, by class and name, with their fields. wanted: names of fields (default: all columns of
-    numbers). like: a set whose float fields are float here too."""
+    """The images of a table, by class and name, with their fields. wanted: names of fields, or NAME:KIND (default: all
+    columns of numbers, masks and boxes). like: a set whose fields have their kinds here too."""
     place = column_named(table, path_column)
     top = os.path.join(os.path.abspath(root), "")
     paths = [below(top, table, place, row, value) for row, value in enumerate(table.columns[place])]
@@ -157,21 +156,30 @@ def scan(table: Table, root: Path, wanted: list[str] | None, path_column: str | 
             raise RequestError(
                 f"{table.path}: rows {first[path] + 1} and {row + 1} have one image ({path}): a row a sample"
             )
-    label = next((n for n in CLASSES if n in (wanted or table.columns) and n in table.columns and n != place), None)
+    kinds = fields.asked(wanted or ())
+    for name in like.of_kind("text", "image", "bytes") if like else ():  # which do not show by themselves
+        if name in (table.columns if wanted is None else kinds) and not kinds.get(name):
+            kinds[name] = like.own_fields[name].kind
+    label = next((n for n in CLASSES if n in (kinds if wanted else table.columns) and n in table.columns
+                  and n != place and not kinds.get(n)), None)  # fmt: skip
     texts = classes_in(table, label) if label else None
     left_out: Counter[str] = Counter()
     known = like.floats if like else []
     rest = sorted(name for name in table.columns if name != place and (texts is None or name != label))
-    missing = sorted(set(wanted or ()) - set(rest) - {label})
+    missing = sorted(set(kinds) - set(rest) - {label})
     if missing:
         raise RequestError(f"--fields: {table.path} has no column {missing[0]!r}; it has: {', '.join(table.columns)}")
-    masks = {n: mask_paths(top, table, n) for n in rest if is_mask(table, n) and (wanted is None or n in wanted)}
-    more = dict(fields_of(table, [name for name in rest if name not in masks], wanted, known, left_out))
+    files = {}
+    for name in rest:
+        if (kind := file_kind(table, name, kinds)) and (wanted is None or name in kinds):
+            files[kind, name] = file_paths(top, table, name)
+    others = [name for name in rest if name not in {name for _, name in files}]
+    more = dict(fields_of(table, others, wanted and kinds.keys(), kinds, known, left_out))
     names, numbers = labels.number(texts, True, root / "classes.txt") if texts else ([], [0] * len(paths))
     order = sorted(range(len(paths)), key=lambda i: (numbers[i], paths[i]))
     columns = pa.table(more).take(order) if more else None
-    masks = {name: [found[i] for i in order] for name, found in masks.items()}
-    return Tree(names, [paths[i] for i in order], [numbers[i] for i in order], left_out, columns, masks)
+    files = {field: [found[i] for i in order] for field, found in files.items()}
+    return Tree(names, [paths[i] for i in order], [numbers[i] for i in order], left_out, columns, files)
 
 
 def column_named(table: Table, asked: str | None) -> str:
@@ -201,13 +209,16 @@ def below(top: str, table: Table, name: str, row: int, value: object) -> str:
     return path[len(top) :]
 
 
-def is_mask(table: Table, name: str) -> bool:
-    return (name == MASK or name.endswith(f"_{MASK}")) and any(isinstance(v, str) for v in table.values(name))
+def file_kind(table: Table, name: str, kinds: Mapping[str, str | None]) -> str | None:
+    """What a column of paths is of, where it is one: as is said, or a mask by its name."""
+    if said := kinds.get(name):
+        return said if said in fields.FILES else None
+    named = name == MASK or name.endswith(f"_{MASK}")
+    return MASK if named and any(isinstance(v, str) for v in table.values(name)) else None
 
 
-def mask_paths(top: str, table: Table, name: str) -> list[str]:
-    if "/" in name or len(name.encode()) > LONGEST_MASK:
-        raise RequestError(f"{table.path}: {name!r}: a mask's name is part of a file's; make it short, without /")
+def file_paths(top: str, table: Table, name: str) -> list[str]:
+    fields.refuse_name(name, str(table.path))
     paths = [below(top, table, name, row, value) for row, value in enumerate(table.columns[name])]
     odd = next((row for row, path in enumerate(paths) if not is_utf8(path)), None)
     if odd is not None:
@@ -228,22 +239,27 @@ def classes_in(table: Table, name: str) -> list[str] | None:
 
 
 def fields_of(
-    table: Table, names: list[str], wanted: list[str] | None, floats: Collection[str], left_out: Counter[str]
+    table: Table,
+    names: list[str],
+    wanted: Collection[str] | None,
+    kinds: Mapping[str, str | None],
+    floats: Collection[str],
+    left_out: Counter[str],
 ) -> Iterator[tuple[str, pa.Array]]:
     """(column, values) of each field. Columns of something else are counted, or refused where they are wanted."""
     for name in names:
         if wanted is not None and name not in wanted:
             left_out[f"column {printable(name)} (not asked for)"] += 1
             continue
-        values = table.values(name)
+        values = table.columns[name] if kinds.get(name) == "text" else table.values(name)  # "12" is a text too
         try:
             if not is_utf8(name):
                 raise NoField(0, "is in a column whose name is not UTF-8")
             if name in fields.RESERVED:
                 raise NoField(0, f"is not the {name} of a sample: give the column another name")
-            column = boxes.column_of(values) if boxes.named(name, values) else column_of(values, name in floats)
+            column = boxes.column_for(name, kinds.get(name), values, name in floats)
         except NoField as problem:
-            if wanted is None and (problem.other or not any(v is not None for v in values)):
+            if wanted is None and not kinds.get(name) and (problem.other or not any(v is not None for v in values)):
                 left_out[f"column {printable(name)} (row {problem.row + 1} {problem})"] += 1
                 continue
             others = "" if wanted else "; or say which columns to take with --fields"

@@ -1,7 +1,7 @@
-"""What a loss compares a batch's outputs with: a tensor of a row a sample, or a list of a tensor for each; or several
-of these by name.
+"""What a model is given, and what a loss compares its outputs with: a tensor of a row a sample, or a list of a tensor
+for each; or several of these by name.
 
-One field is its own; several (`data.targets`) are a dict of theirs, in the recipe's order.
+One field is its own; several (`data.inputs`, `data.targets`) are a dict of theirs, in the recipe's order.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 Target = Any  # torch.Tensor | list[torch.Tensor]
 Targets = Any  # Target | dict[str, Target]
+Inputs = Targets
 
 
 def each(function: Callable[..., Target], targets: Targets, *others: Targets) -> Targets:
@@ -47,5 +48,10 @@ def turned_round(targets: Targets) -> Targets:
     return each(lambda t: t[::-1] if isinstance(t, list) else t.flip(0), targets)
 
 
-def one_or_all(by_name: dict[str, torch.Tensor]) -> Targets:
+def widened(numbers: torch.Tensor) -> torch.Tensor:
+    """Whole numbers in 64 bits, for numpy's come in all widths."""
+    return numbers if numbers.is_floating_point() or numbers.dtype == torch.bool else numbers.long()
+
+
+def one_or_all(by_name: dict[str, Target]) -> Targets:
     return by_name if len(by_name) > 1 else next(iter(by_name.values()))

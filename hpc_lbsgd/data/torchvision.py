@@ -32,24 +32,23 @@ class TorchvisionLoader:
     def _make(self, fetched: Fetched) -> Batch:
         while True:
             try:
-                images = [
-                    self._decode(content, sample)
-                    for content, sample in zip(fetched.contents, fetched.given.samples.tolist(), strict=True)
-                ]
+                images = [self._decode(fetched, number) for number in range(len(fetched.contents))]
                 break
             except SampleError as problem:
                 self.source.refuse(problem)
                 fetched = self.source.fetch(fetched.asked)
-        given = fetched.given
-        windows, flip = self.source.cut(given, images), self.source.windows(given).flip
-        images = self.finish.into(self.finish.empty(len(windows)), windows, flip)
-        return pinned(Batch(images, self.source.targets(fetched), fetched.replaced), self.device)
+        made = None
+        if images:
+            windows = self.source.cut(fetched, images)
+            made = self.finish.into(self.finish.empty(len(windows)), windows, fetched.windows.flip)
+        return pinned(self.source.batch(fetched, made), self.device)
 
-    def _decode(self, content: np.ndarray, sample: int) -> np.ndarray:
+    def _decode(self, fetched: Fetched, number: int) -> np.ndarray:
         """uint8 (H, W, C)."""
+        content = fetched.contents[number]
         if self.source.raw:
             return content
         try:
             return pixels(content, self.source.data.channels)
         except ValueError as problem:
-            raise self.source.undecodable(sample, content, f"Pillow: {problem}") from None
+            raise self.source.undecodable(fetched, number, f"Pillow: {problem}") from None

@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 import pyarrow as pa
 
-from hpc_lbsgd.data import labels, masks, parts
-from hpc_lbsgd.data.decode import decode_all
-from hpc_lbsgd.data.manifest import (
-    CHUNK,
-    FILE_NAME,
-    SUFFIXES,
-    Manifest,
-    Row,
-    checksum,
-    listed,
-    with_columns,
-    write,
-)
+from hpc_lbsgd.data import files, labels, parts
+from hpc_lbsgd.data.fields import IMAGE
+from hpc_lbsgd.data.manifest import CHUNK, FILE_NAME, SUFFIXES, Manifest, Row, listed, with_columns, write
 from hpc_lbsgd.data.names import add_excluded, read_excluded
 from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.errors import RequestError
 
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's table of labels, in the folder that it is of
 WNIDS = "wnids.txt"  # its list of classes, in the folder of both parts
-AT_A_TIME = 32  # images whose bytes a process holds
 
 
 def parts_of(root: Path) -> list[Path]:
@@ -48,7 +37,7 @@ class Tree(NamedTuple):
     labels: list[int]
     left_out: Counter[str]  # what is no image, by what it is
     more: pa.Table | None = None  # columns of fields
-    masks: Mapping[str, list[str]] = MappingProxyType({})  # by name, a path each
+    files: Mapping[tuple[str, str], list[str]] = MappingProxyType({})  # beside them, by kind and name: a path each
 
 
 def scan(root: Path, table: Path | None = None, ids: Path | None = None) -> Tree:
@@ -102,51 +91,17 @@ def images_below(root: Path, left_out: Counter[str]) -> Iterator[str]:
                 raise RequestError(f"{entry.path}: is a link to {target}, which holds {root} itself; remove it")
             tops.append(entry.path)
     for top in tops:
-        for folder, folders, files in os.walk(top, onerror=refuse):
+        for folder, folders, inside in os.walk(top, onerror=refuse):
             linked = [f for f in folders if os.path.islink(os.path.join(folder, f))]
             if folder != str(root):
                 left_out.update(f"linked folder {os.path.relpath(os.path.join(folder, f), root)}" for f in linked)
             folders[:] = [f for f in folders if not f.startswith(".")]
-            for name in files:
+            for name in inside:
                 suffix = os.path.splitext(name)[1].lower()
                 if suffix in SUFFIXES and not name.startswith("."):
                     yield os.path.relpath(os.path.join(folder, name), root)
                 elif not name.startswith(".") and folder != str(root):
                     left_out[suffix or "no suffix"] += 1
-
-
-def examine(root: str, paths: list[str]) -> list[Row | str]:
-    """For each file its row, or a sentence about what is wrong with it.
-
-    Every image is decoded to its last row: a truncated file is found here and not at hour three.
-    """
-    rows: list[Row | str] = []
-    for start in range(0, len(paths), AT_A_TIME):
-        contents: list[bytes | str] = []
-        for path in paths[start : start + AT_A_TIME]:
-            try:
-                with open(os.path.join(root, path), "rb") as f:
-                    contents.append(f.read())
-            except OSError as problem:
-                contents.append(parts.Unread(problem))
-        rows += rows_of(contents)
-    return rows
-
-
-def identities(root: str, paths: list[str]) -> list:
-    return [(path, parts.identity_of(os.path.join(root, path))) for path in paths]
-
-
-def rows_of(contents: Sequence[bytes | str]) -> list[Row | str]:
-    """The row of each content, or what is wrong with it; what is wrong already stays."""
-    there = [i for i, content in enumerate(contents) if isinstance(content, bytes)]
-    rows: list = list(contents)
-    for i, facts in zip(there, decode_all([contents[i] for i in there]), strict=True):
-        if isinstance(facts, str):
-            rows[i] = facts
-        else:
-            rows[i] = (facts.width, facts.height, len(contents[i]), checksum(contents[i]), facts.orientation)
-    return rows
 
 
 def index(
@@ -189,27 +144,30 @@ def index_files(
     numbers = [found.labels[i] for i in chosen]
     if classes is not None:
         numbers = labels.renumber(found.classes, numbers, classes, str(root))
-    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    work = [parts.Work(examine, identities, (str(root), some), len(some)) for some in chunks]
-    rows = [row for some in parts.rows(out, work, f"indexing {root}", processes, share) for row in some]
-    seen = {}
-    for name, all_paths in found.masks.items():
-        chunks = [[all_paths[i] for i in chosen[start : start + CHUNK]] for start in range(0, len(chosen), CHUNK)]
-        work = [parts.Work(masks.examine, masks.identities, (str(root), some), len(some)) for some in chunks]
-        title = f"indexing {name} of {root}"
-        seen[name] = [mask for some in parts.rows(out, work, title, processes, share) for mask in some]
+
+    def looked_at(kind: str, some: list[str], title: str) -> list:
+        chunks = [some[i : i + CHUNK] for i in range(0, len(some), CHUNK)]
+        work = [parts.Work(files.examine, files.identities, (str(root), c, kind), len(c)) for c in chunks]
+        return [row for rows in parts.rows(out, work, title, processes, share) for row in rows]
+
+    rows = looked_at(IMAGE, paths, f"indexing {root}")
+    seen = {
+        (kind, name): looked_at(kind, [all_paths[i] for i in chosen], f"indexing {name} of {root}")
+        for (kind, name), all_paths in found.files.items()
+    }
     if share.count > 1:
         return len(rows)
-    for name, mine in seen.items():
-        rows = [masks.beside(name, *pair) for pair in zip(rows, mine, strict=True)]
+    for (kind, name), mine in seen.items():
+        rows = [files.beside(kind, name, *pair) for pair in zip(rows, mine, strict=True)]
     good = usable(paths, rows, [str(root / path) for path in paths], beside if exclude else None)
     columns = ([values[i] for i in good] for values in (paths, numbers, rows))
-    more, classes_in = found.more and found.more.take([chosen[i] for i in good]), {}
-    for name, mine in seen.items():
-        own_paths = [found.masks[name][chosen[i]] for i in good]
-        own, classes_in[name] = masks.table_of(name, own_paths, [mine[i] for i in good])
+    more, masks = found.more and found.more.take([chosen[i] for i in good]), {}
+    for (kind, name), mine in seen.items():
+        own_paths = [found.files[kind, name][chosen[i]] for i in good]
+        own, classes_in = files.table_of(kind, name, own_paths, [mine[i] for i in good])
+        masks |= {name: classes_in} if kind == "mask" else {}
         more = with_columns(more, own)
-    write(out, root, classes or found.classes, *columns, left_out=found.left_out, more=more, masks=classes_in)
+    write(out, root, classes or found.classes, *columns, left_out=found.left_out, more=more, masks=masks)
     parts.remove(out)
     return Manifest(out)
 

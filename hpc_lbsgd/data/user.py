@@ -1,7 +1,9 @@
 """A user's own data set: any object with a length that returns a sample by number.
 
     def my_data(part):          # "train" or "eval"; named by data.dataset: package.module:my_data
-        return MyData(part)     # __len__() and sample(index, rng) -> (tensor, label); or __getitem__(index)
+        return MyData(part)     # __len__() and sample(index, rng) -> (input, label); or __getitem__(index)
+
+An input is a tensor, an array, a number or bytes, or several of these by name; so is a label.
 
 Samples are asked for by the same global order as images. What is random must come from `rng`, a numpy Generator keyed
 by (seed, epoch, sample), so that it does not depend on ranks. Optional attributes: `classes` (names), `fingerprint`
@@ -18,7 +20,7 @@ import torch
 from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.storage import Request
-from hpc_lbsgd.data.targets import Targets, each
+from hpc_lbsgd.data.targets import Inputs, Target, Targets, each, widened
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.imports import load
 
@@ -46,22 +48,33 @@ class UserSet:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def sample(self, index: int, seed: int, epoch: int) -> tuple[torch.Tensor, Targets]:
-        """(input, label) of a sample in an epoch; a label may be several by name."""
-        if hasattr(self.dataset, "sample"):
-            found = self.dataset.sample(index, np.random.default_rng(stream_key("user", seed, epoch, index)))
-        else:
-            found = self.dataset[index]
-        return torch.as_tensor(found[0]), each(torch.as_tensor, found[1])
+    def sample(self, index: int, seed: int, epoch: int) -> tuple[Inputs, Targets]:
+        """(input, label) of a sample in an epoch, each of them a tensor or bytes, or several by name."""
+        return self.given(index, np.random.default_rng(stream_key("user", seed, epoch, index)))
+
+    def given(self, index: int, rng) -> tuple[Inputs, Targets]:
+        """The same, drawn from a generator."""
+        found = self.dataset.sample(index, rng) if hasattr(self.dataset, "sample") else self.dataset[index]
+        return each(leaf, found[0]), each(leaf, found[1])
+
+
+def leaf(value: object) -> torch.Tensor | bytes:
+    return value if isinstance(value, bytes) else torch.as_tensor(value)
 
 
 def collected(data: UserSet, seed: int, request: Request) -> Batch:
     """A batch of a user's samples."""
     pairs = [data.sample(int(i), seed, request.epoch) for i in request.samples]
     inputs, labels = zip(*pairs, strict=True)
-    return Batch(torch.stack(inputs), each(lambda *some: widened(torch.stack(some)), *labels))
+    return Batch(each(together, *inputs), each(lambda *some: counts(together(*some)), *labels))
 
 
-def widened(labels: torch.Tensor) -> torch.Tensor:
-    """Whole numbers in 64 bits, for numpy's come in all widths."""
-    return labels if labels.is_floating_point() or labels.dtype == torch.bool else labels.long()
+def together(*some: torch.Tensor | bytes) -> Target:
+    """One row a sample; of bytes a list of uint8 tensors, of a length a sample."""
+    if isinstance(some[0], bytes):
+        return [torch.from_numpy(np.frombuffer(one, np.uint8).copy()) for one in some]
+    return torch.stack(some)
+
+
+def counts(target: Target) -> Target:
+    return target if isinstance(target, list) else widened(target)

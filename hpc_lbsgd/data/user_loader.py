@@ -9,6 +9,7 @@ import torch
 
 from hpc_lbsgd.data.ahead import ahead
 from hpc_lbsgd.data.maker import Maker
+from hpc_lbsgd.data.own import PackedSet
 from hpc_lbsgd.data.place import on_device, pinned
 from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.storage import Request
@@ -21,7 +22,7 @@ class UserLoader:
 
     def __init__(
         self,
-        data: UserSet,
+        data: UserSet | PackedSet,
         seed: int,
         threads: int,
         prefetch: int,

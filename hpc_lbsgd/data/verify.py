@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from hpc_lbsgd.data import archive, masks, names, tree
+from hpc_lbsgd.data import archive, names, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.decode import Facts, decode_all
+from hpc_lbsgd.data.files import AT_A_TIME, looked_at
 from hpc_lbsgd.data.manifest import CHUNK, Manifest, checksum
 from hpc_lbsgd.data.pool import in_order
 from hpc_lbsgd.data.storage import SampleError, open_storage
-from hpc_lbsgd.data.tree import AT_A_TIME
 from hpc_lbsgd.errors import RequestError
 
 # Kinds of findings, worst first. Images of the first group cannot be trained on.
@@ -119,31 +119,32 @@ def look_at_samples(manifest: str, samples: range) -> list[Seen]:
             data = storage.content(sample).tobytes()
         except SampleError as problem:
             return Seen(path, [("missing", str(problem))], None, False)
-        if m.raw_channels:  # pixels: there is nothing to decode
+        if m.raw_channels or m.own:  # pixels, numbers: there is nothing to decode
             check = checksum(data)
             same = check == int(m.checksums[sample])
             return Seen(path, [] if same else [("changed", "checksum differs from the index")], check, False)
         return data
 
     seen = look_at_all([(m.key(sample), sample, int(m.checksums[sample])) for sample in samples], read)
-    for name in m.masks:
-        seen = [one._replace(findings=one.findings + look_at_mask(m, storage, name, sample))
+    for name in m.files:
+        seen = [one._replace(findings=one.findings + look_at_file(m, storage, name, sample))
                 for sample, one in zip(samples, seen, strict=True)]  # fmt: skip
     return seen
 
 
-def look_at_mask(m: Manifest, storage, name: str, sample: int) -> list[tuple[str, str]]:
-    """What is wrong with a sample's mask."""
+def look_at_file(m: Manifest, storage, name: str, sample: int) -> list[tuple[str, str]]:
+    """What is wrong with a file beside a sample's image."""
+    kind = m.own_fields[name].kind
     try:
         data = storage.content(sample, name).tobytes()
-        if checksum(data) != int(m.of_mask(name, "checksum")[sample]):
-            return [("changed", f"{name}: checksum differs from the index")]
-        masks.pixels(data)
     except SampleError as problem:
         return [("missing", str(problem))]
-    except ValueError as problem:
-        return [("corrupt", f"{name}: {problem}")]
-    return []
+    if checksum(data) != int(m.of_file(name, "checksum")[sample]):
+        return [("changed", f"{name}: checksum differs from the index")]
+    if kind == "image" and m.raw_channels:
+        return []
+    (found,) = looked_at(kind, [data])
+    return [("corrupt", f"{name}: {found}")] if isinstance(found, str) else []
 
 
 def look_at_all(work: list[tuple[str, int, int | None]], read: Callable[[str, int], bytes | Seen]) -> list[Seen]:

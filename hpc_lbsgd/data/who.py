@@ -10,6 +10,14 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Recipe
 
 
+def set_of(data) -> manifests.Manifest | None:
+    """What a recipe's `data` section trains on; None where it is not there."""
+    try:
+        return manifests.Manifest(manifests.find(data.train)) if data.train else None
+    except RequestError:
+        return None
+
+
 def samples_and_classes(recipe: Recipe) -> tuple[int, int]:
     """N and the number of classes: from the data where it is there, else from the recipe."""
     data = recipe.data
@@ -18,13 +26,12 @@ def samples_and_classes(recipe: Recipe) -> tuple[int, int]:
 
         own = UserSet(data.dataset, "train")
         return len(own), data.classes or len(own.classes) or 1000
-    try:
-        found = manifests.Manifest(manifests.find(data.train)) if data.train else None
-    except RequestError:
-        found = None
+    found = set_of(data)
     samples, classes = data.samples or (found and len(found)), data.classes
     if found and not classes:
-        fields.refuse_unknown(data.targets, found.fields, str(found.path))
+        if found.own:
+            return len(found), len(found.classes) or 1000
+        fields.refuse_unknown(data, found.fields, str(found.path))
         classes = fields.outputs(data.targets, found.fields, len(found.classes))
     if not samples:
         raise RequestError("data.samples is not set, and data.train has no manifest to count: set data.samples=N")

@@ -46,8 +46,8 @@ def evaluate(
     with torch.no_grad():
         mine = range(engine.rank, batches_in_all, engine.size)
         batches = loader.batches(requests(samples, batch, engine.rank, engine.size))
-        for number, (images, labels, _) in zip(mine, batches, strict=True):
-            outputs = replica.outputs(images)
+        for number, (inputs, labels, _) in zip(mine, batches, strict=True):
+            outputs = replica.outputs(inputs)
             for i, metric in enumerate(metrics.values()):
                 slots[2 * i, number], slots[2 * i + 1, number] = metric(outputs, labels)
             if scores(outputs, labels):

@@ -94,7 +94,9 @@ def first_batches(recipe, schedule: Schedule, loader: Loader) -> tuple[dict[int,
     samples = {j: found for j, found in samples.items() if len(found)}
     made = loader.batches(Request(0, found) for found in (*samples.values(), samples[0]))
     # a loader's memory is used again
-    *batches, again = [Batch(images.clone(), each_tensor(torch.clone, labels), n) for images, labels, n in made]
+    *batches, again = [
+        Batch(*(each_tensor(torch.clone, part) for part in (b.inputs, b.labels)), b.replaced) for b in made
+    ]
     return dict(zip(samples, batches, strict=True)), again
 
 

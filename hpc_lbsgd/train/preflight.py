@@ -25,7 +25,7 @@ import torch
 
 from hpc_lbsgd.data.order import stream_key
 from hpc_lbsgd.data.source import Batch
-from hpc_lbsgd.data.targets import joined, rows, tensors
+from hpc_lbsgd.data.targets import Targets, each_tensor, joined, rows, tensors
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import together
@@ -35,6 +35,8 @@ from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.optim import Optimizer
 from hpc_lbsgd.train.replica import DTYPES, Replica, outputs, weights_sha256
 from hpc_lbsgd.train.workers import groups_in_step
+
+SHOWN = 8  # tensors of a batch that a message shows
 
 
 class Check(NamedTuple):
@@ -66,11 +68,13 @@ def before(
         return model.to(device, memory_format=memory_format)
 
     call = probe.Call(
-        torch.cat([images for images, *_ in batches.values()]),
+        joined([inputs for inputs, *_ in batches.values()]),
         joined([labels for _, labels, *_ in batches.values()]),
         loss_function(recipe.train),
         # a model may work in place
-        lambda model, images: outputs(model, images.clone(), dtype, device, recipe.precision == "bf16"),
+        lambda model, inputs: outputs(
+            model, each_tensor(torch.clone, inputs), dtype, device, recipe.precision == "bf16"
+        ),
         stream_key("model", recipe.seed, 0, 0),
     ).part(0, probe.SAMPLES)
     own = build()
@@ -124,14 +128,17 @@ def fault(problem: Exception, call: probe.Call) -> str:
     """What went wrong in a forward or backward, with what, and where in its author's code."""
     frames = traceback.extract_tb(problem.__traceback__)
     place = next((f for f in reversed(frames) if "/torch/" not in f.filename), frames[-1])
-    images, *labels = (
-        f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (call.images, *tensors(call.labels))
-    )
-    names = f" (by name: {', '.join(call.labels)})" if isinstance(call.labels, dict) else ""
     return (
-        f"{type(problem).__name__}: {problem} ({place.filename}:{place.lineno}, {place.line}); inputs are {images}, "
-        f"labels {', '.join(labels)}{names}"
+        f"{type(problem).__name__}: {problem} ({place.filename}:{place.lineno}, {place.line}); inputs are "
+        f"{shapes(call.inputs)}, labels {shapes(call.labels)}"
     )
+
+
+def shapes(held: Targets) -> str:
+    """Types and shapes, of a list its first ones."""
+    found = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors(held)]
+    names = f" (by name: {', '.join(held)})" if isinstance(held, dict) else ""
+    return ", ".join(found[:SHOWN]) + " ..." * (len(found) > SHOWN) + names
 
 
 def compare(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device, fresh=None) -> list[Check]:
@@ -142,7 +149,7 @@ def compare(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device, fr
     if wrong:
         again = probe.VirtualModel(build(), recipe.seed, seen.calls, dtype, device)
         wrong += f"; the first module that differs: {probe.first_module(build(), again, call)}"
-    count = len(call.images)
+    count = rows(call.labels)
     mask = probe.wrong_mask(virtual, device)
     checks = [
         Check("model", not wrong, wrong or f"trains as it was written ({count} samples, {len(seen.values)} tensors)"),
@@ -156,7 +163,7 @@ def compare(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device, fr
 
 def compare_groups(recipe, build, call: probe.Call, seen: probe.Seen, dtype, device) -> Check:
     """Two BatchNorm groups in one pass, against the author's model on one after the other."""
-    group = len(call.images) // 2
+    group = rows(call.labels) // 2
     call = call.part(0, 2 * group)
     perturbed = probe.in_groups(build, call.perturbed(), group)
     try:
@@ -246,9 +253,9 @@ class Bench:
         for batches in passes:
             replica.begin_pass(point.step, list(batches), [rows(labels) for _, labels, *_ in batches.values()])
             replica.buckets.arm(last_pass=False)
-            images = torch.cat([images for images, *_ in batches.values()])
+            inputs = joined([inputs for inputs, *_ in batches.values()])
             labels = joined([labels for _, labels, *_ in batches.values()])
-            loss = self.loss(replica.forward(images, groups_in_step(point, self.group)), labels)
+            loss = self.loss(replica.forward(inputs, groups_in_step(point, self.group)), labels)
             replica.share(loss, rows(labels), point).backward()
             replica.buckets.end_pass()
             replica.end_pass()
@@ -257,8 +264,8 @@ class Bench:
 
 def parts_of(batch: Batch) -> list[torch.Tensor]:
     """What a model and a loss get of it."""
-    images, labels, *_ = batch
-    return [images, *tensors(labels)]
+    inputs, labels, *_ = batch
+    return [*tensors(inputs), *tensors(labels)]
 
 
 def check_data(first: Batch, again: Batch, engine) -> Check:

@@ -14,15 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from hpc_lbsgd import amend as amends
 from hpc_lbsgd import origin
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data import archive, fields, stage, table, tree
 from hpc_lbsgd.data import manifest as manifests
+from hpc_lbsgd.data.encoders import Encoders
 from hpc_lbsgd.data.loader import check_sizes
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.user import UserSet
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.imports import load
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.recipe import Recipe, flatten
@@ -208,7 +211,10 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
     data = recipe.data
     if data.dataset:
         if recipe.machine.stage_dir:
-            raise RequestError("machine.stage_dir: a set of your own (data.dataset) is not staged; unset one of them")
+            raise RequestError(
+                "machine.stage_dir: a set of your own (data.dataset) is staged once it is packed (hpc-lbsgd data pack "
+                f"{data.dataset} OUT); unset one of them"
+            )
         return open_user_data(recipe)
     if not data.train:
         raise RequestError("data.train is not set: name a folder of class folders, or a manifest")
@@ -237,26 +243,42 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
             else:
                 found[key].check_files()
         check_sizes(data, found[key], key == "train")
-    train = found["train"]
+    train, evaluation = found["train"], found.get("eval")
     if recipe.machine.stage_dir:
         stage.folder_of(train, recipe.machine.stage_dir)  # refuses what cannot be staged
     if data.samples not in (None, len(train)):
         raise RequestError(f"data.samples = {data.samples}, but {data.train} has {len(train)}")
-    return train, found.get("eval"), with_targets(recipe, train, found.get("eval"))
+    settle = with_own if any(m.own for m in found.values()) else with_targets
+    return train, evaluation, settle(recipe, train, evaluation)
+
+
+def with_own(recipe: Recipe, train: Manifest, evaluation: Manifest | None) -> Recipe:
+    """The recipe for packed sets of the user's own (own.py), with N and the number of outputs settled."""
+    data = recipe.data
+    if evaluation is not None and evaluation.own != train.own:
+        raise RequestError(f"data.eval = {data.eval}: its samples are made otherwise than those of data.train")
+    for key, known in (("inputs", [fields.IMAGE]), ("targets", [fields.CLASS]), ("encode", {})):
+        if getattr(data, key) != known:
+            raise RequestError(f"data.{key}: {data.train} is a set of your own, which says by itself what is given")
+    classes = data.classes or len(train.classes)
+    if not classes:
+        raise RequestError(f"data.classes is not set, and {data.train} has no classes: set data.classes=N")
+    if train.classes and classes != len(train.classes):
+        raise RequestError(f"data.classes = {classes}, but {data.train} has {len(train.classes)}")
+    settled = data.model_copy(update={"samples": len(train), "classes": classes})
+    return recipe.model_copy(update={"data": settled})
 
 
 def with_targets(recipe: Recipe, train: Manifest, evaluation: Manifest | None) -> Recipe:
     """The recipe with N and the number of outputs settled. Refuses targets that both sets do not have alike, or that
     its loss cannot be taken of."""
     data, sets = recipe.data, [m for m in (train, evaluation) if m is not None]
-    for m in sets:
-        fields.refuse_unknown(data.targets, m.fields, str(m.path))
     outputs = fields.outputs(data.targets, train.fields, len(train.classes))
     if data.targets == [fields.CLASS] and data.classes not in (None, outputs):
         raise RequestError(f"data.classes = {data.classes}, but {data.train} has {outputs}")
     if fields.CLASS in data.targets and any(m.classes != train.classes for m in sets):
         raise RequestError(f"data.eval = {data.eval}: its classes are not those of data.train = {data.train}")
-    for name in data.targets:
+    for name in dict.fromkeys([*data.inputs, *data.targets]):
         first, *others = (m.fields[name] for m in sets)
         if any(other != first and not other.kind == first.kind == "mask" for other in others):
             raise RequestError(
@@ -270,12 +292,25 @@ def with_targets(recipe: Recipe, train: Manifest, evaluation: Manifest | None) -
     recipe = recipe.model_copy(update={"data": settled})
     for m in sets:
         check_targets(recipe, m)
+        try_encoders(recipe, m)
     return recipe
 
 
+def try_encoders(recipe: Recipe, manifest: Manifest) -> None:
+    """Ask the user's functions for a first text: what they cannot do shows before work."""
+    for name in recipe.data.encode:
+        if manifest.fields[name].kind == "text":
+            try:
+                Encoders(recipe.data.encode, manifest).encoded(name, np.array([0]), manifest.values(name)[[0]])
+            except RunError as problem:
+                raise RequestError(str(problem)) from None
+
+
 def check_targets(recipe: Recipe, manifest: Manifest) -> None:
-    """Refuse a set without the fields that are targets, or with others than the loss can be taken of."""
-    fields.refuse_unknown(recipe.data.targets, manifest.fields, str(manifest.path))
+    """Refuse a set with other targets than the loss can be taken of."""
+    if manifest.own:
+        return
+    fields.refuse_unknown(recipe.data, manifest.fields, str(manifest.path))
     losses.check(recipe.train.loss, recipe.data.targets, manifest, recipe.data.classes)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hpc_lbsgd.data.targets import Targets, each, turned_round
+from hpc_lbsgd.data.targets import Inputs, Targets, each, each_tensor, rows, turned_round
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.train import models
 from hpc_lbsgd.train.attributes import snapshot
@@ -28,6 +28,7 @@ SAMPLES = 8  # at most: one BatchNorm group
 # told apart: a floor and a ceiling for what a repeat with perturbed input allows.
 FLOOR = {torch.float64: 1e-11, torch.float32: 1e-5}
 CEILING = {torch.float64: 1e-6, torch.float32: 0.03}
+UNIT = {torch.float64: 2.0**-40}  # by how much an input is perturbed; of other types 2^-18
 
 
 class Seen(NamedTuple):
@@ -42,21 +43,24 @@ class Seen(NamedTuple):
 class Call(NamedTuple):
     """How to run a model: its inputs and labels, and what Replica does around a forward."""
 
-    images: torch.Tensor
+    inputs: Inputs
     labels: Targets
     loss: Loss
-    outputs: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    outputs: Callable[[nn.Module, Inputs], torch.Tensor]
     key: int  # for torch's generator
 
     def part(self, first: int, last: int) -> Call:
         """The same with some of its samples."""
-        return self._replace(images=self.images[first:last], labels=each(lambda t: t[first:last], self.labels))
+        inputs, labels = (each(lambda t: t[first:last], held) for held in (self.inputs, self.labels))
+        return self._replace(inputs=inputs, labels=labels)
 
     def perturbed(self) -> Call:
-        if not self.images.is_floating_point():
-            return self
-        unit = 2.0**-40 if self.images.dtype == torch.float64 else 2.0**-18
-        return self._replace(images=self.images * (1 + unit))
+        return self._replace(inputs=each_tensor(lambda t: times(t, 1 + UNIT.get(t.dtype, 2.0**-18)), self.inputs))
+
+
+def times(t: torch.Tensor, factor: float) -> torch.Tensor:
+    """What is measured; counts stay."""
+    return t * factor if t.is_floating_point() else t
 
 
 def look(model: nn.Module, call: Call) -> Seen:
@@ -82,7 +86,7 @@ def look(model: nn.Module, call: Call) -> Seen:
     with without_dropout(model):
         torch.manual_seed(call.key)
         before = torch.get_rng_state()
-        outputs = call.outputs(model, call.images)
+        outputs = call.outputs(model, call.inputs)
         draws = not torch.equal(before, torch.get_rng_state())
         after = dict(everything(model))
         made = sorted(after.keys() - state.keys())
@@ -107,7 +111,7 @@ def changed_by_evaluation(model: nn.Module, call: Call) -> list[str]:
     state = {name: value.clone() for name, value in everything(model)}
     model.eval()
     with torch.no_grad():
-        call.outputs(model, call.images)
+        call.outputs(model, call.inputs)
     for module, mode in training.items():
         module.training = mode
     return [n for n, value in everything(model) if n not in state or not same(state[n], value)]
@@ -116,7 +120,7 @@ def changed_by_evaluation(model: nn.Module, call: Call) -> list[str]:
 def try_metrics(model: nn.Module, call: Call, metrics: Mapping[str, Metric]) -> None:
     """Ask the user's metrics once, as an evaluation will: what they cannot do shows before the first step."""
     with torch.no_grad():
-        outputs = call.outputs(model, call.images) if metrics else None
+        outputs = call.outputs(model, call.inputs) if metrics else None
         for metric in metrics.values():
             metric(outputs, call.labels)
 
@@ -179,8 +183,8 @@ def remembers(build: Callable[[], nn.Module], call: Call) -> list[str]:
     is no function of what is seen last, and each rank and each start would hold its own."""
     owner = getattr(call.loss, "own", call.loss)
     owner = getattr(owner, "__self__", owner)  # a method's
-    others = call.images.flip(0) * 0.75 if call.images.is_floating_point() else call.images.flip(0)
-    other = call._replace(images=others, labels=turned_round(call.labels))
+    others = each_tensor(lambda t: times(t, 0.75), turned_round(call.inputs))
+    other = call._replace(inputs=others, labels=turned_round(call.labels))
 
     def around(*calls: Call) -> tuple[dict[str, str], dict[str, str]]:
         model = build()
@@ -189,7 +193,7 @@ def remembers(build: Callable[[], nn.Module], call: Call) -> list[str]:
         for one in calls:
             torch.manual_seed(one.key)
             with torch.no_grad():
-                one.loss(one.outputs(model, one.images), one.labels)
+                one.loss(one.outputs(model, one.inputs), one.labels)
         return fresh, snapshot(model)
 
     (fresh, alone), (fresh_too, both) = around(call), around(other, call)
@@ -242,11 +246,11 @@ class VirtualModel:
         model.zero_grad(set_to_none=True)
         context.bn_group = bn_group
         with without_dropout(model):
-            context.begin(0, [0], [len(call.images)])
+            context.begin(0, [0], [rows(call.labels)])
             groups = len(context.groups)
             torch.manual_seed(call.key)
             self.running.begin_pass(groups)
-            outputs = call.outputs(model, call.images)
+            outputs = call.outputs(model, call.inputs)
             self.running.end_forward(sums, groups, groups)
             loss = call.loss(outputs, call.labels)
             loss.backward()
@@ -262,9 +266,9 @@ def in_groups(build: Callable[[], nn.Module], call: Call, bn_group: int) -> dict
     models.train(model, models.frozen_in(model))
     with without_dropout(model):
         torch.manual_seed(call.key)
-        for first in range(0, len(call.images), bn_group):
+        for first in range(0, rows(call.labels), bn_group):
             some = call.part(first, first + bn_group)
-            loss = call.loss(call.outputs(model, some.images), some.labels)
+            loss = call.loss(call.outputs(model, some.inputs), some.labels)
             loss.backward()
             total = total.to(loss) + loss.detach()
     return values(model, (), total)
@@ -305,7 +309,7 @@ def first_module(own: nn.Module, virtual: VirtualModel, call: Call) -> str:
     models.train(own, models.frozen_in(own))
     with record(own, recorded[0]), without_dropout(own):
         torch.manual_seed(call.key)
-        call.outputs(own, call.images)
+        call.outputs(own, call.inputs)
     with record(virtual.model, recorded[1]):
         virtual.look(call)
     for (name, a), (other, b) in zip(*recorded, strict=False):

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from hpc_lbsgd.data.targets import Inputs, Target, each
 from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.parallel.buckets import Buckets
 from hpc_lbsgd.parallel.engine import Engine
@@ -71,10 +72,10 @@ class Distributed:
         self.context.begin(step, workers, counts)
         self.running.begin_pass(len(self.context.groups))
 
-    def forward(self, images: torch.Tensor, groups_in_step: int) -> torch.Tensor:
+    def forward(self, inputs: Inputs, groups_in_step: int) -> torch.Tensor:
         """The model's outputs; what its BatchNorm layers measured goes to the first bucket. groups_in_step: BatchNorm
         groups of the whole step, over all ranks."""
-        outputs = self.outputs(images)
+        outputs = self.outputs(inputs)
         self.end_forward(groups_in_step)
         return outputs
 
@@ -82,10 +83,10 @@ class Distributed:
         """After a forward and before its backward: what BatchNorm layers measured goes to the first bucket."""
         self.running.end_forward(self.buckets.statistics, len(self.context.groups), groups_in_step)
 
-    def outputs(self, images: torch.Tensor) -> torch.Tensor:
+    def outputs(self, inputs: Inputs) -> torch.Tensor:
         """The model's outputs."""
         model = self.training_model if self.model.training else self.model
-        return outputs(model, images, self.dtype, self.device, self.autocast)
+        return outputs(model, inputs, self.dtype, self.device, self.autocast)
 
     def share(self, loss: torch.Tensor, samples: int, point: Point) -> torch.Tensor:
         """What a pass differentiates: its sum of losses over kn, so that the sum over ranks is the step's gradient
@@ -285,14 +286,26 @@ def unfold_expanded(model: nn.Module) -> None:
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
-def outputs(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, device: torch.device, autocast: bool):
+def outputs(model: nn.Module, inputs: Inputs, dtype: torch.dtype, device: torch.device, autocast: bool):
     """What `model` makes of a batch, in float64 or float32. What is counted (tokens) stays as it is; what is measured
     is taken in the precision of the weights."""
-    if images.is_floating_point() or images.dtype == torch.uint8:
-        images = images.to(dtype)
+    inputs = each(lambda given: measured(given, dtype), inputs)
     with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
-        found = model(images)
+        found = called(model, inputs)
     return unhalved(found)
+
+
+def called(model: nn.Module, inputs: Inputs):
+    """A model's forward, of one input, or of several by name."""
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+def measured(given: Target, dtype: torch.dtype) -> Target:
+    """An input in the precision of the weights, where it is no count. Bytes are pixels in a tensor, and bytes in a
+    list."""
+    if isinstance(given, list):
+        return [t.to(dtype) if t.is_floating_point() else t for t in given]
+    return given.to(dtype) if given.is_floating_point() or given.dtype == torch.uint8 else given
 
 
 def unhalved(found):

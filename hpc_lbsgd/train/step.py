@@ -231,7 +231,7 @@ class Stepper:
         for i, (workers, counts, again) in enumerate(work):
             before = time.perf_counter()
             self.mark("data", point.step)
-            images, labels, stand_ins = self._take()
+            inputs, labels, stand_ins = self._take()
             replaced += 0 if again else stand_ins
             data_wait_s += time.perf_counter() - before
             self.mark("compute", point.step)
@@ -242,7 +242,7 @@ class Stepper:
             keep = (lambda b, values, into=digests: into.update({b: crosscheck.digest([values])})) if compared else None
             buckets.arm(last, measured and not again, keep, apart=again)
             with replica.passing(sums=last and buckets.summed_elsewhere):
-                loss = self.loss(replica.forward(images, groups), labels)
+                loss = self.loss(replica.forward(inputs, groups), labels)
                 if not again:
                     control.losses[workers[0]] = loss.detach()
                 loss = replica.share(loss, sum(counts), point)

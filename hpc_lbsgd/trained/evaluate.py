@@ -11,6 +11,7 @@ from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.fields import CLASS
 from hpc_lbsgd.data.manifest import Manifest
+from hpc_lbsgd.data.who import set_of
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel import world as worlds
@@ -71,6 +72,9 @@ def open_set(found: Trained, data: str | None):
         raise RequestError(f"{path} is not indexed: hpc-lbsgd data index {path} --classes-of {recipe.data.train}")
     chosen = Manifest(manifests.find(path))
     chosen.check_files()
+    before = set_of(recipe.data)
+    if before is not None and before.own != chosen.own:
+        raise RequestError(f"{path}: its samples are made otherwise than those that the run was trained on")
     check_targets(recipe, chosen)
     known = found.classes()
     if CLASS in recipe.data.targets and chosen.classes != known:

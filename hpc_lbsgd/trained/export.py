@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from hpc_lbsgd.data.fields import IMAGE
 from hpc_lbsgd.data.user import UserSet
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.train.replica import DTYPES
 from hpc_lbsgd.trained.opened import Trained
 
+WEIGHTS_ALONE = "this format is for one input that is a tensor; .pt and .safetensors hold its weights"
 ASKED = 4  # images that original and copy are compared on
 LARGEST_DIFFERENCE = 1e-3  # of outputs, relative to the largest: other programs sum in other orders
 
@@ -147,6 +149,8 @@ def traced(path: Path):
     """Around torch's exporters, which follow no branch that depends on values. Raises RunError with what they say."""
     try:
         yield
+    except RequestError:
+        raise
     except Exception as problem:  # they raise many kinds
         said = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         raise RunError(
@@ -161,8 +165,12 @@ def traced(path: Path):
 def like_images(found: Trained, count: int = ASKED) -> torch.Tensor:
     """What the model sees: (count, C, S, S) random images, normalised; (count, ...) of a set of its own."""
     data, dtype = found.recipe.data, DTYPES[found.recipe.precision]
+    if data.inputs != [IMAGE]:
+        raise RequestError(f"a model of {', '.join(data.inputs)}: {WEIGHTS_ALONE}")
     if data.dataset:
         own = UserSet(data.dataset, "eval")
+        if not isinstance(own.sample(0, found.recipe.seed, 0)[0], torch.Tensor):
+            raise RequestError(f"a model of what {data.dataset} gives by name: {WEIGHTS_ALONE}")
         inputs = torch.stack([own.sample(i % len(own), found.recipe.seed, 0)[0] for i in range(count)])
         return inputs.to(dtype) if inputs.is_floating_point() or inputs.dtype == torch.uint8 else inputs
     shape = (count, data.channels, data.image_size, data.image_size)

@@ -13,6 +13,7 @@ from torch import nn
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.amend import checked, recipe_now
 from hpc_lbsgd.data import manifest as manifests
+from hpc_lbsgd.data.targets import Inputs
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.recipe import Recipe
@@ -38,10 +39,10 @@ class Trained:
     def channels_last(self) -> bool:
         return memory_format_of(self.recipe, self.model, self.device) == torch.channels_last
 
-    def outputs(self, images: torch.Tensor):
-        """The model's outputs for a batch, (B, C, S, S) normalised as the recipe says."""
+    def outputs(self, inputs: Inputs):
+        """The model's outputs for a batch; images are (B, C, S, S), normalised as the recipe says."""
         precision = self.recipe.precision
-        return outputs(self.model, images, DTYPES[precision], self.device, precision == "bf16")
+        return outputs(self.model, inputs, DTYPES[precision], self.device, precision == "bf16")
 
     def classes(self) -> list[str]:
         """Names of the classes, by label: the run's; where it did not write them down, its data's; else numbers."""

@@ -12,9 +12,10 @@ import torch
 from hpc_lbsgd import progress
 from hpc_lbsgd.data import augment
 from hpc_lbsgd.data.decode import pixels
-from hpc_lbsgd.data.fields import CLASS
+from hpc_lbsgd.data.fields import CLASS, IMAGE
 from hpc_lbsgd.data.finish import Finish, cut
 from hpc_lbsgd.data.manifest import SUFFIXES
+from hpc_lbsgd.data.who import set_of
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel.world import cores
 from hpc_lbsgd.trained.opened import Trained
@@ -57,6 +58,13 @@ def predict(found: Trained, paths: Sequence[str], top: int) -> Iterator[Predicti
             "asks that data, `export` gives the model"
         )
     data = recipe.data
+    if (before := set_of(data)) is not None and before.own:
+        raise RequestError(f"{data.train}: packed samples of your own are no image files; `evaluate` asks that data")
+    if data.inputs != [IMAGE]:
+        raise RequestError(
+            f"{found.folder.path}: its model gets {', '.join(data.inputs)}, not an image alone; `evaluate` asks its "
+            "data, `export` gives the model"
+        )
     if data.targets != [CLASS]:
         raise RequestError(
             f"{found.folder.path}: trained for {', '.join(data.targets)}, not for one class an image; `evaluate` asks "

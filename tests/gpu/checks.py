@@ -101,7 +101,7 @@ def pixels(bench):
         found = []
         for device, whole in ((bench.device, True), (CPU, True), (CPU, False)):
             made = DaliLoader(Source(data, bench.photos, 3, train), 16, 2, 2, True, device, whole=whole)
-            found.append(torch.cat([batch.images.cpu().contiguous().clone() for batch in made.batches(requests)]))
+            found.append(torch.cat([batch.inputs.cpu().contiguous().clone() for batch in made.batches(requests)]))
         for name, other in (("graph", found[1]), ("cpu", found[2])):
             gap = (found[0] - other).abs()
             for kind, value in (("worst", gap.max()), ("mean", gap.mean())):
@@ -130,7 +130,7 @@ def order(bench):
         for batch in made.batches(requests):
             if queue:
                 bench.busy()
-            kept.append(batch.images * 1)  # behind the queue; the batch goes back to DALI
+            kept.append(batch.inputs * 1)  # behind the queue; the batch goes back to DALI
             del batch
         seen.append(torch.cat(kept))
     assert torch.equal(*seen), "pixels were used before they were there, or after they were gone"

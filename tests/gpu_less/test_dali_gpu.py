@@ -66,7 +66,7 @@ def test_the_same_graph_on_the_cpu_makes_the_pixels_of_finish(photos, way, store
     for whole in (True, False):
         made = dali.DaliLoader(Source(data, m, 3, True), 8, 1, 2, True, CPU, whole=whole)
         requests = [Request(2, np.array(s)) for s in ([0, 5, 3, 9, 11, 2, 7, 1], [4, 4, 10])]
-        batches = [batch.images if whole else batch.images.clone() for batch in made.batches(requests)]
+        batches = [batch.inputs if whole else batch.inputs.clone() for batch in made.batches(requests)]
         assert all(images.is_contiguous(memory_format=torch.channels_last) for images in batches)
         found.append(torch.cat(batches))
     levels = (found[0] - found[1]).abs() * torch.tensor(STD).view(3, 1, 1)

@@ -52,7 +52,7 @@ def test_batches_are_pinned_where_they_are_made_and_copied_without_a_wait(kind, 
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
     batches = list(made.batches([Request(0, np.arange(8)), Request(0, np.arange(8, 16))]))
-    assert all(b.images.is_contiguous(memory_format=torch.channels_last) for b in batches)
+    assert all(b.inputs.is_contiguous(memory_format=torch.channels_last) for b in batches)
     pins, copies = ([d for d in done if d[0] == what] for what in ("pin", "copy"))
     assert len(pins) == len(copies) == 4
     assert not any(d[1] for d in pins) and all(d[1] and d[2] == {"non_blocking": True} for d in copies)

@@ -1,4 +1,5 @@
-"""Targets that are not one class: the same weights from table, pack and stage, on 1 and 3 ranks, across a resume."""
+"""Inputs and targets that are not one image and one class: the same weights from table, tar, pack and stage, on 1 and 3
+ranks, across a resume."""
 
 import json
 import os
@@ -8,10 +9,14 @@ import pytest
 from conftest import SAMPLES, changed, command, records, train_many
 from PIL import Image
 
-from hpc_lbsgd.data import manifest, pack, table
+from hpc_lbsgd.data import archive, manifest, own, pack, shards, table
 
 RANKS = (1, 3)
+WANTED = ["class", "age", "tags", "mask", "boxes", "right:image", "caption:text", "sound:bytes"]
 EXACT = {"determinism": "any-ranks", "train__max_steps": None, "train__epochs": 2, "batch__workers": 5}
+ALIKE = [("table", "packed"), ("tags",), ("both",), ("mask", "mask-packed"), ("boxes",), ("own", "own-packed"),
+         ("several", "several-staged", "several-raw", "several-tar")]  # fmt: skip
+RESUMED = ("several-tar", "own-packed")
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +34,26 @@ def recipes(small_recipe, small_data, tmp_path_factory):
             tags = [bool(m.labels[i] & 1), bool(m.labels[i] & 2), bool(m.labels[i] == 0)]
             mask = root / f"{part}-{i}.png"
             Image.open(m.file(i)).point(lambda grey: grey > 127).save(mask)
+            right, sound = root / f"{part}-{i}-right.bmp", root / f"{part}-{i}.raw"
+            Image.open(m.file(i)).transpose(Image.Transpose.ROTATE_180).save(right)
+            sound.write_bytes(b"\7" * (i % 4))
             row = {"path": m.file(i), "class": m.classes[m.labels[i]], "age": age, "tags": tags, "mask": str(mask)}
             row["boxes"] = [[0, 0, 2 + int(m.labels[i]), 4, 1]] * (i % 3)
+            row |= {"right": str(right), "sound": str(sound), "caption": f"№ {m.labels[i]}, {i}"}
             rows.append(json.dumps(row))
         (root / f"{part}.jsonl").write_text("\n".join(rows))
-        paths[part] = table.index(root / f"{part}.jsonl", processes=1, root=tmp_path_factory.getbasetemp()).path
-    packed = {
-        part: pack.pack(path, root / "packed" / part, pack.Encoding(), 0.05, 1).path for part, path in paths.items()
-    }
+        top = tmp_path_factory.getbasetemp()
+        paths[part] = table.index(root / f"{part}.jsonl", processes=1, root=top, wanted=WANTED).path
+    packed, raw, tars, signals = {}, {}, {}, {}
+    for part, path in paths.items():
+        packed[part] = pack.pack(path, root / "packed" / part, pack.Encoding(), 0.2, 1).path
+        raw[part] = pack.pack(path, root / "raw" / part, pack.Encoding("raw", channels=1), 0.2, 1).path
+        tar = root / "tars" / part / "manifest.arrow"
+        tar.parent.mkdir(parents=True)
+        for other in [*packed[part].parent.glob("*.tar"), packed[part].parent / "classes.txt"]:
+            (tar.parent / other.name).symlink_to(other)
+        tars[part] = archive.index(tar.parent, processes=1, wanted=WANTED).path
+        signals[part] = shards.pack(own.Own("fields_models:signals", part), root / "signals" / part, 0.05, 1).path
     assert len(manifest.Manifest(paths["train"])) == SAMPLES
 
     def of(places, **changes):
@@ -46,6 +63,10 @@ def recipes(small_recipe, small_data, tmp_path_factory):
 
     masks = {"data__targets": ["mask"], "model__name": "fields_models:pixels", "train__loss": "pixel-cross-entropy"}
     numbers = {"data__targets": ["age"], "train__loss": "mse"}
+    several = {"data__inputs": ["image", "right", "caption"], "data__encode": {"caption": "fields_models:letters"},
+               "data__targets": ["class", "sound"], "data__classes": 5, "model__name": "fields_models:PairAndText",
+               "train__loss": "fields_models:kind_and_sound"}  # fmt: skip
+    mine = {"model__name": "fields_models:OfSignals", "train__loss": "fields_models:of_signals"}
     return {
         "table": of(paths, **numbers),
         "packed": of(packed, **numbers, data__loader="dali", machine__stage_dir=str(root / "stage")),
@@ -53,17 +74,23 @@ def recipes(small_recipe, small_data, tmp_path_factory):
         "mask": of(paths, **masks),
         "boxes": of(packed, data__targets=["boxes"], data__classes=2, train__loss="fields_models:how_many"),
         "mask-packed": of(packed, **masks, data__loader="dali"),
+        "several": of(paths, **several),
+        "several-staged": of(packed, **several, data__loader="dali", machine__stage_dir=str(root / "stage")),
+        "several-raw": of(raw, **several),
+        "several-tar": of(tars, **several, data__loader="dali"),
+        "own": of(paths, **mine, data__dataset="fields_models:signals"),
+        "own-packed": of(signals, **mine, machine__stage_dir=str(root / "stage")),
         "both": of(packed, data__targets=["class", "age"], train__loss="fields_models:age_and_kind", data__classes=5),
     }
 
 
 @pytest.fixture(scope="module")
 def runs(recipes, tmp_path_factory):
-    """{(variant, ranks): run folder}; `half`: begun on so many ranks, ended on the other number."""
+    """{(variant, ranks): run folder}; `half-NAME`: begun on so many ranks, to be ended on another number."""
     root, found = tmp_path_factory.mktemp("runs"), {}
-    half = changed(recipes["both"], train__max_steps=7, checkpoint__steps=1)
+    halves = {f"half-{name}": changed(recipes[name], train__max_steps=7, checkpoint__steps=1) for name in RESUMED}
     for ranks in RANKS:
-        made = train_many(ranks, recipes | {"half": half}, root)
+        made = train_many(ranks, recipes | (halves if ranks == 3 else {}), root)
         found |= {(name, ranks): run for name, run in made.items()}
     return found
 
@@ -72,7 +99,7 @@ def hash_of(run):
     return records(run, "end")[-1]["weights_sha256"]
 
 
-@pytest.mark.parametrize("names", [("table", "packed"), ("tags",), ("both",), ("mask", "mask-packed"), ("boxes",)])
+@pytest.mark.parametrize("names", ALIKE)
 def test_the_same_weights_wherever_and_however_many(runs, names):
     assert len({hash_of(runs[name, ranks]) for name in names for ranks in RANKS}) == 1
 
@@ -84,12 +111,13 @@ def test_what_is_learnt_is_said(runs):
         assert evaluations[-1]["loss"] < records(runs[name, 3], "epoch")[0]["loss"], name
 
 
-def test_a_resume_on_another_number_of_ranks(runs, recipes, tmp_path):
-    whole = changed(recipes["both"], checkpoint__steps=1)
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resume_on_another_number_of_ranks(runs, recipes, tmp_path, name):
+    whole = changed(recipes[name], checkpoint__steps=1)
     (tmp_path / "r.json").write_text(json.dumps(whole))
-    half = runs["half", 3]
+    half = runs[f"half-{name}", 3]
     done = command("train", tmp_path / "r.json", "--run", half, "--resume")
-    assert done.returncode == 0 and hash_of(half) == hash_of(runs["both", 1]), done.stderr
+    assert done.returncode == 0 and hash_of(half) == hash_of(runs[name, 1]), done.stderr
 
 
 def test_a_run_is_asked_again(runs):

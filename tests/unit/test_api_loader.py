@@ -18,7 +18,7 @@ def test_the_loader_gives_the_trainers_batches_to_the_ranks_that_have_the_worker
     train_set = Manifest(find(path))
     trainers, _ = make_loaders(recipe, train_set, None, torch.contiguous_format, world.engine, world.device)
     asked = Passes(recipe, 0, 1).requests(schedule, recipe.seed, 0, 3)
-    theirs = [(batch.images.clone(), batch.labels) for batch in trainers.batches(asked)]
+    theirs = [(batch.inputs.clone(), batch.labels) for batch in trainers.batches(asked)]
 
     def parts(rank, size, start=0):
         loader = lb.Loader(path, schedule, seed=recipe.seed, start=start, rank=rank, size=size, **keys)

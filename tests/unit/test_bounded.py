@@ -74,7 +74,7 @@ def test_stand_ins_are_the_same_in_parts(mixed, tmp_path, kind):
         list(loader.create(data, m, 3, True, 12, 1, 2, True, CPU, bound).batches([Request(0, np.arange(12))]))[0]
         for bound in (None, 0.01)
     )
-    assert torch.equal(whole.images, parts.images) and whole.replaced == parts.replaced == 1
+    assert torch.equal(whole.inputs, parts.inputs) and whole.replaced == parts.replaced == 1
 
 
 PEAK = """

@@ -41,7 +41,7 @@ def write(root, sizes, orientation=None):
 
 def made(m, data, requests, train=True, **named):
     loading = loader.create(data, m, 5, train, 12, 2, 2, False, CPU, **named)
-    return [(b.images[:, 0].clone(), b.labels) for b in loading.batches(requests)]
+    return [(b.inputs[:, 0].clone(), b.labels) for b in loading.batches(requests)]
 
 
 def around(pixels):

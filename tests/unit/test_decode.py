@@ -43,7 +43,7 @@ def pictures(path, kind, channels=3, size=48):
                 mean=[0.0] * channels, std=[1.0] * channels)  # fmt: skip
     made = loader.create(data, m, 0, False, len(m), 1, 1, False, torch.device("cpu"))
     (batch,) = made.batches([Request(0, np.arange(len(m)))])
-    return batch.images.clone()
+    return batch.inputs.clone()
 
 
 GOOD = {

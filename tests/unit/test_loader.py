@@ -100,7 +100,7 @@ def test_drained_loader_starts_again(photos, kind, prefetch_mb):
         asked = Cut(requests[begin:])
         again = made.batches(asked)
         for i in range(begin, begin + 3):
-            assert torch.equal(next(again).images, first[i])
+            assert torch.equal(next(again).inputs, first[i])
         asked.over = True
         assert len(list(again)) < 9  # no more than was made ahead
     assert len(list(made.batches(Cut(requests)))) == 12

@@ -55,7 +55,7 @@ def reached(monkeypatch):
 def made(processes, requests):
     loader = UserLoader(UserSet("test_maker:Noisy", "train"), 7, 2, 2, False, CPU, processes)
     found = list(loader.batches(requests))
-    return [(b.images, b.labels["kind"], b.labels["sum"]) for b in found], {
+    return [(b.inputs, b.labels["kind"], b.labels["sum"]) for b in found], {
         int(p) for b in found for p in b.labels["pid"]
     }
 
@@ -76,7 +76,7 @@ def test_what_goes_wrong_is_said_with_its_reason():
         RunError, match="(?s)in a process that makes its samples:.*line .*, in sample.*thirteen is no sample"
     ):
         maker.make(Request(0, np.array([12, 13])))
-    assert len(maker.make(Request(0, np.array([12, 14]))).images) == 2
+    assert len(maker.make(Request(0, np.array([12, 14]))).inputs) == 2
     with pytest.raises(RunError, match=r"has ended \(exit code 3\): where memory ran out"):
         maker.make(Request(0, np.array([49])))
     with pytest.raises(RunError, match="made a second time, in a process of its own, it is another set"):

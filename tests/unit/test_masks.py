@@ -67,7 +67,7 @@ def places(small, tmp_path_factory):
 
 def made(m, data, requests, train=True, **named):
     loading = loader.create(data, m, 3, train, 8, 2, 2, False, CPU, **named)
-    return [(b.images[:, 0].clone(), b.labels) for b in loading.batches(requests)]
+    return [(b.inputs[:, 0].clone(), b.labels) for b in loading.batches(requests)]
 
 
 def test_a_mask_is_a_field_with_as_many_classes_as_it_has(places):
@@ -110,7 +110,7 @@ def test_photos_of_any_size_and_any_side_up(tmp_path, kind, orientation):
         for images, mask in made(found, data, [Request(2, np.arange(8)), Request(2, np.arange(8, 12))], train):
             assert mask.shape == images.shape and mask.unique().tolist() == [0, 1, 2]
             assert ((images - 40.0 * mask).abs() < 20).float().mean() > 0.9
-    assert upright.of_mask("mask", "bytes").min() > 0 and not verify.verify(upright.path, 1).findings
+    assert upright.of_file("mask", "bytes").min() > 0 and not verify.verify(upright.path, 1).findings
 
 
 def test_masks_that_are_none_are_named(tmp_path):

@@ -65,7 +65,7 @@ def pictures(m: Manifest, kind: str, how: str, train=True, **data) -> torch.Tens
     section |= {"loader": kind, "orientation": how, **data}
     made = loader.create(Data(**section), m, 3, train, len(m), 1, 1, False, torch.device("cpu"))
     (batch,) = made.batches([Request(1, np.arange(len(m)))])
-    return batch.images.clone()
+    return batch.inputs.clone()
 
 
 @pytest.mark.parametrize("kind", ["torchvision", "dali"])

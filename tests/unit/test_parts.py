@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import command, write_images
 
-from hpc_lbsgd.data import archive, manifest, pack, parts, verify
+from hpc_lbsgd.data import archive, files, manifest, pack, parts, shards, verify
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.parts import Share
 from hpc_lbsgd.errors import RequestError
@@ -27,13 +27,13 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture
 def decoded(monkeypatch):
     """How many images were decoded, so far."""
-    count, decode_all = [0], trees.decode_all
+    count, decode_all = [0], files.decode_all
 
     def counted(contents):
         count[0] += len(contents)
         return decode_all(contents)
 
-    monkeypatch.setattr(trees, "decode_all", counted)
+    monkeypatch.setattr(files, "decode_all", counted)
     return count
 
 
@@ -74,7 +74,7 @@ def test_a_storage_that_failed_is_asked_again(root, decoded, monkeypatch):
         return open(path, *mode)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trees, "open", broken, raising=False)
+        patch.setattr(files, "open", broken, raising=False)
         with pytest.raises(RequestError, match="1 of 96 images cannot be read"):
             trees.index(root, processes=1)
     assert decoded[0] == 95
@@ -166,12 +166,12 @@ def test_commands_share_an_index_and_a_pack(tmp_path):
     with pytest.raises(RequestError, match="was begun there with|other options was begun there"):
         pack.pack(root, out, pack.Encoding("raw"), 0.01, 1)
     with pytest.raises(RequestError, match="other options was begun there"):
-        pack.pack_share(root, out, pack.Encoding("raw"), 0.01, 1, Share(0, 2))
+        shards.pack_share(pack.Images(root, pack.Encoding("raw")), out, 0.01, 1, Share(0, 2))
     packed = pack.pack(root, out, pack.Encoding(), 0.01, 1)
     assert {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*.tar")} == times
     assert len(packed) == 60 and packed.fingerprint == m.fingerprint and not verify.verify(out, processes=1).findings
     assert set(os.listdir(out)) == {"classes.txt", "manifest.arrow", *times}
-    assert pack.pack_share(root, out, pack.Encoding(), 0.01, 1, Share(0, 2)) == 0  # all is there
+    assert shards.pack_share(pack.Images(root, pack.Encoding()), out, 0.01, 1, Share(0, 2)) == 0  # all is there
     alone = pack.pack(root, tmp_path / "alone", pack.Encoding(), 0.01, 1)
     assert rows_of(alone) == rows_of(packed) and np.array_equal(alone.offsets, packed.offsets)
 
@@ -184,9 +184,9 @@ def test_parts_that_are_none_are_refused(tmp_path):
 
 def test_a_pack_of_all_waits_for_no_part_and_steps_on_none(tmp_path):
     m, out = trees.index(write_images(tmp_path / "d", 12, 16), processes=1), tmp_path / "p"
-    pack.pack_share(m.path, out, pack.Encoding(), 0.01, 1, Share(0, 2))
+    shards.pack_share(pack.Images(m.path, pack.Encoding()), out, 0.01, 1, Share(0, 2))
     sleeper = "import sys, time; from hpc_lbsgd.owner import take; h = take(sys.argv[1]); print(1); time.sleep(60)"
-    folder = pack.share_folder(out, Share(1, 2))
+    folder = shards.share_folder(out, Share(1, 2))
     job = subprocess.Popen([sys.executable, "-u", "-c", sleeper, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert job.stdout.readline().strip() == "1"
@@ -196,4 +196,4 @@ def test_a_pack_of_all_waits_for_no_part_and_steps_on_none(tmp_path):
     finally:
         job.kill()
         job.wait()
-    assert len(pack.pack(m.path, out, pack.Encoding(), 0.01, 1)) == 12 and not (out / pack.PARTS).exists()
+    assert len(pack.pack(m.path, out, pack.Encoding(), 0.01, 1)) == 12 and not (out / manifest.PARTS).exists()

@@ -37,7 +37,7 @@ def test_the_sheet_shows_what_a_run_sees(small, kind):
     assert np.bincount(small.labels[shown.samples]).tolist() == [1, 2, 2, 2, 2]
     made = loader.create(data, small, 5, True, 16, 1, 1, False, torch.device("cpu"))
     for epoch, batch in enumerate(made.batches(Request(e, shown.samples) for e in range(show.EPOCHS))):
-        seen = (batch.images * 50 + 100).round().permute(0, 2, 3, 1).numpy()
+        seen = (batch.inputs * 50 + 100).round().permute(0, 2, 3, 1).numpy()
         assert (seen == shown.seen[epoch]).all()
     assert not (shown.seen[0] == shown.seen[1]).all() and (shown.stored[0] == 9).all()
 

@@ -52,7 +52,7 @@ def places(people, tmp_path_factory):
 def made(m, kind, targets, requests, **named):
     data = Data(loader=kind, targets=targets, channels=1, image_size=16, augment="pad-crop", mean=[0.0], std=[1.0])
     loading = loader.create(data, m, 3, True, 8, 2, 2, True, CPU, **named)
-    return [(b.images.clone(), b.labels) for b in loading.batches(requests)]
+    return [(b.inputs.clone(), b.labels) for b in loading.batches(requests)]
 
 
 @pytest.mark.parametrize("kind", ["torchvision", "dali"])
@@ -117,8 +117,9 @@ def test_numbers_are_not_scored_as_classes():
 
 
 REFUSED = {
-    "data.targets=[weight]": "has no field 'weight'; it has: class, age, at, id",
-    "data.targets=[image]": "has no field 'image'",
+    "data.targets=[weight]": "has no field 'weight'; it has: image, class, age, at, id",
+    "data.inputs=[image,weight]": "has no field 'weight'",
+    "data.targets=[image] data.classes=1": "it is of one class a sample",
     "data.targets=[]": "data.targets",
     "data.targets=[age,age]": "one is there twice",
     "data.targets=[age]": "train.loss = cross-entropy: it is of one class a sample; for a mask pixel-cross-entropy,",
@@ -126,7 +127,10 @@ REFUSED = {
     "data.targets=[at] train.loss=binary-cross-entropy": "has at = [0. 1. 2.], not from 0 to 1",
     "train.loss=pixel-cross-entropy": "it is of one mask a sample",
     "data.classes=1": "data.classes = 1: there is nothing to tell apart",
-    "data.targets=[age] train.loss=mse data.dataset=some:thing": "a set of your own says by itself",
+    "data.targets=[age] train.loss=mse data.dataset=some:thing": "a set of your own says by itself what the loss gets",
+    "data.inputs=[age] data.dataset=some:thing": "a set of your own says by itself what the model gets",
+    "data.encode.age=json:loads data.inputs=[image,age]": "is float; it is for text and bytes",
+    "data.encode.id=json:loads": "is none of data.inputs and data.targets",
 }
 
 

@@ -41,7 +41,7 @@ def test_predict_sees_what_evaluation_sees_whichever_way_a_camera_was_held(tmp_p
     request = Request(0, np.arange(8))
     source = Source(data, found, 0, train=False)
     stored = [pixels(Path(found.file(i)).read_bytes(), 3) for i in range(8)]
-    for i, wanted in enumerate(source.cut(request, stored)):
+    for i, wanted in enumerate(source.cut(source.fetch(request), stored)):
         assert np.array_equal(window_of(found.file(i), data), wanted), found.key(i)
 
 

@@ -15,7 +15,7 @@ from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.source import Batch
-from hpc_lbsgd.data.targets import each_tensor
+from hpc_lbsgd.data.targets import each_tensor, rows
 from hpc_lbsgd.data.user import PREFIX, UserSet
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import world as worlds
@@ -102,9 +102,9 @@ class Bench:
     def _own(self) -> dict[int, Batch]:
         """A batch of each size that the first step has."""
         kept: dict[int, Batch] = {}
-        for images, labels, _ in self.real(1):
-            if len(images) not in kept:
-                kept[len(images)] = Batch(images.clone(), each_tensor(torch.clone, labels))
+        for inputs, labels, _ in self.real(1):
+            if rows(labels) not in kept:
+                kept[rows(labels)] = Batch(each_tensor(torch.clone, inputs), each_tensor(torch.clone, labels))
         return kept
 
     def _noise(self, classes: int) -> dict[int, Batch]:
