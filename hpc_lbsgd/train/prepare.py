@@ -257,8 +257,8 @@ def with_own(recipe: Recipe, train: Manifest, evaluation: Manifest | None) -> Re
     data = recipe.data
     if evaluation is not None and evaluation.own != train.own:
         raise RequestError(f"data.eval = {data.eval}: its samples are made otherwise than those of data.train")
-    for key, known in (("inputs", [fields.IMAGE]), ("targets", [fields.CLASS]), ("encode", {})):
-        if getattr(data, key) != known:
+    for key, default in (("inputs", [fields.IMAGE]), ("targets", [fields.CLASS]), ("encode", {})):
+        if getattr(data, key) != default:
             raise RequestError(f"data.{key}: {data.train} is a set of your own, which says by itself what is given")
     classes = data.classes or len(train.classes)
     if not classes:
