@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hpc_lbsgd.errors import RequestError, RunError
-from hpc_lbsgd.train import models
+from hpc_lbsgd.train import compiling
 from hpc_lbsgd.train.statistics import RunningStatistics
 from hpc_lbsgd.train.workers import PassContext, make_virtual
 
@@ -221,9 +221,9 @@ def test_what_backward_computes_again_is_what_forward_computed(compiled):
         virtual = Virtual(model, 4, calls={"1.norm": 2})
         if compiled:
             model.stages = [model[1]]
-            models.compile_stages(model, virtual.context)
+            compiling.compile_parts(model, virtual.context, "stages", 8)
         for number in range(2):
-            outputs = virtual.step([([0, 1], [8, 4], images(12).float())], number)
+            outputs = virtual.step([([0, 1], [8, 8], images(16).float())], number)
         found.append((outputs[0], [p.grad for p in model.parameters()], virtual.running.flat.clone()))
     (y, gradients, running), (y2, gradients2, running2) = found
     assert not torch.equal(y, torch.zeros_like(y))
@@ -251,7 +251,7 @@ def test_a_compiled_part_inside_a_checkpoint_draws_its_masks_again():
         torch.manual_seed(0)
         model = Outer(recompute)
         virtual = Virtual(model, 8, calls={"stages.0.norm": 2})
-        models.compile_stages(model, virtual.context)
+        compiling.compile_parts(model, virtual.context, "stages", 8)
         (y,) = virtual.step([([0], [8], images(8).float())])
         found.append((y, model.conv.weight.grad, virtual.running.flat.clone()))
     for a, b in zip(*found, strict=True):
