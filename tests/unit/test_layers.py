@@ -123,6 +123,36 @@ def test_statistics_are_the_mean_over_the_groups_that_measured():
     assert torch.equal(ours.dark.running_mean, kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(7, 5, 9, 3), (1, 3, 5, 5), (5, 1, 6, 6), (33, 17, 4, 1), (32, 16, 1, 1)])
+def test_a_groups_bits_do_not_depend_on_who_else_is_in_the_pass(shape, layout, dtype):
+    """Outputs, gradients of inputs and running statistics of 4 workers in 1, 2 and 4 passes."""
+    n, channels = shape[:2]
+    whole = torch.float64 if dtype == torch.float64 else torch.float32
+    torch.manual_seed(0)
+    x = torch.randn(4 * n, *shape[1:], dtype=whole).to(dtype).contiguous(memory_format=layout)
+    upstream, found = torch.randn_like(x), []
+    for passes in ([[0, 1, 2, 3]], [[0, 1, 2], [3]], [[0], [1], [2], [3]]):
+        torch.manual_seed(1)
+        virtual = Virtual(nn.BatchNorm2d(channels).to(whole), n)
+        nn.init.normal_(virtual.model.weight)
+        sums, parts = torch.zeros(virtual.running.size, dtype=whole), []
+        for workers in passes:
+            rows = slice(workers[0] * n, (workers[-1] + 1) * n)
+            part = x[rows].clone().requires_grad_()
+            virtual.context.begin(0, workers, [n] * len(workers))
+            virtual.running.begin_pass(len(workers))
+            y = virtual.model(part)
+            virtual.running.end_forward(sums, len(workers), 4)
+            y.backward(upstream[rows])
+            parts.append((y.detach(), part.grad))
+        virtual.running.update(sums)
+        found.append([*map(torch.cat, zip(*parts, strict=True)), virtual.running.flat])
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
 class Twice(nn.Module):
     """One BatchNorm and one dropout, each used twice in a forward."""
 
