@@ -57,6 +57,7 @@ def bytes_of(node: torch.fx.Node) -> int:
 
 def kernels(graph: torch.fx.Graph) -> list[Kernel]:
     """Of one graph."""
+
     def lies_in(node: torch.fx.Node) -> torch.fx.Node:
         return lies_in(node.all_input_nodes[0]) if node.op == "call_function" and name_of(node) in VIEWS else node
 
@@ -101,8 +102,10 @@ def joins(kernel: Kernel, node: torch.fx.Node, reads: set, elements: int) -> boo
         return False
     its = [name_of(n) in REDUCTIONS for n in kernel.writes]
     if name_of(node) not in REDUCTIONS:
-        if any(its):  # what follows of its few results
-            return reads <= set(kernel.writes)
+        if any(its):  # what follows of its few results, and of what the graph was given
+            follows = reads & set(kernel.writes)
+            few = elements <= max(v.numel() for n in follows for v in values(n)) * 2 if follows else False
+            return few and all(n.op == "placeholder" for n in reads - follows)
         return kernel.elements == elements and reads <= kernel.reads | set(kernel.writes)
 
     def large(found: set) -> set:

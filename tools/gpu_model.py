@@ -65,9 +65,7 @@ def bf16() -> Iterator[None]:
 
     def convolution(self, x, weight, bias):
         own = bias if bias is None else bias.bfloat16()
-        return torch.conv2d(
-            x.bfloat16(), weight.bfloat16(), own, self.stride, self.padding, self.dilation, self.groups
-        )
+        return torch.conv2d(x.bfloat16(), weight.bfloat16(), own, self.stride, self.padding, self.dilation, self.groups)
 
     def linear(self, x):
         return F.linear(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16())

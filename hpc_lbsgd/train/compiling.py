@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.parallel.compiler import why_not
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.train import ghost, models
 from hpc_lbsgd.train.workers import PassContext, VirtualLayer, VirtualNorm
@@ -32,16 +33,6 @@ def settle(recipe: Recipe, device: torch.device) -> Recipe:
     return recipe.with_compile(chosen)
 
 
-def why_not(device: torch.device) -> str | None:
-    """What torch's compiler lacks on `device`, found by a small function; None: nothing."""
-    try:
-        found = torch.compile(lambda x: x * 2 + 1)(torch.ones(3, device=device)).tolist()
-        return None if found == [3.0] * 3 else f"2 * 1 + 1 is {found}"
-    except Exception as problem:  # no Triton, no C compiler, a GPU that it does not know: it fails in any way
-        told = str(problem).strip().splitlines()
-        return f"{type(problem).__name__}: {told[0][:200] if told else ''}"
-
-
 def has_stages(recipe: Recipe) -> bool:
     try:
         return bool(stages_of(models.without_storage(recipe, recipe.data.classes)))
@@ -52,7 +43,7 @@ def has_stages(recipe: Recipe) -> bool:
 
 
 def stages_of(model: nn.Module) -> list[nn.Module]:
-    """A residual network's stages, by the names that they have in torchvision, in timm and here; [] where it has none."""
+    """A residual network's stages, by their names in torchvision, in timm and here; [] where it has none."""
     own = getattr(model, "stages", None)
     named = list(own) if isinstance(own, nn.Sequential | nn.ModuleList | list) else []
     named = named or [getattr(model, f"layer{i}", None) for i in (1, 2, 3, 4)]

@@ -177,7 +177,7 @@ def refuse_idle_ranks(recipe: Recipe, schedule: Schedule, ranks: int) -> None:
 
 
 def settle_again(asked: Recipe, before: Recipe) -> Recipe:
-    """The recipe to resume with: the run's own k, threads and compiled parts, and no other difference in the result part."""
+    """The recipe to resume with: the run's own k, threads and compiled parts; no result key may differ."""
     asked = asked.with_workers(before.batch.workers)
     asked = asked.model_copy(update={"model": asked.model.model_copy(update={"init_from": before.model.init_from})})
     if before.machine.threads:

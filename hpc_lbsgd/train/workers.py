@@ -58,7 +58,8 @@ class PassContext:
 
     def __getstate__(self) -> dict:
         """Of a copy, an average of weights, say: no pass is under way there, and nobody sums what it measures."""
-        return vars(self) | {"spans": [], "groups": [], "sizes": [], "whole": False, "outside": None, "_calls_by_draw": {}}
+        none = {"spans": [], "groups": [], "sizes": [], "_calls_by_draw": {}}
+        return vars(self) | none | {"whole": False, "outside": None}
 
     def begin(self, step: int, workers: list[int], counts: list[int]) -> None:
         self.step = step

@@ -6,6 +6,7 @@ from test_frozen import Strict
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RunError
+from hpc_lbsgd.parallel.compiler import why_not
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import compiling, step
 from hpc_lbsgd.train.prepare import settle_again
@@ -50,7 +51,8 @@ def compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-STAGES, NORMS = 3, 9  # of a ResNet-8; the first norm is in no stage, and has a graph of its own; norms of one shape share one
+# Of a ResNet-8. The first norm is in no stage, and has a graph of its own; norms of one shape share one
+STAGES, NORMS = 3, 9
 
 
 class Run:
@@ -163,9 +165,9 @@ def test_auto_compiles_where_a_gpu_can(device, model, problem, chosen, monkeypat
 
 
 def test_what_a_gpu_lacks_is_found_by_trying(monkeypatch):
-    assert compiling.why_not(GPU)  # there is none here
+    assert why_not(GPU)  # there is none here
     monkeypatch.setattr(torch, "compile", lambda f: lambda x: x * 2)
-    assert "is [2.0, 2.0, 2.0]" in compiling.why_not(CPU)
+    assert "is [2.0, 2.0, 2.0]" in why_not(CPU)
 
 
 @pytest.mark.parametrize("determinism, kept", [("any-ranks", "stages"), ("same-ranks", "stages"), ("off", "auto")])
