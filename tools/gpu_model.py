@@ -207,8 +207,8 @@ def pictures(recipe: recipes.Recipe, size: int = 224) -> Batch:
 
 def count(recipe: recipes.Recipe, number: int = 1, plain: bool = False) -> Seen:
     """What step `number` of `recipe` does on one rank; its images are there already, and what `machine.compile` names
-    is compiled. Where it is read late, from its sums to those of the next one. plain: without kernels of our own and the
-    fused update, read at once."""
+    is compiled. Where it is read late, from its sums to those of the next one. plain: without kernels of our own and
+    the fused update, read at once."""
     seen, engine = Seen(), Alone()
 
     def kernel(name: str, launches: int, touched: int) -> None:
