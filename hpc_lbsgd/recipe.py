@@ -183,6 +183,10 @@ class Recipe(Section):
             return self
         return self.model_copy(update={"machine": self.machine.model_copy(update={"threads": cores})})
 
+    def with_compile(self, parts: str) -> Recipe:
+        """The recipe with the parts that are compiled settled."""
+        return self.model_copy(update={"machine": self.machine.model_copy(update={"compile": parts})})
+
     def result_part(self) -> dict[str, Any]:
         """What decides the weights. Paths and sizes of data are left out: the data is fingerprinted apart. Where bits
         are promised, keys of the machine that change bits belong to it."""

@@ -330,8 +330,9 @@ class Machine(Section):
     prefetch_mb: Positive = 2048.0
     """CPU ranks: about how much memory samples may take while they are read and decoded ahead; batches of large images
     are made in parts, one image at least"""
-    compile: Literal["none", "stages"] = "none"
-    """torch.compile, a residual stage at a time"""
+    compile: Literal["auto", "none", "norms", "stages"] = "auto"
+    """torch.compile, for passes of whole workers; stages: a residual stage at a time; norms: only BatchNorms that get
+    several groups; auto: stages on GPUs (norms, where a model has none), none on CPUs"""
     channels_last: bool = True
     """memory format of images and weights"""
     stage_dir: str | None = None

@@ -45,19 +45,24 @@ def installed_key() -> str:
 CHECK = """
 import json, torch, horovod.torch as hvd
 hvd.init()
-x = torch.full((1000,), float(hvd.rank() + 1))
+device = 'cpu'
+if hvd.nccl_built() and torch.cuda.is_available() and torch.cuda.device_count() >= hvd.size():
+    device = f'cuda:{hvd.local_rank()}'
+x = torch.full((1000,), float(hvd.rank() + 1), device=device)
 y = hvd.allreduce(x, op=hvd.Sum, name='check')
 assert y.eq(hvd.size() * (hvd.size() + 1) / 2).all(), y[:4]
-assert hvd.allreduce(torch.tensor([2**40 + hvd.rank()]), op=hvd.Sum, name='int64').item() == 2**41 + 1
+assert hvd.allreduce(torch.tensor([2**40 + hvd.rank()], device=device), op=hvd.Sum, name='int64').item() == 2**41 + 1
 if hvd.rank() == 0:
-    print('CHECK ' + json.dumps(dict(ranks=hvd.size(), mpi=bool(hvd.mpi_built()), gloo=bool(hvd.gloo_built()),
-          nccl=int(hvd.nccl_built()), cuda=bool(hvd.cuda_built()), mpi_threads=bool(hvd.mpi_threads_supported()))))
+    print('CHECK ' + json.dumps(dict(ranks=hvd.size(), device=device, mpi=bool(hvd.mpi_built()),
+          gloo=bool(hvd.gloo_built()), nccl=int(hvd.nccl_built()), cuda=bool(hvd.cuda_built()),
+          mpi_threads=bool(hvd.mpi_threads_supported()))))
 hvd.shutdown()
 """
 
 
 def check(tools: Toolchain, paths: dict) -> dict:
-    """Horovod's own build report and a 2-rank allreduce, float32 and int64, through the MPI it was built with."""
+    """Horovod's own build report and a 2-rank allreduce, float32 and int64, through the MPI it was built with; on GPUs
+    where two are there, and it has NCCL."""
     command = [str(paths["mpirun"]), "-np", "2"]
     if "Open MPI" in tools.mpi:
         command += ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]

@@ -2,7 +2,7 @@
 """What a training step asks of a GPU, counted without one: a whole step runs on torch's `meta` device, where tensors
 have shapes and no contents, and every operation is seen on its way (TorchDispatchMode).
 
-python tools/gpu_model.py [--batch 256] [--determinism any-ranks]
+python tools/gpu_model.py [--batch 256] [--determinism any-ranks] [--compile stages]
 
 Launches: operations that are more than a view, a convolution's backward as two. Bytes: what an operation reads and
 writes if nothing stays in a cache. Neither is a time; how they become one is docs/results/gpu-model.md's to say.
@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from gpu_fused import Fused
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,15 +59,19 @@ class Alone:
         self.waited()
 
 
-class Bf16(TorchFunctionMode):
+@contextmanager
+def bf16() -> Iterator[None]:
     """Autocast, which torch does not have on meta: products take their inputs in bf16, weights cast once a pass."""
 
-    PRODUCTS = (torch.conv2d, F.conv2d, F.linear)
+    def convolution(self, x, weight, bias):
+        own = bias if bias is None else bias.bfloat16()
+        return torch.conv2d(x.bfloat16(), weight.bfloat16(), own, self.stride, self.padding, self.dilation, self.groups)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.PRODUCTS:
-            args = [t.bfloat16() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args]
-        return func(*args, **(kwargs or {}))
+    def linear(self, x):
+        return F.linear(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16())
+
+    with patch.object(nn.Conv2d, "_conv_forward", convolution), patch.object(nn.Linear, "forward", linear):
+        yield
 
 
 @dataclass
@@ -200,18 +206,25 @@ def pictures(recipe: recipes.Recipe, size: int = 224) -> Batch:
 
 
 def count(recipe: recipes.Recipe, number: int = 1, plain: bool = False) -> Seen:
-    """What step `number` of `recipe` does on one rank; its images are there already. Where it is read late, from its
-    sums to those of the next one. plain: without kernels of our own and the fused update, read at once."""
+    """What step `number` of `recipe` does on one rank; its images are there already, and what `machine.compile` names
+    is compiled. Where it is read late, from its sums to those of the next one. plain: without kernels of our own and
+    the fused update, read at once."""
     seen, engine = Seen(), Alone()
-    replica, cast = Replica(recipe, 1000, engine, META), nullcontext()
-    if replica.autocast:
-        replica.autocast, cast = False, Bf16()
-    stepper = step.Stepper(replica, recipe, repeat(pictures(recipe)))
-    stepper._late = not plain
-    outcomes = stepper.outcomes(repeat(point_of(recipe, number)))
-    with cast:
+
+    def kernel(name: str, launches: int, touched: int) -> None:
+        cost = seen.costs.setdefault(f"aten::{name}", Cost())
+        cost.launches += launches
+        cost.bytes += touched
+
+    with Fused(kernel), bf16() if recipe.precision == "bf16" else nullcontext():
+        replica = Replica(recipe, 1000, engine, META)
+        replica.autocast = False
+        stepper = step.Stepper(replica, recipe, repeat(pictures(recipe)))
+        stepper._late = not plain
+        outcomes = stepper.outcomes(repeat(point_of(recipe, number)))
         with Seen():
             next(outcomes)  # the first makes what later ones keep
+        seen.costs.clear()
         if not plain:
             if replica.buckets.fixed:
                 replica.buckets.fixed.kernels = CountedKernels(seen)
@@ -229,9 +242,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--determinism", default="off")
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--compile", default="none")
     parser.add_argument("--plain", action="store_true", help="without kernels of our own and the fused update")
     args = parser.parse_args()
-    seen = count(resnet50(args.batch, determinism=args.determinism, precision=args.precision), plain=args.plain)
+    choices = {"determinism": args.determinism, "precision": args.precision, "machine__compile": args.compile}
+    seen = count(resnet50(args.batch, **choices), plain=args.plain)
     for name, cost in sorted(seen.costs.items(), key=lambda item: -item[1].bytes):
         print(f"{name:45s} {cost.launches:6d} launches {cost.bytes / 1e9:9.3f} GB")
     print(f"{'all':45s} {seen.launches:6d} launches {seen.bytes / 1e9:9.3f} GB")

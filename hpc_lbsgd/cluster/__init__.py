@@ -5,8 +5,9 @@
 launch.py      an mpirun line, run and watched
 submission.py  a recipe as batch jobs: jobs.py says which, script.py fills in templates/, forecast.py says how far they
                will come; sites.py and sites/: what a cluster needs said; suspects.py: nodes to go on without
-doctor.py      what this machine can do, and the fix for what it cannot, as lines of finding.py's kind; on_ranks.py
-               starts real ranks for it (check_ranks.py), on which mpi_check.py and node_check.py run
+doctor.py      what this machine can do, and the fix for what it cannot, as lines of finding.py's kind; gpu_checks.py:
+               of GPUs; on_ranks.py starts real ranks for it (check_ranks.py), on which mpi_check.py and node_check.py
+               run
 
 May be imported by: cli.
 May import: bench, report, data, parallel, amend, recipe, arguments, sections, reading, runs, owner, schedulers,

@@ -13,28 +13,11 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
-from hpc_lbsgd.cluster import on_ranks
-from hpc_lbsgd.cluster.finding import FAIL, OK, WARN, Finding
+from hpc_lbsgd.cluster import gpu_checks, on_ranks
+from hpc_lbsgd.cluster.finding import FAIL, OK, WARN, Finding, output_of, version
 from hpc_lbsgd.schedulers.known import SCHEDULERS
-
-
-def output_of(*command: str, timeout_s: float = 20) -> str | None:
-    """What a command prints; None where it is not there or fails."""
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def check_python() -> Iterator[Finding]:
@@ -152,39 +135,6 @@ def check_torch() -> Iterator[Finding]:
         )
     else:
         yield Finding(WARN, "gpus", "none: ranks compute on CPUs", "fine for checks; training at scale wants GPUs")
-
-
-def check_gpus() -> Iterator[Finding]:
-    """Driver against torch's CUDA, NCCL, and how the GPUs are wired."""
-    import torch
-
-    facts = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    if not facts:
-        return
-    header = output_of("nvidia-smi") or ""
-    newest = re.search(r"CUDA Version: (\d+)\.(\d+)", header)
-    if newest and torch.version.cuda:
-        # a driver runs every CUDA of its own major version, and older ones
-        fits = int(newest[1]) >= int(torch.version.cuda.split(".")[0])
-        yield Finding(
-            OK if fits else FAIL,
-            "cuda driver",
-            f"{facts.splitlines()[0]}, up to CUDA {newest[1]}.{newest[2]}; torch is built for {torch.version.cuda}",
-            "install a newer driver, or a torch build for an older CUDA",
-        )
-    if torch.cuda.is_available():
-        yield Finding(OK, "nccl", f"torch's own: {'.'.join(map(str, torch.cuda.nccl.version()))}")
-    if torch.cuda.device_count() > 1:
-        topology = output_of("nvidia-smi", "topo", "-m") or ""
-        rows = [line.split() for line in topology.splitlines() if line.startswith("GPU")]
-        links = sorted({word for row in rows for word in row[1:] if re.fullmatch(r"NV\d+|PIX|PXB|PHB|NODE|SYS", word)})
-        slow = {"SYS", "NODE", "PHB"} & set(links)
-        yield Finding(
-            WARN if slow and not any(word.startswith("NV") for word in links) else OK,
-            "gpu links",
-            ", ".join(links) or "unknown",
-            "GPUs reach each other through the CPU only; expect slow sums within a node",
-        )
 
 
 def check_horovod() -> Iterator[Finding]:
@@ -332,7 +282,7 @@ CHECKS: list[Callable[[], Iterator[Finding]]] = [
     check_compiler,
     check_mpi,
     check_torch,
-    check_gpus,
+    gpu_checks.check_gpus,
     check_engines,
     check_horovod,
     check_dali,

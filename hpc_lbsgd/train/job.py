@@ -23,6 +23,7 @@ from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.runs import RUNS, own_run
 from hpc_lbsgd.signals import undisturbed
+from hpc_lbsgd.train import compiling
 from hpc_lbsgd.train.alike import refuse_unlike
 from hpc_lbsgd.train.laps import Laps
 from hpc_lbsgd.train.parts import build
@@ -67,7 +68,7 @@ def train(
         nonlocal chosen, held
         with undisturbed():
             chosen, held = own_run(name, run, resume, lost)
-        return prepare(chosen, recipe, engine.size, amend)
+        return prepare(chosen, recipe, engine.size, amend, device)
 
     try:
         refuse_shared(engine.gather(place_of(device)))
@@ -124,7 +125,7 @@ def preflight(recipe: Recipe, as_json: bool = False) -> int:
         check_own(recipe)
         asked = with_start_settled(recipe.with_workers(engine.size))
         train, evaluation, settled = open_data(asked, RunFolder(RUNS / "preflight"))
-        content = settled.model_dump(mode="json")
+        content = compiling.settle(settled, device).model_dump(mode="json")
         return content, str(train.path), str(evaluation.path) if evaluation is not None else None
 
     seconds = 0.0

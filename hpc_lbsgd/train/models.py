@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,6 @@ from hpc_lbsgd.imports import load
 from hpc_lbsgd.train import start
 from hpc_lbsgd.train.laps import kept_for_good
 from hpc_lbsgd.train.refusals import refuse, refuse_shared_memory
-from hpc_lbsgd.train.workers import PassContext, VirtualNorm
 
 
 class Block(nn.Module):
@@ -198,39 +196,3 @@ def train(model: nn.Module, frozen: list[nn.Module]) -> None:
     model.train()
     for module in frozen:
         module.training = False
-
-
-def compile_stages(model: nn.Module, context: PassContext) -> None:
-    """torch.compile a residual stage at a time: one compiled whole would delay every gradient to backward's
-    end, and communication could not overlap it.
-
-    A graph a shape, never one for many: which shapes a process has met, and so where it was resumed, must not decide
-    which kernels run.
-    """
-    stages = getattr(model, "stages", None) or [getattr(model, f"layer{i}", None) for i in (1, 2, 3, 4)]
-    if None in stages:
-        raise RequestError(
-            f"machine.compile = stages: {type(model).__name__} has neither `stages` nor layer1 to layer4"
-        )
-    import torch._dynamo  # a second, for nothing where nothing is compiled
-
-    # Stages of one class share their code, and so one list of graphs: stages x (full, tail, evaluation) x modes
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-    for layer in context.layers:
-        if isinstance(layer, VirtualNorm):
-            layer.keep_out_of_graphs()
-    for stage in stages:
-        mine = set(stage.modules())
-        virtual = [layer for layer in context.layers if layer.module in mine]
-        stage.forward = _settled(context, virtual, torch.compile(stage.forward, dynamic=False, fullgraph=False))
-
-
-def _settled(context: PassContext, virtual: list, compiled: Callable) -> Callable:
-    """Compiled code counts the calls of its layers, but cannot ask whether backward repeats one."""
-
-    def forward(*args, **kwargs):
-        if context.spans and virtual:
-            context.settle(virtual)
-        return compiled(*args, **kwargs)
-
-    return forward

@@ -33,7 +33,7 @@ from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomic
 from hpc_lbsgd.schedulers import known
 from hpc_lbsgd.sections import OPTIMIZERS
 from hpc_lbsgd.theory.schedule import Schedule
-from hpc_lbsgd.train import checkpoint, loggers, losses, metrics, own_optim
+from hpc_lbsgd.train import checkpoint, compiling, loggers, losses, metrics, own_optim
 
 SETTINGS = ("HOROVOD_", "NCCL_", "OMPI_MCA_", "OMP_")
 # Open MPI hands the key of a job's network on in OMPI_MCA_orte_precondition_transports
@@ -56,9 +56,9 @@ class Prepared(NamedTuple):
     start_gone: bool  # the file of model.init_from, which a checkpoint makes needless
 
 
-def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = None) -> Prepared:
+def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None, device) -> Prepared:
     """Check the request, settle the recipe, and set up the run folder, which is ours. Rank 0 only. amend: keys that
-    change from here on, at a resume.
+    change from here on, at a resume. device: of this rank, and by kind of all.
 
     Raises RequestError; nothing is written before everything has been checked.
     """
@@ -72,6 +72,9 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = 
         recipe = recipe.with_workers(ranks).with_threads(worlds.cores_per_rank(worlds.from_environment().local_size))
         recipe = with_start_settled(recipe)
     train, evaluation, recipe = open_data(recipe, folder)
+    here = compiling.settle(recipe, device)
+    if "compile" in recipes.BIT_KEYS[recipe.determinism]:
+        recipe = here
     recipe.build_schedule(len(train))  # refuses what cannot be scheduled
     newest = checkpoint.find_newest(folder) if folder.exists() else None
     state = None
@@ -116,10 +119,10 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None = 
     except OSError as problem:
         raise RequestError(f"--run {folder.path}: cannot be written: {problem.strerror or problem}") from None
     if start_gone:
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"init_from": None})})
+        here = here.model_copy(update={"model": here.model.model_copy(update={"init_from": None})})
     return Prepared(
         str(folder.path),
-        recipe.model_dump(mode="json"),
+        here.model_dump(mode="json"),
         str(train.path),
         str(evaluation.path) if evaluation else None,
         str(newest[0]) if newest else None,
@@ -177,11 +180,13 @@ def refuse_idle_ranks(recipe: Recipe, schedule: Schedule, ranks: int) -> None:
 
 
 def settle_again(asked: Recipe, before: Recipe) -> Recipe:
-    """The recipe to resume with: the run's own k and threads, and no other difference in the result part."""
+    """The recipe to resume with: the run's own k, threads and compiled parts; no result key may differ."""
     asked = asked.with_workers(before.batch.workers)
     asked = asked.model_copy(update={"model": asked.model.model_copy(update={"init_from": before.model.init_from})})
     if before.machine.threads:
         asked = asked.with_threads(before.machine.threads)
+    if asked.machine.compile == "auto" and "compile" in recipes.BIT_KEYS[asked.determinism]:
+        asked = asked.with_compile(before.machine.compile)
     old, new = flatten(before.result_part()), flatten(asked.result_part())
     changed = [
         f"{key} = {new.get(key)} (the run has {old.get(key)})"

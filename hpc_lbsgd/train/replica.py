@@ -15,7 +15,7 @@ from hpc_lbsgd.parallel.buckets import Buckets
 from hpc_lbsgd.parallel.engine import Engine
 from hpc_lbsgd.parallel.layout import plan_layouts
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train import crosscheck, models, optim
+from hpc_lbsgd.train import compiling, crosscheck, models, optim
 from hpc_lbsgd.train.statistics import RunningStatistics
 from hpc_lbsgd.train.workers import PassContext, make_virtual
 
@@ -232,8 +232,8 @@ class Replica(Distributed):
         decay = recipe.train.ema_decay
         averaged = [*(b.weights for b in self.buckets.buckets), self.running.flat]
         self.average = optim.Average(averaged, decay) if decay else None
-        if machine.compile == "stages":
-            models.compile_stages(self.model, self.context)
+        if machine.compile in ("stages", "norms"):
+            compiling.compile_parts(self.model, self.context, machine.compile, recipe.batch.samples_per_worker)
 
     def train(self) -> None:
         """Into training, where it is not."""

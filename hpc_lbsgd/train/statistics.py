@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from hpc_lbsgd.parallel.layout import aligned
-from hpc_lbsgd.train.workers import VirtualNorm
+from hpc_lbsgd.train.workers import Slot, VirtualNorm
 
 
 class Turn(NamedTuple):
@@ -19,6 +19,13 @@ class Turn(NamedTuple):
     rows: torch.Tensor  # int64, where each value belongs in the flat buffer
     slots: torch.Tensor  # int64, which slot's count each value has
     members: torch.Tensor  # int64, layers by slot
+
+
+class Table(NamedTuple):
+    """What a pass measures, a row a BatchNorm group."""
+
+    rows: torch.Tensor  # (G, elements before the counts)
+    slots: list[list[Slot]]  # views, by layer and call
 
 
 class RunningStatistics:
@@ -65,9 +72,8 @@ class RunningStatistics:
             self.turns.append(Turn(slice(first, at), *(torch.tensor(v, device=device) for v in (rows, slots, members))))
         self.values = at  # elements before the counts
         self.size = aligned(at + len(self.slots), dtype.itemsize)
-        self._measured: list[torch.Tensor] = []  # of the pass under way: a flat buffer a BatchNorm group
-        for layer, count in zip(layers, own_calls, strict=True):
-            layer.slots = [[] for _ in range(count)]
+        self._tables: dict[int, Table] = {}  # by number of groups: what compiled layers see has one shape for each
+        self._rows: torch.Tensor | None = None  # of the pass under way
 
     def _adopt(self, i: int, layer: VirtualNorm, start: int) -> None:
         """Make a layer's buffers views."""
@@ -91,24 +97,27 @@ class RunningStatistics:
 
     def begin_pass(self, groups: int) -> None:
         """Make room for what the layers measure in a pass of so many BatchNorm groups."""
-        while len(self._measured) < groups:
-            measured = self.flat.new_zeros(self.values)
-            self._measured.append(measured)
-            for (call, i), start in zip(self.slots, self._starts, strict=True):
-                layer = self.layers[i]
-                mean_var = measured[start : start + 2 * layer.module.num_features].view(2, -1)
-                # .data: versions of their own. A compiled layer saves its buffers for backward, and writing those of
-                # the next layer would count as a change of them.
-                layer.slots[call].append((mean_var[0].data, mean_var[1].data))
-        for measured in self._measured[:groups]:
-            measured.zero_()  # else a NaN would stay: batch_norm adds to 0 times what is there
-        for layer in self.layers:
-            layer.measured = [0] * len(layer.slots)
+        if groups not in self._tables:
+            self._tables[groups] = self._table(groups)
+        self._rows, slots = self._tables[groups]
+        self._rows.zero_()  # else a NaN would stay: batch_norm adds to 0 times what is there
+        for layer, own in zip(self.layers, slots, strict=True):
+            layer.slots, layer.measured = own, [0] * len(own)
+
+    def _table(self, groups: int) -> Table:
+        table = Table(self.flat.new_zeros(groups, self.values), [[] for _ in self.layers])
+        for (_, i), start in zip(self.slots, self._starts, strict=True):
+            width = self.layers[i].module.num_features
+            both = table.rows[:, start : start + 2 * width]
+            # .data: versions of their own. A compiled layer saves its buffers for backward, and writing those of the
+            # next layer would count as a change of them.
+            table.slots[i].append(Slot(both.data, [(row[:width].data, row[width:].data) for row in both]))
+        return table
 
     def end_forward(self, sums: torch.Tensor, groups: int, groups_in_step: int) -> None:
         """Add what a pass measured to `sums`, a buffer of `size` elements."""
         unit = 2.0 ** -math.ceil(math.log2(groups_in_step))
-        for measured in self._measured[:groups]:
+        for measured in self._rows:
             sums[: self.values].add_(measured, alpha=unit)
         counts = [self.layers[i].measured[call] for call, i in self.slots]
         if all(count == groups for count in counts):

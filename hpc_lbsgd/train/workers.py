@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
@@ -45,6 +45,8 @@ class PassContext:
     step: int = 0
     spans: list[Span] = field(default_factory=list)  # what an input holds: its samples, in order; none outside a pass
     groups: list[Span] = field(default_factory=list)  # the BatchNorm groups among them
+    samples_per_worker: int | None = None  # of a whole worker; set where parts are compiled, which are for those alone
+    whole: bool = False  # all workers of the pass are
     sizes: list[int] = field(default_factory=list)  # theirs: all that compiled layers look at
     layers: list[VirtualLayer] = field(default_factory=list)
     outside: str | None = None  # why BatchNorm must not measure outside a pass, where that is refused
@@ -56,7 +58,8 @@ class PassContext:
 
     def __getstate__(self) -> dict:
         """Of a copy, an average of weights, say: no pass is under way there, and nobody sums what it measures."""
-        return vars(self) | {"spans": [], "groups": [], "sizes": [], "outside": None, "_calls_by_draw": {}}
+        none = {"spans": [], "groups": [], "sizes": [], "_calls_by_draw": {}}
+        return vars(self) | none | {"whole": False, "outside": None}
 
     def begin(self, step: int, workers: list[int], counts: list[int]) -> None:
         self.step = step
@@ -67,6 +70,7 @@ class PassContext:
             for start in range(0, s.count, self.bn_group)
         ]
         self._hold(spans, groups)
+        self.whole = all(count == self.samples_per_worker for count in counts)
         self._calls_by_draw.clear()
         for layer in self.layers:
             layer.calls = 0
@@ -80,6 +84,7 @@ class PassContext:
     def end(self) -> None:
         """After backward: layers that are called from now on are in no pass."""
         self._hold([], [])
+        self.whole = False
 
     def _hold(self, spans: list[Span], groups: list[Span]) -> None:
         self.spans, self.groups = spans, groups
@@ -180,11 +185,18 @@ class VirtualLayer(ABC):
 PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+class Slot(NamedTuple):
+    """Where one call of a BatchNorm in a forward leaves what it measures."""
+
+    table: torch.Tensor  # (groups, 2 C): means, and unbiased variances
+    groups: list[tuple[torch.Tensor, torch.Tensor]]  # both of each group, as views
+
+
 class VirtualNorm(VirtualLayer):
     """Any BatchNorm over groups of `bn_group` samples (Goyal et al. 2017, section 2.3: n is part of the objective).
 
     While training, running statistics are not touched. Each call leaves each group's mean and unbiased variance in
-    `slots[call][group]` and counts the groups that measured; from their sums over all ranks every rank makes the same
+    `slots[call]` and counts the groups that measured; from their sums over all ranks every rank makes the same
     moving average (`statistics.RunningStatistics`). A layer that is not training is as its author wrote it.
     """
 
@@ -193,9 +205,10 @@ class VirtualNorm(VirtualLayer):
         self.first = next(iter(inspect.signature(self.own).parameters))  # its author's name for the input
         self.plain = type(module) in PLAIN_NORMS and getattr(self.own, "__func__", None) is type(module).forward
         self.tracks = module.track_running_stats and module.running_mean is not None
-        self.slots: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        self.slots: list[Slot] = []  # by call, of the pass under way
         self.measured: list[int] = []  # groups, by call, in the pass under way
         self.inside: list[VirtualLayer] = []  # virtual layers that are parts of this module
+        self.at_once: Callable | None = None  # `ghost.batch_norm`, where a compiler makes it
 
     def forward(self, *inputs, **named) -> torch.Tensor:
         x, *more = inputs if inputs else (named.pop(self.first),)
@@ -208,6 +221,8 @@ class VirtualNorm(VirtualLayer):
         if len(sizes) == 1:
             return self._group(x, call, 0, more, named)
         self.check_rows(x)
+        if self.at_once and self.context.whole and x.numel() > len(sizes) * x.shape[1]:
+            return self._groups_at_once(x, call, len(sizes))
         cut = [split_like(value, x, sizes) for value in more]
         cut_named = {key: split_like(value, x, sizes) for key, value in named.items()}
         before = [layer.calls for layer in self.inside]
@@ -241,7 +256,7 @@ class VirtualNorm(VirtualLayer):
 
     def _group(self, x: torch.Tensor, call: int, group: int, more=(), named=None) -> torch.Tensor:
         module, arguments = self.module, (more, named or {})
-        mean, variance = self.slots[call][group] if self.tracks else (None, None)
+        mean, variance = self.slots[call].groups[group] if self.tracks else (None, None)
         if x.numel() == x.shape[1]:  # one value a channel has no variance: it normalises to zero, and says nothing
             like = x if module.running_mean is None else module.running_mean
             return self._run(x - x, group, like.new_zeros(x.shape[1]), like.new_ones(x.shape[1]), False, *arguments)
@@ -251,6 +266,15 @@ class VirtualNorm(VirtualLayer):
                 mean.copy_(module.running_mean)
                 variance.copy_(module.running_var)
         return self._run(x, group, mean, variance, True, *arguments)
+
+    def _groups_at_once(self, x: torch.Tensor, call: int, groups: int) -> torch.Tensor:
+        """All groups of a pass of whole workers, which are equal."""
+        module = self.module
+        y, statistics = self.at_once(x, groups, module.weight, module.bias, module.eps)
+        if self.tracks:
+            self.measured[call] += groups
+            self.slots[call].table.copy_(statistics)
+        return y
 
     def _run(self, x: torch.Tensor, group: int, mean, variance, training: bool, more, named) -> torch.Tensor:
         """The forward on one group, with other buffers in place of the running statistics. With momentum 1 they come

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hpc_lbsgd.errors import RequestError, RunError
-from hpc_lbsgd.train import models
+from hpc_lbsgd.train import compiling
 from hpc_lbsgd.train.statistics import RunningStatistics
 from hpc_lbsgd.train.workers import PassContext, make_virtual
 
@@ -123,6 +123,36 @@ def test_statistics_are_the_mean_over_the_groups_that_measured():
     assert torch.equal(ours.dark.running_mean, kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(7, 5, 9, 3), (1, 3, 5, 5), (5, 1, 6, 6), (33, 17, 4, 1), (32, 16, 1, 1)])
+def test_a_groups_bits_do_not_depend_on_who_else_is_in_the_pass(shape, layout, dtype):
+    """Outputs, gradients of inputs and running statistics of 4 workers in 1, 2 and 4 passes."""
+    n, channels = shape[:2]
+    whole = torch.float64 if dtype == torch.float64 else torch.float32
+    torch.manual_seed(0)
+    x = torch.randn(4 * n, *shape[1:], dtype=whole).to(dtype).contiguous(memory_format=layout)
+    upstream, found = torch.randn_like(x), []
+    for passes in ([[0, 1, 2, 3]], [[0, 1, 2], [3]], [[0], [1], [2], [3]]):
+        torch.manual_seed(1)
+        virtual = Virtual(nn.BatchNorm2d(channels).to(whole), n)
+        nn.init.normal_(virtual.model.weight)
+        sums, parts = torch.zeros(virtual.running.size, dtype=whole), []
+        for workers in passes:
+            rows = slice(workers[0] * n, (workers[-1] + 1) * n)
+            part = x[rows].clone().requires_grad_()
+            virtual.context.begin(0, workers, [n] * len(workers))
+            virtual.running.begin_pass(len(workers))
+            y = virtual.model(part)
+            virtual.running.end_forward(sums, len(workers), 4)
+            y.backward(upstream[rows])
+            parts.append((y.detach(), part.grad))
+        virtual.running.update(sums)
+        found.append([*map(torch.cat, zip(*parts, strict=True)), virtual.running.flat])
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
 class Twice(nn.Module):
     """One BatchNorm and one dropout, each used twice in a forward."""
 
@@ -221,9 +251,9 @@ def test_what_backward_computes_again_is_what_forward_computed(compiled):
         virtual = Virtual(model, 4, calls={"1.norm": 2})
         if compiled:
             model.stages = [model[1]]
-            models.compile_stages(model, virtual.context)
+            compiling.compile_parts(model, virtual.context, "stages", 8)
         for number in range(2):
-            outputs = virtual.step([([0, 1], [8, 4], images(12).float())], number)
+            outputs = virtual.step([([0, 1], [8, 8], images(16).float())], number)
         found.append((outputs[0], [p.grad for p in model.parameters()], virtual.running.flat.clone()))
     (y, gradients, running), (y2, gradients2, running2) = found
     assert not torch.equal(y, torch.zeros_like(y))
@@ -251,7 +281,7 @@ def test_a_compiled_part_inside_a_checkpoint_draws_its_masks_again():
         torch.manual_seed(0)
         model = Outer(recompute)
         virtual = Virtual(model, 8, calls={"stages.0.norm": 2})
-        models.compile_stages(model, virtual.context)
+        compiling.compile_parts(model, virtual.context, "stages", 8)
         (y,) = virtual.step([([0], [8], images(8).float())])
         found.append((y, model.conv.weight.grad, virtual.running.flat.clone()))
     for a, b in zip(*found, strict=True):

@@ -11,7 +11,7 @@ from hpc_lbsgd.errors import EXIT_DONE
 
 def add(benches) -> None:
     p = add_command(
-        benches, "loader", help="images a second of our loader and its peers, taking turns in one run",
+        benches, "loader", help="images a second of our loader and its peers, taking turns in one run; on GPUs too",
         example="bench loader data/val data/val-packed --threads 1,2,4",
     )  # fmt: skip
     p.add_argument("sets", nargs="+", help="image-file sets, for us and the peers; packed sets, for us")

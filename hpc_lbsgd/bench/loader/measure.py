@@ -24,6 +24,7 @@ from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.recipe import Data, Machine
 
 WARMUP_BATCHES = 4
+CPU = torch.device("cpu")
 
 
 class Contestant(NamedTuple):
@@ -42,14 +43,15 @@ def requests(manifest: Manifest, batch: int) -> Iterator[Request]:
             yield Request(epoch, order[first : first + batch])
 
 
-def ours(name: str, manifest: Manifest, data: Data, batch: int, kind: str) -> Contestant:
-    """Our loader: a true global shuffle, any storage."""
+def ours(name: str, manifest: Manifest, data: Data, batch: int, kind: str, device=CPU) -> Contestant:
+    """Our loader: a true global shuffle, any storage. On a GPU a batch counts once it is there."""
 
     def start(threads: int) -> Iterator[int]:
         section = data.model_copy(update={"loader": kind})
-        cpu, bound = torch.device("cpu"), Machine().prefetch_mb
-        made = loaders.create(section, manifest, 0, True, batch, threads, 2, True, cpu, bound)
+        made = loaders.create(section, manifest, 0, True, batch, threads, 2, True, device, Machine().prefetch_mb)
         for images, _, _ in made.batches(requests(manifest, batch)):
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
             yield len(images)
 
     return Contestant(name, start)
@@ -153,6 +155,9 @@ def contestants(
         loaders.check_sizes(data, m, True)
         kind = "raw pixels" if m.raw_channels else "tar" if m.shards else "files"
         found.append(ours(f"ours, {kind} ({Path(path).name})", m, data, batch, "dali"))
+        if torch.cuda.is_available():
+            gpu = torch.device("cuda", 0)
+            found.append(ours(f"ours, {kind} ({Path(path).name}), on the GPU", m, data, batch, "dali", gpu))
         if peers and not m.shards:
             found.append(dali_files(m, data, batch))
             found.append(torchvision("torchvision, Pillow", m, data, batch, native=False))
