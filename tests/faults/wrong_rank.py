@@ -35,8 +35,8 @@ def wrong_gradient(self, index, *how):
     add(self, index, *how)
 
 
-def wrong_weight(self, point, previous_lr):
-    update(self, point, previous_lr)
+def wrong_weight(self, point, *more):
+    update(self, point, *more)
     if mine and point.step == int(step):
         flip(self.buckets.buckets[0].weights[self.buckets.buckets[0].layout.statistics :])
 
