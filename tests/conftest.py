@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: a core each, 
 import hypothesis
 import numpy as np
 import pytest
+import warm
 import yaml
 
 hypothesis.settings.register_profile("no test is a matter of seconds", deadline=None)
@@ -122,31 +123,25 @@ def write_recipe(path: Path, recipe: dict) -> Path:
 def command(
     *words, timeout: float = 120, env: dict | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess:
-    """Run `hpc-lbsgd WORDS` to its end."""
+    """Run `hpc-lbsgd WORDS` to its end. env: changes, for what is read before the first import."""
+    python = warm.python() if env is None else [sys.executable]
     return subprocess.run(
-        [sys.executable, "-m", "hpc_lbsgd.cli", *map(str, words)],
+        [*python, "-m", "hpc_lbsgd.cli", *map(str, words)],
         capture_output=True, text=True, timeout=timeout, cwd=cwd, env={**os.environ, **(env or {})},
     )  # fmt: skip
 
 
-def mpirun_line(ranks: int, *program) -> list[str]:
+def mpirun_line(ranks: int, *program, python: list[str] | None = None) -> list[str]:
     from hpc_lbsgd.parallel.launchers import find_mpirun
 
-    return [
-        find_mpirun(),
-        "-np",
-        str(ranks),
-        "--oversubscribe",
-        "--bind-to",
-        "none",
-        sys.executable,
-        *map(str, program),
-    ]
+    start = [find_mpirun(), "-np", str(ranks), "--oversubscribe", "--bind-to", "none"]
+    return [*start, *(python or [sys.executable]), *map(str, program)]
 
 
-def mpirun(ranks: int, *program, timeout: float = 240) -> subprocess.CompletedProcess:
+def mpirun(ranks: int, *program, timeout: float = 240, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """Run a Python program on real ranks to its end."""
-    return subprocess.run(mpirun_line(ranks, *program), capture_output=True, text=True, timeout=timeout)
+    line = mpirun_line(ranks, *program, python=warm.python(ranks))
+    return subprocess.run(line, capture_output=True, text=True, timeout=timeout, cwd=cwd)
 
 
 def train_on(ranks: int, recipe: Path, run: Path, *more, timeout: float = 240) -> subprocess.CompletedProcess:
