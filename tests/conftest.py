@@ -11,12 +11,14 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are of CPUs, with more ranks than there are GPUs
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: a core each, or their threads wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread whose partner has no core would keep the core it has
 
 import hypothesis
 import numpy as np
 import pytest
 import warm
 import yaml
+from warm_python import LAUNCH
 
 hypothesis.settings.register_profile("no test is a matter of seconds", deadline=None)
 hypothesis.settings.load_profile("no test is a matter of seconds")
@@ -56,7 +58,7 @@ SMALL_RECIPE = {
     "optim": {"base_lr": 0.2, "base_batch": 128, "weight_decay": 1e-3},
     "schedule": {"kind": "cosine", "warmup_epochs": 1, "warmup_start_lr": 0.05},
     "train": {"epochs": 10, "max_steps": 20},
-    "machine": {"prefetch": 2},
+    "machine": {"prefetch": 2, "threads": 1},
 }  # fmt: skip
 
 
@@ -124,11 +126,16 @@ def command(
     *words, timeout: float = 120, env: dict | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess:
     """Run `hpc-lbsgd WORDS` to its end. env: changes, for what is read before the first import."""
-    python = warm.python() if env is None else [sys.executable]
+    python = warm.python(3 if str(words[0]) in LAUNCH else 1) if env is None else [sys.executable]
     return subprocess.run(
         [*python, "-m", "hpc_lbsgd.cli", *map(str, words)],
         capture_output=True, text=True, timeout=timeout, cwd=cwd, env={**os.environ, **(env or {})},
     )  # fmt: skip
+
+
+def alone(*program, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a Python program without a launcher to its end."""
+    return subprocess.run([*warm.python(), *map(str, program)], capture_output=True, text=True, timeout=timeout)
 
 
 def mpirun_line(ranks: int, *program, python: list[str] | None = None) -> list[str]:

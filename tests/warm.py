@@ -19,6 +19,12 @@ from pathlib import Path
 
 import warm_python
 
+SCRIPT = """\
+#!/bin/sh
+[ "$1" != -m ] && exec "{python}" "$@"
+exec "{python}" -S -E "{warm}" "{folder}" "$@"
+"""
+
 
 def python(ranks: int = 1) -> list[str]:
     """The words that `python` stands for in `python -m MODULE` or `python FILE`, on so many ranks."""
@@ -35,6 +41,9 @@ def interpreters() -> tuple[Path, list[subprocess.Popen]]:
     """(folder of their sockets, those that were needed so far): one for each of the first ranks, for the order of a set
     is another on each rank, as it is when they are started cold."""
     folder, started = Path(tempfile.mkdtemp(prefix="warm-")), []
+    script = folder / "python"
+    script.write_text(SCRIPT.format(python=sys.executable, warm=warm_python.__file__, folder=folder))
+    script.chmod(0o755)
 
     @atexit.register
     def end():

@@ -14,6 +14,7 @@ import socket
 import sys
 
 INTERPRETERS = 3
+LAUNCH = ("launch", "resume", "bench", "reproduce")  # commands of ours that start processes of ours: warm ones, too
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -23,7 +24,8 @@ def ask(folder: str, words: list[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     with socket.socket(socket.AF_UNIX) as warm:
         warm.connect(f"{folder}/{rank % INTERPRETERS}")
-        request = json.dumps({"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}).encode()
+        asked = {"words": words, "here": os.getcwd(), "environment": dict(os.environ), "python": f"{folder}/python"}
+        request = json.dumps(asked).encode()
         socket.send_fds(warm, [len(request).to_bytes(8, "little")], [0, 1, 2])
         warm.sendall(request)
         replies = warm.makefile("rb")
@@ -73,8 +75,8 @@ def keep(asked: socket.socket) -> dict:
         os._exit(0)
 
 
-def become(words: list[str], folder: str, environment: dict[str, str], library: list[str]) -> None:
-    """`python WORDS` in this process."""
+def become(words: list[str], here: str, environment: dict[str, str], python: str, library: list[str]) -> None:
+    """`python WORDS` in this process. python: for LAUNCH. library: the end of the path."""
     import random
     import runpy
 
@@ -85,14 +87,16 @@ def become(words: list[str], folder: str, environment: dict[str, str], library: 
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     random.seed()
     numpy.random.seed()
-    os.chdir(folder)
+    os.chdir(here)
     os.environ.clear()
     os.environ.update(environment)
     own = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     as_module = words[0] == "-m"
-    first = folder if as_module else os.path.dirname(os.path.abspath(words[0]))
+    first = here if as_module else os.path.dirname(os.path.abspath(words[0]))
     sys.path[:] = [first, *map(os.path.abspath, own), *library]
     sys.argv[:] = words[1:] if as_module else words
+    if as_module and set(words[2:3]) & set(LAUNCH):
+        sys.executable = python
     if as_module:
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
@@ -114,7 +118,7 @@ def main() -> None:
 
     library = sys.path[1:]
     request = serve(socket.socket(fileno=int(sys.argv[1])))
-    become(request["words"], request["folder"], request["environment"], library)
+    become(**request, library=library)
 
 
 if __name__ == "__main__":
