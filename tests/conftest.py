@@ -125,8 +125,9 @@ def write_recipe(path: Path, recipe: dict) -> Path:
 def command(
     *words, timeout: float = 120, env: dict | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess:
-    """Run `hpc-lbsgd WORDS` to its end. env: changes, for what is read before the first import."""
-    python = warm.python(3 if str(words[0]) in LAUNCH else 1) if env is None else [sys.executable]
+    """Run `hpc-lbsgd WORDS` to its end. env: changes; cold, where they say what Python finds."""
+    cold = env and "PYTHONPATH" in env
+    python = [sys.executable] if cold else warm.python(3 if str(words[0]) in LAUNCH else 1)
     return subprocess.run(
         [*python, "-m", "hpc_lbsgd.cli", *map(str, words)],
         capture_output=True, text=True, timeout=timeout, cwd=cwd, env={**os.environ, **(env or {})},
