@@ -49,12 +49,12 @@ def stop_when_it_trains(here: Path, words: list[str]) -> None:
     process = subprocess.Popen(line, cwd=here, stderr=subprocess.PIPE, text=True, preexec_fn=listens_to_ctrl_c)
     try:
         metrics = here / "runs" / "photos" / "metrics.jsonl"
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not any(r["kind"] == "eval" for r in read_metrics(metrics)) and time.monotonic() < deadline:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 75, process.stderr.read()
+        assert process.wait(timeout=200) == 75, process.stderr.read()
     finally:
         process.kill()
         process.stderr.close()

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import changed, command, mpirun_line, records, train_on, write_recipe
+from conftest import changed, command, mpirun, mpirun_line, records, train_on, write_recipe
 
 STEPS = 40
 
@@ -142,9 +142,8 @@ def test_a_stopped_rank_is_named_and_ends_the_job(slow_recipe, tmp_path, engine)
 
 
 def test_a_checkpoint_may_take_longer_than_a_step(slow_recipe, tmp_path):
-    recipe = slow_recipe(machine__stall_timeout_s=3.0, train__max_steps=4, checkpoint__steps=2, data__eval=None)
-    line = mpirun_line(2, "tests/faults/slow_save.py", 9, "train", recipe, "--run", tmp_path / "run")
-    result = subprocess.run(line, capture_output=True, text=True, timeout=240)
+    recipe = slow_recipe(machine__stall_timeout_s=5.0, train__max_steps=4, checkpoint__steps=2, data__eval=None)
+    result = mpirun(2, "tests/faults/slow_save.py", 9, "train", recipe, "--run", tmp_path / "run")
     assert result.returncode == 0, result.stdout + result.stderr
     assert [r["seconds"] > 9 for r in records(tmp_path / "run", "checkpoint")] == [True, True]
 
@@ -297,6 +296,6 @@ def test_a_full_disk_is_one_message_and_nothing_is_cut_short(slow_recipe, tmp_pa
 
 
 def test_a_rank_with_other_weights_is_caught(tmp_path):
-    result = subprocess.run(mpirun_line(3, "tests/faults/corrupt_rank.py"), capture_output=True, text=True, timeout=120)
+    result = mpirun(3, "tests/faults/corrupt_rank.py")
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("caught") == 3

@@ -1,10 +1,9 @@
 """A plain script of the library under real MPI, and the same one in one process without it."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import conftest
 from conftest import mpirun
 
 SCRIPT, HABITS = Path("docs/examples/train_any_ranks.py"), Path("tests/mpi/api_habits.py")
@@ -13,16 +12,16 @@ SCRIPT, HABITS = Path("docs/examples/train_any_ranks.py"), Path("tests/mpi/api_h
 def test_a_script_makes_the_same_bits_alone_and_on_three_ranks_and_opens_their_file(tmp_path):
     """24 steps; the last of each epoch has 4 samples, and two of three ranks none. One process takes the torch engine,
     ranks under mpirun Horovod."""
-    alone = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=120)
-    ranks = mpirun(3, SCRIPT, tmp_path, timeout=120)
+    alone = conftest.alone(SCRIPT)
+    ranks = mpirun(3, SCRIPT, tmp_path)
     assert alone.returncode == 0 and alone.stdout.count("\n") == 4, alone.stdout + alone.stderr
     assert ranks.returncode == 0 and ranks.stdout == alone.stdout, ranks.stdout + ranks.stderr
-    again = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, timeout=120)
+    again = conftest.alone(SCRIPT, tmp_path)
     assert again.stdout.splitlines() == alone.stdout.splitlines()[-1:], again.stdout + again.stderr
 
 
 def test_habits_that_differ_by_rank_are_one_ranks_or_refused():
-    alone = subprocess.run([sys.executable, HABITS], capture_output=True, text=True, timeout=240)
+    alone = conftest.alone(HABITS)
     ranks = mpirun(3, HABITS)
     assert alone.returncode == ranks.returncode == 0, alone.stderr + ranks.stdout + ranks.stderr
     one, three = ({line.split(": ", 1)[0]: line for line in job.stdout.splitlines()} for job in (alone, ranks))

@@ -25,7 +25,7 @@ runpy.run_module("hpc_lbsgd.cluster.node_check", run_name="__main__")
 def test_a_slow_rank_is_named(tmp_path):
     (tmp_path / "slowed.py").write_text(SLOWED)
     (tmp_path / "shard.tar").write_bytes(os.urandom(2**20))
-    done = mpirun(3, tmp_path / "slowed.py", tmp_path, timeout=120)
+    done = mpirun(3, tmp_path / "slowed.py", tmp_path)
     line = next(line for line in done.stdout.splitlines() if line.startswith(check_ranks.MARK))
     found = json.loads(line.removeprefix(check_ranks.MARK))
     assert (found["ranks"], found["nodes"]) == (3, ["node-0", "node-1", "node-2"]), done.stderr

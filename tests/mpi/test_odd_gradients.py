@@ -82,6 +82,6 @@ def test_ddp_names_what_one_rank_did_not_use(small_recipe, tmp_path, runs):
     """Some rank has no bright picture in some step: that rank says so, and all end."""
     recipe = changed(small_recipe, **BASE, model={"name": "unused:sometimes"}, machine__engine="ddp")
     recipe = changed(recipe, batch__workers=2, batch__last_batch="drop")
-    result = train_on(2, write_recipe(tmp_path / "r.yaml", recipe), tmp_path / "run", timeout=120)
+    result = train_on(2, write_recipe(tmp_path / "r.yaml", recipe), tmp_path / "run")
     assert result.returncode == 1
     assert "no gradient for sometimes.bias, sometimes.weight" in result.stderr

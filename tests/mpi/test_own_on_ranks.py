@@ -1,15 +1,13 @@
 """What is a user's own, on real ranks: every optimizer of torch; docs/examples/own_code.py by recipe and by script."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
-from conftest import command, mpirun, mpirun_line, records
+from conftest import command, mpirun, records
 
 EXAMPLE = Path("docs/examples")
 REFUSED = {  # where weights have vectors, and weight decay is the recipe's default
@@ -27,7 +25,7 @@ def test_every_optimizer_trains_to_the_same_bits_alone_and_on_three_ranks_or_is_
     for name in ("alone", "ranks"):
         (tmp_path / name).mkdir()
     program = "tests/mpi/optimizers.py"
-    alone = subprocess.run([sys.executable, program, tmp_path / "alone", "25"], capture_output=True, text=True)
+    alone = conftest.alone(program, tmp_path / "alone", "25")
     ranks = mpirun(3, program, tmp_path / "ranks", "0.00001")
     assert alone.returncode == ranks.returncode == 0, alone.stderr + ranks.stderr
     found, on_ranks = json.loads(alone.stdout), json.loads(ranks.stdout)
@@ -56,7 +54,7 @@ def here(tmp_path_factory):
     return folder
 
 
-def test_a_failing_callback_is_named_and_the_run_goes_on_elsewhere_to_the_bits_of_a_script(here):
+def test_a_failing_callback_is_named_and_the_run_goes_on_elsewhere_to_the_bits_of_a_script(here, monkeypatch):
     """Three ranks by recipe to step 20, one rank to the end; and the same by a loop of one's own on three ranks."""
     failing = ["--set", "train.callbacks=[own_fail:fail]", "--run", "run"]
     ranks = ["launch", "--np", "3", "--oversubscribe"]
@@ -68,8 +66,8 @@ def test_a_failing_callback_is_named_and_the_run_goes_on_elsewhere_to_the_bits_o
     again = command("train", "own_code.yaml", "--run", "run", "--resume", "--json", cwd=here)
     assert again.returncode == 0, again.stderr
     assert "resumed at step 22" in again.stderr  # it took one more step, to end safely
-    script = subprocess.run(mpirun_line(3, "own_code.py", "weights.pt"), cwd=here, capture_output=True, text=True,
-                            timeout=120, env={**os.environ, "PYTHONPATH": str(Path.cwd())})  # fmt: skip
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    script = mpirun(3, "own_code.py", "weights.pt", cwd=here)
     assert script.returncode == 0, script.stderr
     newest = here / "run/checkpoints" / (here / "run/checkpoints/LATEST").read_text().strip()
     by_recipe, by_script = torch.load(newest / "weights.pt"), torch.load(here / "weights.pt")

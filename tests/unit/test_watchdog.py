@@ -30,16 +30,20 @@ def test_a_silent_rank_is_named(tmp_path, phase):
 
 def test_long_phases_may_take_long_where_all_beat(tmp_path):
     heard = queue.Queue()
-    ranks = [Watchdog(RunFolder(tmp_path), r, 2, TIMEOUT_S, lambda *said: heard.put(said)) for r in (0, 1)]
-    for phase in (*LONG, "end"):
-        for rank in ranks:
+    runs = {}
+    for phase in (*LONG, "end"):  # beside one another, for each is waited out
+        (tmp_path / phase).mkdir()
+        folder = RunFolder(tmp_path / phase)
+        runs[phase] = [Watchdog(folder, r, 2, TIMEOUT_S, lambda *said: heard.put(said)) for r in (0, 1)]
+        for rank in runs[phase]:
             rank.enter(phase, 3)
-        with pytest.raises(queue.Empty):
-            heard.get(timeout=5 * TIMEOUT_S)
-    ranks[1].enter("data", 2)  # and this one holds up the other
+    with pytest.raises(queue.Empty):
+        heard.get(timeout=5 * TIMEOUT_S)
+    runs["end"][1].enter("data", 2)  # and this one holds up the other
     message, *_ = heard.get(timeout=30)
-    for rank in ranks:
-        rank.stop()
+    for ranks in runs.values():
+        for rank in ranks:
+            rank.stop()
     assert "Stalest: rank 1 on" in message and "alive, in phase 'data' of step 2" in message
 
 
