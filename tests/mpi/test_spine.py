@@ -58,7 +58,7 @@ def test_a_kill_around_a_decision_changes_nothing(small_recipe, tmp_path):
     (whole,) = train_many(2, {"whole": recipe}, tmp_path).values()
     decisions = [r for r in records(whole, "event") if r["event"] == "decision"]
     assert decisions
-    steps = sorted({d["step"] + i for d in decisions for i in (-1, 0, 1)} & {*range(1, 999)})
+    steps = sorted({d["step"] + i for d in decisions for i in (-2, -1, 0, 1, 2)} & {*range(1, 999)})
     steps = [s for s in steps if (whole / "checkpoints" / f"step-{s:08d}").exists()]
     assert set(steps) >= {d["step"] for d in decisions}
     for s in steps:
