@@ -42,6 +42,16 @@ Rows other than `cut-off` and `ranks-unlike` ran before the last of these mends.
 wrong, slow and stopped ranks ran in part with records that were not kept: `rank-dies` 34, `gradient-bit` 6, `bad-step`
 11, `slow-rank` 6, `stopped-rank` 3, and 4,000 fuzzed files; all held.
 
+## How much of the time is training
+
+A rank that dies every ten minutes, and the job started again at once: `make train`'s recipe on 2 ranks, with
+`checkpoint.minutes: auto` told of a failure every ten minutes; 3 failures, two cores, load 9 to 16
+(`tests/faults/effective.py`). Of 1,808 s 94.8 % went into steps that count, stalls of 251 checkpoints (8.9 s) left out;
+67.5 s into start-up (four starts), 13.4 s into steps done again, 5.1 s passed until the job had ended. Nothing had to
+wait in a queue.
+
+## Rows
+
 """
 COLUMNS = ("row", "fault", "must happen", "injected", "held", "seeds", "seconds to the end: median, longest",
            "steps lost, most", "s each")  # fmt: skip
