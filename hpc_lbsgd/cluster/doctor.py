@@ -205,7 +205,7 @@ def check_scheduler() -> Iterator[Finding]:
         line = output_of(*system.version)
         fix = "its commands do not work here: load its module, or ask the cluster's support"
         yield Finding(OK if line else WARN, system.name, line or f"{' '.join(system.version)} fails", fix)
-        if system.ping and output_of(*system.ping) is None:
+        if line and system.ping and output_of(*system.ping) is None:
             fix = f"ask the cluster's support; `{' '.join(system.ping)}` says more"
             yield Finding(FAIL, system.name, "does not answer", fix)
     if shutil.which("srun"):

@@ -251,15 +251,13 @@ class Manifest:
             raise RequestError(f"{self.path} no longer matches its files; {again}:\n{listed(problems)}")
 
     def check_rows(self) -> None:
-        """What a start refuses before it looks at files: labels that no class has, places where no sample can be, a
-        manifest that was damaged."""
+        """What a start refuses before it looks at files: labels that no class has, a manifest that was damaged, places
+        where no sample can be."""
         self.check_labels()
+        self.check_content()  # before a text of it is read
         for some in self.looked_at():
             if (row := sound.misplaced(self, some)) is not None:
-                raise RequestError(
-                    f"{self.path}: row {row} ({self.key(row)}) cannot be where it says; pack or index again"
-                )
-        self.check_content()
+                raise RequestError(f"{self.path}: row {row} cannot be where it says; index or pack the data again")
 
     def looked_at(self, all_of_it: bool = False) -> Iterator[slice]:
         """Rows that a start looks at: all up to 10 million, else stretches; batches are checked as they come."""

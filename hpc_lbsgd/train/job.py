@@ -238,6 +238,9 @@ def configure_torch(recipe, world: worlds.World, device: torch.device) -> None:
     cudnn = torch.backends.cudnn
     cudnn.benchmark = not exact
     # of convolutions torch's own default is tf32, whatever the recipe says
+    tf32, matmul = recipe.precision == "tf32", torch.backends.cuda.matmul
+    # the old words, too, and first: where they say something else, reading one raises (torch.export, cudnn.flags)
+    cudnn.allow_tf32 = matmul.allow_tf32 = tf32
     # each by itself: one that somebody has set (cudnn.allow_tf32) no longer follows cudnn
-    for backend in (cudnn, cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul):
-        backend.fp32_precision = "tf32" if recipe.precision == "tf32" else "ieee"
+    for backend in (cudnn, cudnn.conv, cudnn.rnn, matmul):
+        backend.fp32_precision = "tf32" if tf32 else "ieee"

@@ -17,6 +17,7 @@ def torchs_own():
     before, threads = [b.fp32_precision for b in backends], torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
+    cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
     for backend, value in zip(backends, before, strict=True):
         backend.fp32_precision = value
     torch.set_num_threads(threads)
@@ -32,4 +33,6 @@ def test_gpus_take_what_the_recipe_says(precision, expected):
     configure_torch(small_recipe(precision=precision), World(0, 1, 0, 1), torch.device("cpu"))
     assert torch.backends.cudnn.conv.fp32_precision == expected
     assert torch.backends.cuda.matmul.fp32_precision == expected
+    allowed = expected == "tf32"  # by the old words, which libraries and torch.export ask for
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
     assert DTYPES[precision] == (torch.float64 if precision == "float64" else torch.float32)
