@@ -15,6 +15,7 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.runs import RESUME
+from hpc_lbsgd.schedulers.scheduler import seconds_of
 from hpc_lbsgd.sections import GROWING
 from hpc_lbsgd.theory.schedule import Schedule
 
@@ -108,6 +109,16 @@ class Request:
                 site.batch.refuse(feature, what)
 
 
+def refuse_short(site: Site, request: Request) -> None:
+    """A limit within which the job would be asked to stop at once, and queued again for ever."""
+    for what, limit in (("the time limit", request.time or site.time_limit), ("--time-min", request.time_min)):
+        if limit and seconds_of(limit) <= site.warn_s:
+            raise RequestError(
+                f"{what}, {limit}, leaves no time: the job is asked to stop warn_s = {site.warn_s} s before its end; "
+                "give a longer one, or set a smaller warn_s in the site"
+            )
+
+
 def training_jobs(name: str, recipe: Recipe, words: list[str], site: Site, run: str, request: Request) -> list[Job]:
     """One job, or a chain of one a stage.
 
@@ -115,6 +126,7 @@ def training_jobs(name: str, recipe: Recipe, words: list[str], site: Site, run: 
     `nodes` at the first stage, in proportion to the workers later on. What goes on with a run says --resume: where the
     run has gone meanwhile, it must not start anew. A first start leaves the flag to the script, which may be restarted.
     """
+    refuse_short(site, request)
     log = site.batch.output(run)
     words = [*words, "--run", run]
     resume = [request.resume] if request.resume else []

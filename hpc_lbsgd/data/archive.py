@@ -134,7 +134,10 @@ def samples_of(
                             own.said[member.key] = json_in(data)
                         text = label_in(data, suffix, own.kinds)
                         if text is not None:
-                            beside.setdefault(member.key, {})[suffix] = text
+                            mine = beside.setdefault(member.key, {})
+                            if suffix in mine:
+                                raise RequestError(f"{path}: holds {member.name} twice (tar -r?); pack it anew")
+                            mine[suffix] = text
                     else:
                         left_out[f"{suffix or 'no suffix'}"] += 1
     if not images:

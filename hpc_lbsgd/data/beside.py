@@ -66,8 +66,11 @@ class Beside:
             if kind == "text":
                 if member.size > LONGEST_TEXT:
                     raise RequestError(f"{member.name}: a text of {member.size} bytes; {LONGEST_TEXT} are allowed")
+                mine = self.texts.setdefault(name, {})
+                if member.key in mine:
+                    raise RequestError(f"{member.name}: a second text {name} of one sample")
                 try:
-                    self.texts.setdefault(name, {})[member.key] = read().decode()
+                    mine[member.key] = read().decode()
                 except UnicodeDecodeError:
                     raise RequestError(f"{member.name}: is not UTF-8, and {name} is asked for as text") from None
             elif kind == "bytes":

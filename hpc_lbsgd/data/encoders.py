@@ -34,8 +34,9 @@ class Encoders:
             try:
                 with self._lock:
                     made = self._functions[name](value if isinstance(value, str) else value.tobytes())
-                # an array may be a view of what must not be written
-                rows.append(torch.as_tensor(made.copy() if isinstance(made, np.ndarray) else made))
+                # copied: it may be what must not be written, or what the function writes the next one into
+                made = made.copy() if isinstance(made, np.ndarray) else made
+                rows.append(torch.as_tensor(made).clone())
             except Exception as problem:  # of anyone's code
                 told = f"{type(problem).__name__}: {problem}{place_of(problem)}"
                 raise RunError(f"{said}: of {where}: {told}") from None
@@ -44,4 +45,6 @@ class Encoders:
                     f"{said}: gave {tuple(rows[-1].shape)} numbers of {where}, and {tuple(rows[0].shape)} of a sample "
                     "before; a batch is one tensor: cut and pad to one length"
                 )
+            if rows[-1].dtype != rows[0].dtype:
+                raise RunError(f"{said}: gave {rows[-1].dtype} of {where}, and {rows[0].dtype} of a sample before")
         return widened(torch.stack(rows))

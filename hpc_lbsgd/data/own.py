@@ -51,6 +51,8 @@ def leaves(sample: tuple[Inputs, Targets]) -> dict[str, np.ndarray | bytes]:
     found: dict[str, np.ndarray | bytes] = {}
     for side, held in zip(SIDES, sample, strict=True):
         for name, value in held.items() if isinstance(held, dict) else [("", held)]:
+            if isinstance(held, dict) and not (isinstance(name, str) and name):
+                raise ValueError(f"has {name!r} among the names of its {side}s; a name is a text")
             key = f"{side}.{name}" if name else side
             if not isinstance(value, bytes) and value.dtype == torch.bfloat16:
                 raise ValueError(f"{key} is bfloat16, which no file of arrays holds; give float32")
@@ -68,8 +70,8 @@ def parts_of(sample: tuple[Inputs, Targets]) -> list[Part]:
     for part in found:
         if "/" in part.name or len(part.name.encode()) > fields.LONGEST_NAME:
             raise ValueError(f"{part.name!r} is part of the names of files: make it short, without /")
-    if all(part.dtype == BYTES for part in found):
-        raise ValueError("has bytes alone; give a number too, such as a label")
+    if not record_of(found).itemsize:
+        raise ValueError("has bytes alone, or empty arrays; give a number too, such as a label")
     return found
 
 
@@ -88,6 +90,7 @@ class Own:
         self.samples, self.classes, self.fingerprint = len(own), own.classes, own.fingerprint
         first = self._sample(own, 0)
         self.parts = self._checked(0, lambda: parts_of(first))
+        self.first = checksum(self._record(leaves(first)))
         sizes = [len(v) if isinstance(v, bytes) else v.nbytes for v in leaves(first).values()]
         self.bytes_expected = sum(sizes) + 3 * TAR_BLOCK
 
@@ -110,7 +113,8 @@ class Own:
             raise RunError(f"{self._at(index)}: {told}") from None
 
     def request(self) -> dict:
-        return {"source": self.fingerprint, "dataset": self.name, "part": self.part}
+        """The first sample tells of a changed code, where the set itself does not."""
+        return {"source": self.fingerprint, "dataset": self.name, "part": self.part, "first": self.first}
 
     def cuts(self, shard_bytes: float) -> list[tuple[int, int]]:
         """As many samples as would fill a shard if all were as large as the first."""

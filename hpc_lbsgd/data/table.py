@@ -157,7 +157,8 @@ def scan(table: Table, root: Path, wanted: list[str] | None, path_column: str | 
                 f"{table.path}: rows {first[path] + 1} and {row + 1} have one image ({path}): a row a sample"
             )
     kinds = fields.asked(wanted or ())
-    for name in like.of_kind("text", "image", "bytes") if like else ():  # which do not show by themselves
+    said = ("text", "image", "bytes", "mask", "boxes")  # which do not show by themselves
+    for name in like.of_kind(*said) if like else ():
         if name in (table.columns if wanted is None else kinds) and not kinds.get(name):
             kinds[name] = like.own_fields[name].kind
     label = next((n for n in CLASSES if n in (kinds if wanted else table.columns) and n in table.columns

@@ -92,6 +92,10 @@ class LSF(Scheduler):
         number, index = env.get("LSB_JOBID"), env.get("LSB_JOBINDEX", "0")
         return number if number is None or index in ("", "0") else f"{number}[{index}]"
 
+    def cluster_of(self, env):
+        """Where its configuration lies: a job has no variable with the cluster's name."""
+        return env.get("LSF_ENVDIR")
+
     def hosts_of(self, env):
         file = env.get("LSB_DJOB_HOSTFILE")
         return list(dict.fromkeys(Path(file).read_text().split())) if file else []

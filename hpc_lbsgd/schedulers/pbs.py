@@ -5,7 +5,7 @@ qrerun wants a manager's or operator's privilege, so a job that is to go on subm
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 from hpc_lbsgd.schedulers.scheduler import (
@@ -70,14 +70,18 @@ class PBS(Scheduler):
         return ["qdel", *numbers]
 
     def look(self, job, timeout_s=30.0):
-        found = ask("qstat", "-x", "-f", "-F", "json", job, timeout_s=timeout_s)
+        """By qstat's text: its JSON is none where a variable of the job's environment has some values."""
+        found = ask("qstat", "-x", "-f", job, timeout_s=timeout_s)
         if found is not None and "history" in found.stderr:  # it keeps none
-            found = ask("qstat", "-f", "-F", "json", job, timeout_s=timeout_s)
+            found = ask("qstat", "-f", job, timeout_s=timeout_s)
         if found is None or (found.returncode and "Unknown Job" not in found.stderr):
             return None
         if found.returncode:
             return []
-        return [seen(facts) for facts in json.loads(found.stdout, strict=False).get("Jobs", {}).values()]
+        jobs = re.split("^Job Id: ", found.stdout, flags=re.M)[1:]
+        # the first of a name: the job's variables, with whatever is in them, come late, on lines that begin otherwise
+        told = [dict(reversed(re.findall(r"^ {4}([\w.]+) = (.*)$", text, re.M))) for text in jobs]
+        return [seen(facts) for facts in told] if all("job_state" in facts for facts in told) else None
 
     def job_of(self, env):
         return env.get("PBS_JOBID")
@@ -86,12 +90,12 @@ class PBS(Scheduler):
         return list(dict.fromkeys(Path(env["PBS_NODEFILE"]).read_text().split())) if "PBS_NODEFILE" in env else []
 
 
-def seen(facts: dict) -> Seen:
+def seen(facts: dict[str, str]) -> Seen:
     if facts["job_state"] in STATES:
-        limit, used = (facts.get(key, {}).get("walltime") for key in ("Resource_List", "resources_used"))
+        limit, used = (facts.get(f"{key}.walltime") for key in ("Resource_List", "resources_used"))
         left = clock(max(0, seconds_of(limit) - seconds_of(used))) if limit and used else ""
         return Seen(STATES[facts["job_state"]], left)
-    code = facts.get("Exit_status", 1)
+    code = int(facts.get("Exit_status", 1))
     return Seen(COMPLETED if code == 0 else CANCELLED if code < 0 or code > KILLED else FAILED)
 
 

@@ -1,6 +1,5 @@
 """Batch systems beside Slurm as text: the scripts they get, what they are asked and answer, what they refuse."""
 
-import json
 import re
 import subprocess
 
@@ -60,6 +59,12 @@ def test_words_that_hold_anything_are_no_directives(system, tmp_path):
         ("flux", {"chain": True}, "--chain: not with scheduler = flux"),
         ("flux", {"deadline": "2030-01-01"}, "--deadline 2030-01-01: not with scheduler = flux: it knows no time"),
         ("lsf", {"time_min": "1:00:00"}, "--time-min 1:00:00: not with scheduler = lsf: it shortens no limit"),
+        (
+            "pbs",
+            {"time": "5"},
+            "the time limit, 5, leaves no time: the job is asked to stop warn_s = 300 s before",
+        ),
+        ("slurm", {"time": "10", "time_min": "4:59"}, "--time-min, 4:59, leaves no time"),
     ],
 )
 def test_what_a_system_cannot_do_is_refused_before_anything_is_submitted(system, asked, said, tmp_path):
@@ -131,7 +136,17 @@ def test_conditions_as_each_system_has_them():
     }
 
 
-PBS = {"Jobs": {"7.s": {"job_state": "R", "Resource_List": {"walltime": "01:00:00"}, "resources_used": {"walltime": "00:20:00"}}}}  # noqa: E501  # fmt: skip
+PBS = """cat <<'EOF'
+Job Id: 7.s
+    Job_Name = train
+    resources_used.walltime = 00:20:00
+    job_state = R
+    Resource_List.walltime = 01:00:00
+    Variable_List = PBS_O_HOME=/home/me,FOO=005,
+\t    job_state = F,HPC_LBSGD_EXPORT=A,B
+EOF
+"""
+ENDED = "printf 'Job Id: 7.s\\n    job_state = F\\n    Exit_status = %s\\n'"
 
 
 @pytest.mark.parametrize(
@@ -141,9 +156,10 @@ PBS = {"Jobs": {"7.s": {"job_state": "R", "Resource_List": {"walltime": "01:00:0
         ("slurm", "squeue", "echo 'Invalid job id specified' >&2; exit 1", []),
         ("slurm", "squeue", "true", [("HIDDEN", "")]),
         ("slurm", "squeue", "exit 1", None),
-        ("pbs", "qstat", f"echo '{json.dumps(PBS)}'", [("RUNNING", "00:40:00")]),
-        ("pbs", "qstat", """echo '{"Jobs": {"7.s": {"job_state": "F", "Exit_status": 0}}}'""", [("COMPLETED", "")]),
-        ("pbs", "qstat", """echo '{"Jobs": {"7.s": {"job_state": "F", "Exit_status": 271}}}'""", [("CANCELLED", "")]),
+        ("pbs", "qstat", PBS, [("RUNNING", "00:40:00")]),
+        ("pbs", "qstat", f"{ENDED} 0", [("COMPLETED", "")]),
+        ("pbs", "qstat", f"{ENDED} 271", [("CANCELLED", "")]),
+        ("pbs", "qstat", "echo 'no words of a job'; echo Job Id: 7.s", None),
         ("pbs", "qstat", "echo 'qstat: Unknown Job Id 7' >&2; exit 153", []),
         ("pbs", "qstat", "echo 'Connection refused' >&2; exit 255", None),
         ("lsf", "bjobs", """echo '{"RECORDS": [{"STAT": "USUSP", "TIME_LEFT": "-"}]}'""", [("SUSPENDED", "")]),
@@ -152,8 +168,8 @@ PBS = {"Jobs": {"7.s": {"job_state": "R", "Resource_List": {"walltime": "01:00:0
         ("lsf", "bjobs", "echo 'LSF is down' >&2; exit 255", None),
         ("flux", "flux", "echo CANCELED", [("CANCELLED", "")]),
         ("flux", "flux", "echo RUNNING 5m", [("RUNNING", "5m")]),
-        ("flux", "flux", "echo 'flux-jobs: ERROR: JobID 7 unknown' >&2; exit 1", []),
-        ("flux", "flux", "echo 'Unable to connect to Flux' >&2; exit 1", None),
+        ("flux", "flux", "echo 'flux-jobs: ERROR: JobID 7 unknown' >&2; exit 1", None),  # to this instance
+        ("flux", "flux", "echo 'Unable to connect to Flux: broker socket local was not found' >&2; exit 1", None),
     ],
 )
 def test_what_systems_answer_about_a_job(system, program, answer, seen, tmp_path, monkeypatch):

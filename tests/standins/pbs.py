@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import signal
@@ -64,19 +63,18 @@ class PBS:
             job = read(number.removesuffix(".standin"))
         except Refused:
             raise Refused(f"qstat: Unknown Job Id {number}") from None
-        state = {"QUEUED": "Q", "RUNNING": "R", "ENDING": "E", "ENDED": "F"}[job["state"]]
+        state = {"QUEUED": "Q", "RUNNING": "R", "ENDING": "R", "ENDED": "F"}[job["state"]]
         if state == "F" and "-x" not in options:
             raise Refused(f"qstat: {number} Job has finished, use -x or -H to obtain historical job information")
         limit = time.strftime("%H:%M:%S", time.gmtime(job["limit_s"]))
-        facts = {"job_state": state, "Resource_List": {"walltime": limit}}
+        facts = {"job_state": state}
         if state == "R":
-            facts["resources_used"] = {"walltime": time.strftime("%H:%M:%S", time.gmtime(time.time() - job["begun"]))}
+            used = time.strftime("%H:%M:%S", time.gmtime(time.time() - job["begun"]))
+            facts["resources_used.walltime"] = used
         if state == "F":
             facts["Exit_status"] = job["exit"]
-        if options[-2:] == ["-F", "json"]:
-            print(json.dumps({"Jobs": {number: facts}}))
-        else:
-            print(f"Job Id: {number}\n    job_state = {state}")
+        facts |= {"Resource_List.walltime": limit, "Variable_List": "PBS_O_HOME=/root,A=1,\n\tB=2 = 3"}
+        print(f"Job Id: {number}", *(f"    {key} = {value}" for key, value in facts.items()), sep="\n")
 
     def qdel(self, *numbers):
         for number in numbers:

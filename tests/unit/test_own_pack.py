@@ -86,6 +86,24 @@ def bytes_alone(index, rng):
 
 
 @kind
+def numbered(index, rng):
+    return 1.0, {0: index, 1: 10 * index}
+
+
+@kind
+def empty(index, rng):
+    return torch.zeros(0), torch.zeros(0)
+
+
+@kind
+def changing(index, rng):
+    return 1.0, SCALE[0] * (index + 1)
+
+
+SCALE = {0: 1}
+
+
+@kind
 def broken(index, rng):
     return torch.zeros(1) / 0 if index < 7 else {}["gone"], 0
 
@@ -117,6 +135,8 @@ def test_what_is_read_is_what_was_given(tmp_path, name):
         ("of_other_names", "sample 7 of 'train': has input.b, which the first has not"),
         ("half", "sample 0 of 'train' input is bfloat16, which no file of arrays holds"),
         ("bytes_alone", "sample 0 of 'train' has bytes alone"),
+        ("numbered", "sample 0 of 'train' has 0 among the names of its labels"),
+        ("empty", "sample 0 of 'train' has bytes alone, or empty arrays"),
         ("broken", "sample 7 of 'train': KeyError: 'gone' .*in broken|sample 7 of 'train': KeyError: 'gone'"),
     ],
 )
@@ -124,6 +144,14 @@ def test_what_cannot_be_packed_is_named(tmp_path, name, says):
     with pytest.raises((RequestError, RunError), match=says):
         packed(name, tmp_path / "p")
     assert not (tmp_path / "p" / manifest.FILE_NAME).exists()
+
+
+def test_a_set_whose_code_changed_is_not_taken_for_the_packed_one(tmp_path, monkeypatch):
+    before = packed("changing", tmp_path / "p")
+    assert packed("changing", tmp_path / "p").fingerprint == before.fingerprint
+    monkeypatch.setitem(SCALE, 0, 5)
+    with pytest.raises(RequestError):
+        packed("changing", tmp_path / "p")
 
 
 def test_damage_is_found(tmp_path):

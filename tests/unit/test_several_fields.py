@@ -44,6 +44,18 @@ def ragged(text):
     return list(range(len(text)))
 
 
+MEMORY = torch.zeros(9, dtype=torch.uint8)
+
+
+def reusing(text):
+    MEMORY[:] = torch.from_numpy(codes(text).copy())
+    return MEMORY
+
+
+def mixed(text):
+    return [len(text) + 0.5 if "10" in text else 1]
+
+
 def failing(text):
     raise KeyError("no such token")
 
@@ -227,6 +239,9 @@ def test_kinds_are_as_they_are_said_or_as_the_training_set_has_them(tmp_path):
     m = index(tmp_path / "t.csv", ["code:text", "note:text", "pair:image"])
     assert m.values("code")[0] == "12" and m.values("note")[0] == ""  # not a number, not nothing
     assert index(tmp_path / "t.csv", None, like=m).own_fields == m.own_fields
+    (tmp_path / "b.csv").write_text('path,anno\n00.png,"[[0, 0, 2, 2]]"\n')
+    with_boxes = index(tmp_path / "b.csv", ["anno:boxes"])
+    assert index(tmp_path / "b.csv", None, like=with_boxes).own_fields == with_boxes.own_fields
     assert index(tmp_path / "t.csv", ["code"], like=m).own_fields == {"code": Field("text")}
     assert index(tmp_path / "t.csv", None).own_fields == {"code": Field("int")}
 
@@ -257,6 +272,11 @@ def test_webdatasets_of_others(tmp_path):
         (["txt:text"], {"a.txt": b"x" * (2**20 + 1)}, "a.txt: a text of 1048577 bytes"),
         (["sound:bytes"], {"a.sound.wav": b""}, "a.sound.wav and a.sound.FLAC: both are sound of one sample"),
         (["sound:bytes"], {"b.png": png}, "1 images have no sound beside them"),
+        (
+            ["right.note:text"],
+            {"a.right.note": b"1", "a.right.note.txt": b"2"},
+            "a second text right.note of",
+        ),
         (["image:bytes"], {"a.image.bin": b""}, "a.image.bin: 'image': the name of a field that is a file"),
         (["other:bytes"], {}, "'other' of .* has no file: bytes is asked for"),
         (["n:text"], {}, "'n' of .* is '1', no text"),
@@ -274,8 +294,11 @@ def test_what_makes_numbers_of_texts_must(places):
         of("failing")
     with pytest.raises(RunError, match=r"gave \(7,\) numbers of .*10.png, and \(6,\) of a sample before"):
         of("ragged")
+    with pytest.raises(RunError, match=r"gave torch.float32 of .*10.png, and torch.int64 of a sample before"):
+        of("mixed")
     with pytest.raises(RequestError, match="no attribute 'gone'"):
         of("gone")
+    assert repr(of("reusing")) == repr(of("codes"))
 
 
 def test_a_text_without_its_function_is_refused_before_work(places, tmp_path):

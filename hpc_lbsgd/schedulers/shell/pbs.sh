@@ -10,8 +10,11 @@ mapfile -t nodes < <(awk '!seen[$0]++' "${PBS_NODEFILE:?}") # it has a line a ra
 #@ renamed
 by_another_name() { export OMPI_MCA_plm=rsh OMPI_MCA_ras=^tm PRTE_MCA_plm=ssh PRTE_MCA_ras=^pbs HYDRA_BOOTSTRAP=ssh; }
 #@ ask
-state() { # qdel has sent its signal: E, exiting
+killed=
+trap 'killed=yes; stop' TERM # qdel sends it, and leaves the state R until the job is over
+state() {
     local found
+    [[ ! $killed ]] || { echo "being ended" && return; }
     found=$(timeout 60 qstat -f "$job") || return 1
     if grep -q '^ *job_state = R$' <<<"$found"; then echo RUNNING; else echo "being ended"; fi
 }
