@@ -73,12 +73,17 @@ def compile_parts(model: nn.Module, context: PassContext, how: str, samples_per_
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     context.samples_per_worker = samples_per_worker
     alone = _compiled(ghost.batch_norm, f"machine.compile = {how}: a BatchNorm's groups")
+
+    def traced(*args):
+        """A stage that is walked block by block is compiled nowhere; its norms are, each by itself."""
+        return (ghost.batch_norm if torch.compiler.is_compiling() else alone)(*args)
+
     inside = {module for stage in stages for module in stage.modules()}
     for layer in context.layers:
         if isinstance(layer, VirtualNorm):
             layer.keep_out_of_graphs()
             if layer.plain:
-                layer.at_once = ghost.batch_norm if layer.module in inside else alone
+                layer.at_once = traced if layer.module in inside else alone
     for stage in stages:
         mine = set(stage.modules())
         stage.forward = _for_whole_workers(stage, context, [layer for layer in context.layers if layer.module in mine])
@@ -103,7 +108,7 @@ def _compiled(function: Callable, what: str) -> Callable:
     def call(*args, **kwargs):
         try:
             return made(*args, **kwargs)
-        except torch._dynamo.exc.BackendCompilerFailed as problem:
+        except (torch._dynamo.exc.BackendCompilerFailed, torch._dynamo.exc.TorchRuntimeError) as problem:
             told = " ".join(str(problem).split())[:300]
             raise RunError(f"{what} cannot be compiled ({told}); machine.compile = none trains without") from problem
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def batch_norm(
@@ -33,9 +34,11 @@ class _Groups(torch.autograd.Function):
         y = (wide - mean) * scale
         y = y if weight is None else y * weight.view(each)
         y = y if bias is None else y + bias.view(each)
-        return y.flatten(0, 1).to(x.dtype), mean, variance
+        # copied: where no type changes it would be a view, which no activation may write into
+        return y.flatten(0, 1).to(x.dtype, copy=True), mean, variance
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, _mean, _variance):
         x, weight, mean, scale = ctx.saved_tensors
         wide, dims, each = _wide(x, ctx.groups)

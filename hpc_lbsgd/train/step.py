@@ -128,6 +128,8 @@ class Stepper:
         self.slots = crosscheck.Slots(self.engine.size)
         self.bn_group = recipe.batch.group
         self.loss = loss_function(recipe.train)
+        # numbers of workers for which there are graphs: the first pass of another takes as long as a compiler does
+        self.compiled: set[int] | None = None if recipe.machine.compile == "none" else set()
         self._ahead: Batch | None = None  # of the pass that comes next, where it is there already
         self._begun: UnderWay | None = None
         self._late = replica.device.type not in AT_ONCE
@@ -234,7 +236,7 @@ class Stepper:
             inputs, labels, stand_ins = self._take()
             replaced += 0 if again else stand_ins
             data_wait_s += time.perf_counter() - before
-            self.mark("compute", point.step)
+            self.mark("compute" if self.compiled is None or len(workers) in self.compiled else "compile", point.step)
             replica.begin_pass(point.step, workers, counts)
             last = i == len(work) - 1 and not again
             digests: dict[int, torch.Tensor] = {}
@@ -250,6 +252,8 @@ class Stepper:
                 (loss * self.engine.size if buckets.summed_elsewhere else loss).backward()
             square = buckets.end_pass()
             replica.end_pass()
+            if self.compiled is not None:
+                self.compiled.add(len(workers))
             if square is not None:
                 control.squares[workers[0]] = square
             if compared:

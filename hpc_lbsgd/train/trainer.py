@@ -141,7 +141,7 @@ class Trainer:
                 end = min(end, self.schedule.first_step(self.schedule.at(start).epoch + 1))
             asked = Cut(passes.requests(self.schedule, self.recipe.seed, start, end))
             batches = self.train_loader.batches(asked)
-            self.stepper = Stepper(self.replica, self.recipe, batches, self._mark, partners)
+            self.stepper = Stepper(self.replica, self.recipe, batches, self.watchdog.enter, partners)
             points = map(self.schedule.at, range(start, end))
             for outcome in self.stepper.outcomes(points, self._previous_lr, self._asked, self._settles):
                 if self._follow(outcome):
@@ -153,10 +153,6 @@ class Trainer:
             for _ in batches:  # drains the loader
                 pass
         return False
-
-    def _mark(self, phase: str, number: int) -> None:
-        compiling = self.recipe.machine.compile != "none" and number == self.first_step
-        self.watchdog.enter("compile" if compiling else phase, number)
 
     def _asked(self) -> tuple[bool, bool]:
         """Of a step: whether the job is to stop after it, and whether a checkpoint is due, by what this rank knows."""
@@ -290,9 +286,11 @@ class Trainer:
         self._saved(self.writer.wait())
 
     def _finish_writing(self) -> None:
-        """What ends the run leaves the checkpoint under way whole. If that fails, it is said beside the cause."""
+        """What ends the run leaves the checkpoint under way whole, and all records. If that fails, it is said beside
+        the cause."""
         try:
             self._wait_for_writer()
+            self.journal.flush()
         except RunError as problem:
             print(f"hpc-lbsgd: {problem}", file=sys.stderr, flush=True)
 

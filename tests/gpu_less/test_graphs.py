@@ -8,7 +8,7 @@ from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.parallel.compiler import why_not
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train import compiling, step
+from hpc_lbsgd.train import compiling, ghost, step
 from hpc_lbsgd.train.prepare import settle_again
 from hpc_lbsgd.train.replica import Replica
 
@@ -74,11 +74,14 @@ class Run:
     def step(self, number: int) -> step.Outcome:
         point: Point = self.schedule.at(number)
         torch.manual_seed(number)
-        sizes = [sum(work.counts) for work in step.Passes(self.recipe, 0, 1).at(point)]
-        batches = iter([(torch.randn(n, 1, 8, 8), torch.arange(n) % 4, 0) for n in sizes])
-        outcome = step.Stepper(self.replica, self.recipe, batches).run(point)
+        outcome = step.Stepper(self.replica, self.recipe, iter(self.batches(number))).run(point)
         assert outcome.finite
         return outcome
+
+    def batches(self, *numbers: int) -> list:
+        """Of these steps, a pass after the other."""
+        works = [work for number in numbers for work in step.Passes(self.recipe, 0, 1).at(self.schedule.at(number))]
+        return [(torch.randn(n, 1, 8, 8), torch.arange(n) % 4, 0) for n in (sum(work.counts) for work in works)]
 
 
 def test_a_graph_a_stage_and_none_while_a_run_goes_on(compiler):
@@ -109,6 +112,68 @@ def test_groups_of_a_pass_are_one_reduction_and_train_as_they_do_one_by_one(comp
     assert plain["stem.1.num_batches_tracked"] == 5
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, rtol=0, atol=1e-12, msg=name)
+
+
+class InPlace(torch.nn.Module):
+    """As torchvision and timm write them: activations in place; `walked`, stages that nobody calls as a whole."""
+
+    def __init__(self, channels, classes, walked=False):
+        super().__init__()
+        self.walked = walked
+        blocks = [self.block(channels, 4), self.block(4, 4)]
+        self.stages = torch.nn.ModuleList([torch.nn.ModuleList(blocks) if walked else torch.nn.Sequential(*blocks)])
+        self.head = torch.nn.Linear(4, classes)
+
+    def block(self, channels, width):
+        parts = torch.nn.Conv2d(channels, width, 3), torch.nn.BatchNorm2d(width), torch.nn.ReLU(inplace=True)
+        return torch.nn.Sequential(*parts)
+
+    def forward(self, x):
+        for stage in self.stages:
+            for part in stage if self.walked else [stage]:
+                x = part(x)
+        return self.head(x.mean((2, 3)))
+
+
+def in_place(channels, classes):
+    return InPlace(channels, classes)
+
+
+def walked(channels, classes):
+    return InPlace(channels, classes, walked=True)
+
+
+@pytest.mark.parametrize("model", ["in_place", "walked"])
+@pytest.mark.parametrize("how", ["stages", "norms"])
+def test_models_of_others_train_compiled_as_they_do_plain(compiler, how, model):
+    found = []
+    for chosen in ("none", how):
+        run = Run(chosen, bn_group=4, precision="float64", model={"name": f"test_graphs:{model}"})
+        for number in range(2):
+            run.step(number)
+        found.append(run.replica.model.state_dict())
+    assert compiler.graphs and compiler.calls("batch_norm") == 0
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-12, msg=name)
+
+
+def test_the_first_pass_of_another_size_may_take_as_long_as_a_compiler(compiler):
+    """Step 0 is measured, one worker a pass; step 1 has two a pass. The watchdog hears of both, and of no other."""
+    run = Run("stages", workers=4, workers_per_pass=2, train={"noise_scale_steps": 100})
+    marks = []
+    stepper = step.Stepper(run.replica, run.recipe, iter(run.batches(0, 1, 2)), lambda *said: marks.append(said))
+    for number in range(3):
+        stepper.run(run.schedule.at(number))
+    phases = [(phase, number) for phase, number in marks if phase in ("compile", "compute")]
+    assert phases == [("compile", 0), *[("compute", 0)] * 3, ("compile", 1), ("compute", 1), *[("compute", 2)] * 2]
+
+
+def test_a_gradient_of_a_gradient_is_refused():
+    x = torch.randn(8, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    y, _ = ghost.batch_norm(x, 2, None, None, 1e-5)
+    (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
 
 
 def test_one_group_is_torchs_own(compiler):

@@ -17,6 +17,8 @@ from hpc_lbsgd.records import RunFolder
 def job(tmp_path):
     """(what was asked of it, its folder, `ended`: whether its processes are over)"""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *USR)}
+    for number in before:  # as at a terminal, whatever started the tests: in the background SIGINT would be ignored
+        signal.signal(number, signal.SIG_DFL)
     folder, process = RunFolder(tmp_path / "run"), subprocess.Popen(["sleep", "60"], start_new_session=True)
     asked, codes = Asked(folder), []
     thread = threading.Thread(target=lambda: codes.append(wait(process, folder, None, asked)))

@@ -126,6 +126,7 @@ def test_ranks_that_all_leave_do_not_watch_one_another_while_one_waits_for_its_w
     trainer = Trainer.__new__(Trainer)
     trainer.state, trainer.stepper = state(5), None
     trainer.watchdog = SimpleNamespace(stop=lambda: seen.append("stopped"), enter=lambda phase, _: seen.append(phase))
+    trainer.journal = SimpleNamespace(flush=lambda: None)
     trainer.writer = SimpleNamespace(wait=lambda: seen.append("waited"))
     trainer._prepare = lambda: None
     for everywhere, expected in ((True, ["stopped", "checkpoint", "waited"]), (False, ["checkpoint", "waited"])):

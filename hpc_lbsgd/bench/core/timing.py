@@ -21,6 +21,7 @@ from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.theory.schedule import Schedule
+from hpc_lbsgd.train.compiling import settle
 from hpc_lbsgd.train.replica import Replica
 from hpc_lbsgd.train.step import Passes, Stepper
 
@@ -75,6 +76,7 @@ class Bench:
     """
 
     def __init__(self, recipe: Recipe, engine, device: torch.device):
+        recipe = recipe.with_compile(engine.gather(settle(recipe, device).machine.compile)[0])  # as the trainer has it
         self.recipe, self.engine, self.device = recipe, engine, device
         found = training_set(recipe)
         samples = recipe.batch.kn if found is None else len(found)
