@@ -6,6 +6,7 @@ warm_python.py FOLDER [-m] PROGRAM WORDS   asks it to do what `python [-m] PROGR
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -31,9 +32,14 @@ def ask(folder: str, words: list[str]) -> int:
         replies = warm.makefile("rb")
         job = int(replies.readline())
         for number in PASSED_ON:
-            signal.signal(number, lambda number, frame: os.kill(job, number))
+            signal.signal(number, lambda number, frame: pass_on(job, number))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
-        return int(replies.readline())
+        return int(replies.readline() or -signal.SIGKILL)
+
+
+def pass_on(job: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it ended meanwhile, and how is on its way
+        os.kill(job, number)
 
 
 def serve(listener: socket.socket) -> dict:

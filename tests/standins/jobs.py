@@ -99,6 +99,7 @@ def once(number: str, system) -> str:
     with open(log, "a") as out:
         process = subprocess.Popen(["bash", str(home() / "jobs" / f"{number}.script"), *job["words"]], stdout=out,
                                    stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                                    env=system.environment(job), cwd=system.begins_in(job))  # fmt: skip
     ending, sent, late = [], 0.0, home() / "late"
     while process.poll() is None:
