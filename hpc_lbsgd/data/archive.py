@@ -121,10 +121,11 @@ def samples_of(
             with open(path, "rb") as file:
                 for member in members(path, shard):
                     suffix = PurePosixPath(member.name).suffix.lower()
-                    if suffix in SUFFIXES:
+                    if suffix in SUFFIXES or suffix in LABEL_SUFFIXES:
                         if (shard, member.name) in known:
                             raise RequestError(f"{path}: holds {member.name} twice (tar -r?); pack it anew")
                         known.add((shard, member.name))
+                    if suffix in SUFFIXES:
                         images.append(member)
                     elif own.take(member, lambda m=member, file=file: os.pread(file.fileno(), m.size, m.offset)):
                         continue
@@ -134,10 +135,7 @@ def samples_of(
                             own.said[member.key] = json_in(data)
                         text = label_in(data, suffix, own.kinds)
                         if text is not None:
-                            mine = beside.setdefault(member.key, {})
-                            if suffix in mine:
-                                raise RequestError(f"{path}: holds {member.name} twice (tar -r?); pack it anew")
-                            mine[suffix] = text
+                            beside.setdefault(member.key, {})[suffix] = text
                     else:
                         left_out[f"{suffix or 'no suffix'}"] += 1
     if not images:

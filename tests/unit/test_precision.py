@@ -16,8 +16,9 @@ def torchs_own():
     backends = (cudnn, cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
     before, threads = [b.fp32_precision for b in backends], torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
+    allowed = cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     yield
-    cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
+    cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
     for backend, value in zip(backends, before, strict=True):
         backend.fp32_precision = value
     torch.set_num_threads(threads)
