@@ -123,6 +123,17 @@ def write_recipe(path: Path, recipe: dict) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For pictures as small as these: threads would wait for one another longer than they compute."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def command(
     *words, timeout: float = LIMIT_S, env: dict | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess:

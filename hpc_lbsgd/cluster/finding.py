@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from importlib import metadata
 from typing import NamedTuple
+
+from hpc_lbsgd.schedulers.scheduler import ask
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
@@ -18,11 +19,8 @@ class Finding(NamedTuple):
 
 def output_of(*command: str, timeout_s: float = 20) -> str | None:
     """What a command prints; None where it is not there or fails."""
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    found = ask(*command, timeout_s=timeout_s)
+    return found.stdout.strip() if found and found.returncode == 0 else None
 
 
 def version(package: str) -> str | None:

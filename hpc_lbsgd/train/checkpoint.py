@@ -184,7 +184,7 @@ def read_whole(path: Path) -> State:
     try:
         content = json.loads((path / "state.json").read_text())
         digest = content.pop(SELF, None)
-        state = STATE.validate_json(json.dumps(content), strict=True)
+        state = STATE.validate_json(json.dumps(content), strict=True)  # from JSON, where tuples are lists
         if digest not in (None, signed(content)[SELF]):  # None: of a version that wrote none
             raise ValueError("state.json is not what was written")
         broken = [n for n, digest in state.files.items() if file_sha256(path / n) != digest]

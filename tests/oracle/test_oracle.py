@@ -72,13 +72,7 @@ ON_RANKS = [(1, case) for case in CASES] + [(3, case) for case in ONCE]
 MEANS = {"Recomputed": "Plain"}  # what the plain loop trains in their place
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For pictures this small, threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

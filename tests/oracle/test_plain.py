@@ -12,13 +12,7 @@ from torch import nn
 
 from hpc_lbsgd.data.order import Permutation
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(recipe, data, model=models.Plain, steps=50):

@@ -1,7 +1,6 @@
 """Preflight over models nobody here wrote, and those of all shipped recipes: they train as their authors wrote them."""
 
 import pytest
-import torch
 from authors import checks_of
 
 from hpc_lbsgd import recipe as recipes
@@ -27,13 +26,7 @@ NAMED = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small pictures: threads would wait for one another longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def from_zoo(library, name):

@@ -15,14 +15,7 @@ from hpc_lbsgd.train import models, preflight, probe, workers
 from hpc_lbsgd.train.losses import loss_function
 from hpc_lbsgd.train.replica import Replica
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small pictures: threads would wait for one another longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Remembers(nn.Module):
