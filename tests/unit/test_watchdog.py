@@ -90,8 +90,10 @@ def test_ranks_that_wait_for_a_checkpoint_wait_as_long_as_it_may_take(tmp_path, 
     ranks[1].enter("sum", 3)
     with pytest.raises(queue.Empty):
         heard.get(timeout=8 * TIMEOUT_S)
-    said = [heard.get(timeout=30) for _ in ranks]
+    said = [heard.get(timeout=30)]
+    while said[-1][0] != 0:  # rank 0 ends the job: whoever looks later finds it silent, and rightly
+        said.append(heard.get(timeout=30))
     for rank in ranks:
         rank.stop()
-    assert sorted((rank, speaks) for rank, _, speaks in said) == [(0, True), (1, False)]
+    assert [rank for rank, _, speaks in said if speaks] == [0]
     assert all("Stalest: rank 0 on" in message and "in phase 'checkpoint'" in message for _, message, _ in said)
