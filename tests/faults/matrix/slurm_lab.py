@@ -64,11 +64,14 @@ class Hurt(Victim):
 
     def controller_gone(self) -> None:
         """As the job wants to be queued again."""
-        before = self.log().count("does not answer; asking again")
+        log = self.log_file  # asked for while there is a controller
+        before = log.read_text().count("does not answer; asking again")
         self.lab.call("scancel", "--batch", "--signal=USR2", self.number)
         self.lab.call("scontrol", "shutdown", "slurmctld")
-        self.until(lambda: self.log_file.read_text().count("does not answer; asking again") > before, "no word of it")
-        self.lab.call("slurmctld")
+        try:
+            self.until(lambda: log.read_text().count("does not answer; asking again") > before, "no word of it")
+        finally:
+            self.lab.call("slurmctld")
 
     def requeued_in_a_checkpoint(self) -> None:
         (self.folder / "slow-saves").touch()
