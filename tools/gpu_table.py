@@ -26,8 +26,7 @@ HEAD = """# A step on a GPU, calculated
 ResNet-50 (bf16, channels last, `bn_group: 32`) on torch's `meta` device with `tools/gpu_model.py`, which
 `tests/gpu_less` runs too: operations launched, and bytes that they read and write if nothing stays in a cache. What is
 compiled (`machine.compile: stages`, the default on GPUs) is counted on the graphs that torch's compiler is given, cut
-into kernels by its rule (`tools/gpu_fused.py`). From
-there to milliseconds of an H100 SXM:
+into kernels by its rule (`tools/gpu_fused.py`). From there to milliseconds of an H100 SXM:
 
 | taken as given | |
 |---|---|
