@@ -239,7 +239,7 @@ class Lab:
         )  # fmt: skip
         self.wait_for_node(name, "idle")
 
-    def wait_for_node(self, name: str, state: str, within_s: float = 120) -> None:
+    def wait_for_node(self, name: str, state: str, within_s: float = 300) -> None:
         end, seen = time.monotonic() + within_s, [""]
         while time.monotonic() < end:
             now = self.call("sinfo", "-h", "-n", name, "-p", "gpu", "-o", "%t").stdout.strip()
