@@ -232,20 +232,21 @@ class Lab:
     def start_node(self, name: str) -> None:
         """Switch a killed node on again, once Slurm has missed it: one that is back before that stays "completing" for
         a minute, for the sake of the job that died with it."""
-        self.wait_for_node(name, "down")
+        self.wait_for_node(name, "DOWN.*")
         subprocess.Popen(
             [*self.inside(), "bash", self.root / "node.sh", self.root, name, *self.shared],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self.env,
         )  # fmt: skip
-        self.wait_for_node(name, "idle")
+        self.wait_for_node(name, "IDLE")
 
     def wait_for_node(self, name: str, state: str, within_s: float = 300) -> None:
         end, seen = time.monotonic() + within_s, [""]
         while time.monotonic() < end:
-            now = self.call("sinfo", "-h", "-n", name, "-p", "gpu", "-o", "%t").stdout.strip()
+            # sinfo may go on saying "mix" of a node that went down with a job on it
+            now = re.search(r"State=(\S+)", self.call("scontrol", "show", "node", name).stdout)[1]
             if now != seen[-1]:
                 seen.append(now)
-            if now.rstrip("*") == state:
+            if re.fullmatch(state, now):
                 return
             time.sleep(0.5)
         pytest.fail(f"{name} is not {state}: was {seen[1:]}\n{self.call('scontrol', 'show', 'node', name).stdout}")
