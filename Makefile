@@ -31,7 +31,7 @@ endif
 START  := $(shell date +%s)
 TOOK    = echo "make $@: $$(($$(date +%s) - $(START))) s"
 
-.PHONY: help setup train check test coverage faults gpu-check lint docs figures module clean
+.PHONY: help setup train check test coverage faults gpu-check lint docs figures bundle module clean
 help:   ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
@@ -102,6 +102,9 @@ docs: setup  ## the manual as a site in site/; warnings are errors
 
 figures: setup  ## every plot of docs/results again, from the data stored beside it
 	$(BIN)/python tools/figures.py
+
+bundle: setup  ## this environment in one file, which jobs unpack on each of their nodes [BUNDLE=environment.tar]
+	@$(BIN)/hpc-lbsgd bundle "$(or $(BUNDLE),environment.tar)"
 
 module:  ## modulefiles for this environment in PREFIX [PREREQ="gcc/12 openmpi/4.1"] [CONFLICT=...]
 	@$(PYTHON) tools/make_module.py --environment "$(VENV)" --prereq "$(PREREQ)" --conflict "$(CONFLICT)" "$(PREFIX)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hpc_lbsgd.arguments import nodes_sweep, not_negative, positive, positive_float, with_json, with_recipe
 from hpc_lbsgd.errors import EXIT_DONE
 from hpc_lbsgd.runs import RESUME
@@ -52,6 +54,14 @@ def add(command) -> None:
     how.add_argument("--test-only", action="store_true", help="Slurm: ask whether it would take the job, and stop")
     with_json(p)
 
+    p = command("bundle", bundle, help="pack this environment into one file, which jobs unpack on each of their nodes",
+                example="bundle /scratch/me/environment.tar")  # fmt: skip
+    p.add_argument("file", type=Path, help="where all nodes see it; a site file names it: bundle")
+    with_json(p)
+
+    p = command("stage-bundle", stage_bundle, help="for batch scripts: unpack a bundle on this node; print its Python")
+    p.add_argument("file", type=Path, help="the bundle")
+
     p = command("suspects", suspects, help="for batch scripts: hosts that hung, or were slow, in a run's last start")
     p.add_argument("run", help="run folder")
 
@@ -75,6 +85,30 @@ def submit(args) -> int:
 
     request = Request(**{field.name: getattr(args, field.name) for field in fields(Request)})
     return submission.command(args.recipe, args.settings, args.site, request, args.dry_run, args.test_only, args.json)
+
+
+def bundle(args) -> int:
+    import json
+
+    from hpc_lbsgd.cluster import bundle as bundles
+
+    what = bundles.pack(args.file)
+    facts = {"file": str(args.file), "checksum": what.checksum, "files": what.files, "bytes": what.bytes,
+             "python": what.python, "base": what.base}  # fmt: skip
+    print(
+        json.dumps(facts)
+        if args.json
+        else f"{args.file}: {what.files} files, {what.bytes / 1e9:.1f} GB on a node's disk; nodes must have Python "
+        f"{what.python} at {what.base}\nin the site file: bundle: {args.file.absolute()}"
+    )
+    return EXIT_DONE
+
+
+def stage_bundle(args) -> int:
+    from hpc_lbsgd.cluster import unbundle
+
+    print(*unbundle.here(args.file))
+    return EXIT_DONE
 
 
 def suspects(args) -> int:

@@ -255,6 +255,18 @@ def check_file_systems() -> Iterator[Finding]:
         )
 
 
+def check_environment() -> Iterator[Finding]:
+    """What every rank imports."""
+    path = Path(sys.prefix).resolve()
+    kind = file_system(path)
+    yield Finding(
+        WARN if kind in SHARED else OK,
+        "environment on",
+        f"{kind} ({path})",
+        "many ranks are slow to import from there: make bundle, and name it in the site file (bundle, stage_dir)",
+    )
+
+
 def check_limits() -> Iterator[Finding]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield Finding(OK if files >= 4096 else WARN, "open files", str(files), "ulimit -n 4096")
@@ -288,6 +300,7 @@ CHECKS: list[Callable[[], Iterator[Finding]]] = [
     check_dali,
     check_scheduler,
     check_file_systems,
+    check_environment,
     check_limits,
 ]
 

@@ -133,6 +133,7 @@ def settings(job: Job, site: Site, python: str, body: str) -> Iterator[str]:
         "each": site.ranks if job.takes_what_is_free or not told else "",
         "cores": None if told else site.cores * (site.ranks if job.one_task else 1),
         "warn_after_s": max(1, seconds_of(job.time or site.time_limit) - site.warn_s),
+        "bundle": site.bundle_file,
         "preflight": "yes" if site.preflight_nodes else "",
         "again": line(replace(job, starts=""), site, script) if script and not same_number else [],
         "least": (job.least or job.nodes) if job.outlives_nodes else "",

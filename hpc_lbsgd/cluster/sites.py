@@ -97,8 +97,11 @@ class Site(Section):
     runs: Words = "runs"
     """folder of the run folders; all nodes must see it"""
     stage_dir: Words | None = None
-    """node-local folder for copies of packed sets, where the recipe has no machine.stage_dir; its variables
-    ($SLURM_TMPDIR) are those of each node"""
+    """node-local folder for copies of packed sets, where the recipe has no machine.stage_dir, and for the bundle; its
+    variables ($SLURM_TMPDIR) are those of each node"""
+    bundle: Words | None = None
+    """file of `hpc-lbsgd bundle`, which all nodes see: unpacked in stage_dir on each node, once, and ranks start from
+    there; its variables are those of the shell that submits"""
     python: Words | None = None
     """of the environment, on the nodes; default: the one that submits, in a container python"""
     preflight_nodes: bool = False
@@ -127,6 +130,12 @@ class Site(Section):
                 self.refuse(feature, f"{key} = {value}")
         if self.preflight_nodes:
             self.refuse("leave nodes out", "preflight_nodes = true")
+        if self.bundle:
+            self.refuse("bundle", f"bundle = {self.bundle}")
+        if self.bundle and self.container:
+            raise ValueError(f"bundle = {self.bundle} with container: an image has its own environment")
+        if self.bundle and not self.stage_dir:
+            raise ValueError(f"bundle = {self.bundle} without stage_dir: say where nodes have a disk of their own")
         if self.preflight_nodes and self.container:
             raise ValueError("preflight_nodes with container: ranks of the check would start outside it")
         if not self.gpus and self.ranks_per_node is None:
@@ -181,6 +190,11 @@ class Site(Section):
         if self.scratch is None:
             return run
         return str(Path(expanded(self.scratch, "scratch")) / run)
+
+    @property
+    def bundle_file(self) -> str:
+        """For all nodes. Raises RequestError for a variable that is not set."""
+        return str(Path(expanded(self.bundle, "bundle")).absolute()) if self.bundle else ""
 
     def storage(self) -> dict[str, str]:
         """Environment variables that say where nodes keep copies of data; not expanded before they are there."""

@@ -18,7 +18,7 @@ from hpc_lbsgd import owner, progress
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.scaling import run as scaling
 from hpc_lbsgd.bench.scaling.results import Folder
-from hpc_lbsgd.cluster import forecast, sites
+from hpc_lbsgd.cluster import bundle, forecast, sites
 from hpc_lbsgd.cluster.jobs import Request, data_jobs, idle, runs_of, sweep_jobs, training_jobs
 from hpc_lbsgd.cluster.script import Job, line, plain_name, render
 from hpc_lbsgd.cluster.sites import Site
@@ -120,6 +120,7 @@ def prepare(name: str, settings: list[str], site_name: str, request: Request) ->
     jobs = [replace(job, **limits) for job in jobs]
     texts = [render(job, site, sys.executable) for job in jobs]
     told = [forecast.said(recipe, site, request, run), idle(recipe, site, request)] if len(jobs) == 1 and run else []
+    told += [bundle.out_of_date(site.bundle_file)] if site.bundle else []
     return Prepared(site, jobs, texts, run, [text for text in told if text], asked)
 
 

@@ -9,23 +9,22 @@ STAGE_DIR/<user number>-<16 digits of what is in the shards>/    the user's alon
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
-import shutil
-import stat
 from pathlib import Path
 
 from hpc_lbsgd import progress
 from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
 from hpc_lbsgd.data.names import EXCLUDE
 from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.private import check_room, identity, make_private
 from hpc_lbsgd.records import sync_folder, write_atomically
 
 BLOCK = 1 << 22
 JOURNAL = "staged.json"
+KEY = "machine.stage_dir"
 
 
 def folder_of(manifest: Manifest, stage_dir: str | os.PathLike) -> Path:
@@ -53,20 +52,6 @@ def digest_of(manifest: Manifest) -> str:
     return digest.hexdigest()[:16]
 
 
-def make_private(target: Path) -> None:
-    """A folder that nobody else can write to; refuses one that another user put there under its name."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        target.mkdir(mode=0o700)
-    there = target.lstat()
-    if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.geteuid():
-        raise RunError(
-            f"machine.stage_dir: {target} is not a folder of yours (owner: user {there.st_uid}): what is in it cannot "
-            "be trusted. Have it removed, or name another machine.stage_dir"
-        )
-    target.chmod(0o700)
-
-
 def stage(manifest: Manifest, stage_dir: str | os.PathLike, show: bool = False) -> Manifest:
     """Copy what is missing, check it, and return the manifest of the copy. One process a node calls it.
 
@@ -74,7 +59,7 @@ def stage(manifest: Manifest, stage_dir: str | os.PathLike, show: bool = False) 
     """
     target = folder_of(manifest, stage_dir)
     try:
-        make_private(target)
+        make_private(target, KEY)
         with open(target / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _copy_missing(manifest, target, show)
@@ -86,12 +71,8 @@ def stage(manifest: Manifest, stage_dir: str | os.PathLike, show: bool = False) 
 def _copy_missing(manifest: Manifest, target: Path, show: bool) -> None:
     whole = _journal(target)
     missing = [s for s in manifest.shards if not _is_whole(target, s, whole)]
-    needed, free = sum(s["bytes"] for s in missing), shutil.disk_usage(target).free
-    if needed > free:
-        raise RunError(
-            f"machine.stage_dir: {target} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be copied"
-        )
     total = sum(s["bytes"] for s in missing)
+    check_room(target, total, KEY)
     with progress.bar(total=total, show=show, desc=f"staging to {target}", unit="B", unit_scale=True) as bar:
         for shard in missing:
             copied = _copy(manifest.root / shard["name"], target, bar)
@@ -114,12 +95,6 @@ def _journal(target: Path) -> dict:
         return json.loads((target / JOURNAL).read_text())
     except (OSError, ValueError):
         return {}
-
-
-def identity(path: Path) -> list[int]:
-    """Another one after any change of the file: no user can set the time of a change back."""
-    there = path.stat()
-    return [there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns]
 
 
 def _is_whole(target: Path, shard: dict, whole: dict) -> bool:

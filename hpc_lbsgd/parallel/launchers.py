@@ -197,7 +197,8 @@ def choose(mpirun: str, flavour: str | None = None) -> Launcher:
 def exported(layout: Layout, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What ranks on other hosts must find in their environment; their engine sets its own part itself."""
     elsewhere = layout.hosts or layout.hostfile or known.many_nodes(environment)
-    names = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", *environment.get(EXPORT, "").split(","))
+    names = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONSAFEPATH", "CUDA_VISIBLE_DEVICES")
+    names += tuple(environment.get(EXPORT, "").split(","))
     prefixes = ("HOROVOD_", "NCCL_", "GLOO_", "MASTER_", "MALLOC_", "OMP_NUM_THREADS", "UCX_", "FI_", "HPC_LBSGD_")
     return {k: v for k, v in environment.items() if elsewhere and (k in names or k.startswith(prefixes))}
 

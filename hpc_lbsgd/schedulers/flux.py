@@ -22,7 +22,7 @@ class Flux(Scheduler):
     by_hand = "flux batch {}"
     launchers = ("flux", "mpirun")
     leaves = ("FLUX_JOB_ID", JOB)
-    can = frozenset({"leave nodes out"})
+    can = frozenset({"leave nodes out", "bundle"})
 
     def directives(self, wanted):
         """A slot a node, with all that the job has of it."""

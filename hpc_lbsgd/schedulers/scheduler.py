@@ -31,6 +31,7 @@ FEATURES = {
     "qos": "it has none; give what stands for it among options",
     "kinds of GPU": "give the number, and the kind among options",
     "container": "ranks are put into a container by srun",
+    "bundle": "nothing but the environment's own mpirun starts a process on each of a job's nodes there",
     "leave nodes out": "a job that is queued again cannot be kept off nodes",
 }
 

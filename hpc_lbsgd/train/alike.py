@@ -4,7 +4,6 @@ program on one node, or a data set that was copied there before it changed, othe
 
 from __future__ import annotations
 
-import hashlib
 import locale
 import platform
 import socket
@@ -12,30 +11,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 
 import numpy
 import torch
 
 import hpc_lbsgd
+from hpc_lbsgd import origin
 from hpc_lbsgd.errors import RequestError
 
 CLOCKS_APART_S = 60.0  # nodes keep time to a millisecond; a minute is a clock that nobody sets
 
 
-@cache
-def program() -> str:
-    """A digest of this package's source."""
-    root, digest = Path(hpc_lbsgd.__file__).parent, hashlib.blake2b(digest_size=8)
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
 def software() -> dict[str, str]:
     return {
-        "hpc_lbsgd": f"{hpc_lbsgd.__version__} ({program()})",
+        "hpc_lbsgd": f"{hpc_lbsgd.__version__} ({origin.program()})",
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,

@@ -10,6 +10,7 @@ import time
 import pytest
 from conftest import changed, command, write_images, write_recipe
 
+from hpc_lbsgd import private
 from hpc_lbsgd.data import manifest, pack, stage, verify
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.errors import RequestError, RunError
@@ -131,7 +132,7 @@ def test_two_jobs_on_a_node_copy_once(packed, tmp_path):
 
 
 def test_no_room_and_single_files_are_refused(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
+    monkeypatch.setattr(private.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
     with pytest.raises(RunError, match="GB free"):
         stage.stage(packed, tmp_path)
     loose = trees.index(write_images(tmp_path / "d", 4, 16), processes=1)

@@ -11,6 +11,9 @@ usage="usage: @submit@ [OPTIONS of hpc-lbsgd bench allreduce]"
 #@ cores
 #@ hosts
 #@ names
+#@ each_node
+#@ bundle
+[[ ! $bundle ]] || unpack_on_all
 echo "@script@: job $job on ${#nodes[@]} nodes" >&2
 
 # The benchmark starts the ranks itself, once a contender and round: by mpirun, which finds the job's nodes, or by srun.

@@ -22,6 +22,9 @@ if [[ $1 == --report* ]]; then
 fi
 #@ hosts
 #@ names
+#@ each_node
+#@ bundle
+[[ ! $bundle ]] || unpack_on_all
 #@ renamed
 list() { (IFS=, && echo "$*"); }
 #@ ranks

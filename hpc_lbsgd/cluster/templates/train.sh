@@ -95,9 +95,10 @@ count() { # restarts that come no further are counted: a fault that repeats must
         say "gave up after $max_restarts restarts without a new checkpoint (the newest: $reached) in $run"
         leave 1
     fi
-    say "start $((restarts + 1)) on $(short "$(list "${used[@]}")"), $ranks ranks, newest checkpoint: $reached"
 }
 
+#@ each_node
+#@ bundle
 #@ ranks
 
 if [[ $launcher == mpirun && $host_suffix ]]; then
@@ -112,14 +113,15 @@ start() { # a run that is there is never started anew, also where a rank does no
     used=("${nodes[@]:0:most}")
     ranks=$((each * ${#used[@]}))
     count
+    say "start $((restarts + 1)) on $(short "$(list "${used[@]}")"), $ranks ranks, newest checkpoint: $reached"
     [[ ! -e $run/recipe.yaml ]] || resume=--resume
     export HPC_LBSGD_SPARE_NODES=$((${#nodes[@]} - ${#used[@]}))
     local line words=(train "$recipe" "${settings[@]}" "${options[@]}" --run "$run" "$resume")
     if [[ $launcher != mpirun ]]; then
         ranks_line
-        line+=("${wrap[@]}" "$python" -m hpc_lbsgd.cli "${words[@]}")
+        line+=("${wrap[@]}" "${ranks_python:-$python}" -m hpc_lbsgd.cli "${words[@]}")
     else
-        line=("$python" -m hpc_lbsgd.cli launch --np "$ranks" --mpi "$mpi"
+        line=("${ranks_python:-$python}" -m hpc_lbsgd.cli launch --np "$ranks" --mpi "$mpi"
             --hosts "$(list "${used[@]/%/$host_suffix:$each}")" -- "${words[@]}")
     fi
     "${line[@]}" &
@@ -166,6 +168,23 @@ silent_nodes() { # those on which nothing can be started any more
         { answers "$node" || echo "${node%%.*}"; } &
     done
 }
+
+if [[ $bundle ]]; then # what ranks import is unpacked on their nodes; one that cannot is left out
+    unpack
+    if ((${#ready[@]} == 0)); then mapfile -t bare < <(silent_nodes); fi # one that is gone stops all
+    drop "${bare[@]}"
+    if ((${#ready[@]} == 0 && ${#new[@]} == 0)); then
+        [[ ! $asked ]] || requeue "stopped before the first step"
+        say "no node could unpack $bundle; the cause is above"
+        leave "$code"
+    fi
+    if ((${#ready[@]} == 0 || ${#nodes[@]} < least)) || [[ $launcher == mpirun && ! -x $ranks_python ]]; then
+        count
+        requeue "could not unpack $bundle: $(list "${new[@]}")"
+    fi
+    [[ ! ${new[*]-} ]] || say "could not unpack $bundle: $(list "${new[@]}"); goes on with ${#nodes[@]} nodes"
+    [[ ! -x $ranks_python ]] || python=$ranks_python
+fi
 
 if [[ $preflight ]] && ((${#nodes[@]} > 1 && restarts <= max_restarts)); then # before the first step: bad nodes are left out
     used=("${nodes[@]}") ranks=$((each * ${#nodes[@]})) line=()

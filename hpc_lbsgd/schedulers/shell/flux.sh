@@ -15,6 +15,10 @@ mapfile -t nodes < <(flux hostlist --local --expand --delimiter='\n')
 short() { flux hostlist "$1"; }
 #@ renamed
 by_another_name() { export OMPI_MCA_plm=rsh OMPI_MCA_ras=^flux PRTE_MCA_plm=ssh PRTE_MCA_ras=^flux HYDRA_BOOTSTRAP=ssh; }
+#@ each_node
+each_node() { # each_node COMMAND...: a process on each node
+    timeout --kill-after=10 1800 flux run --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" -o exit-timeout=none "$@"
+}
 #@ ranks
 ranks_line() { # `line`: what starts a process a rank, on the nodes of `used`; each sees all GPUs of its node, for NCCL
     line=(flux run --nodes="${#used[@]}" --ntasks="$ranks" --cores-per-task="$cores" --requires="hosts:$(list "${used[@]}")"

@@ -23,6 +23,13 @@ short() { scontrol show hostlist "$1"; } # of a list of nodes
 by_another_name() { # nodes go by names that Slurm does not know: mpirun reaches them by ssh
     export OMPI_MCA_plm=rsh OMPI_MCA_ras=^slurm PRTE_MCA_plm=ssh PRTE_MCA_ras=^slurm HYDRA_BOOTSTRAP=ssh
 }
+#@ each_node
+each_node() { # each_node COMMAND...: a process on each node
+    local all
+    all=$(IFS=, && echo "${nodes[*]}")
+    timeout --kill-after=10 1800 srun --mpi=none --nodelist="$all" --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" \
+        --ntasks-per-node=1 --gpus-per-node=0 --kill-on-bad-exit=0 "$@"
+}
 #@ ranks
 ranks_line() { # `line`: what starts a process a rank, on the nodes of `used`
     line=(srun --mpi="$wire_up" --nodelist="$(list "${used[@]}")" --nodes="${#used[@]}" --ntasks="$ranks"
