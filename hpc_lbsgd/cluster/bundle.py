@@ -29,6 +29,7 @@ from pathlib import Path
 import hpc_lbsgd
 from hpc_lbsgd import origin, progress
 from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.private import identity
 
 FORMAT = 1
 HEAD = "bundle.json"
@@ -126,8 +127,6 @@ def pack(target: Path) -> Bundle:
                 what = write(file, found, what, bar)
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except tarfile.TarError as problem:
-        raise RunError(f"{prefix}: {problem}") from None
     finally:
         temporary.unlink(missing_ok=True)
     return what
@@ -200,16 +199,24 @@ def write(file, found: dict[str, Path], what: Bundle, bar) -> Bundle:
     out = Summed(file)
     with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT, copybufsize=BLOCK) as tar:
         for name, source in found.items():
-            info = tar.gettarinfo(source, name)
+            before, info = identity(source), tar.gettarinfo(source, name)
             if info is None:  # a socket
                 continue
             info.uid = info.gid = 0
             info.uname = info.gname = ""
-            if info.isreg():
-                with Watched(source, bar) as content:
-                    tar.addfile(info, content)
-            else:
+            if not info.isreg():
                 tar.addfile(info)
+                continue
+            with Watched(source, bar) as content:
+                try:
+                    tar.addfile(info, content)
+                    changed = identity(source) != before
+                except OSError as problem:
+                    if problem.errno is not None:
+                        raise
+                    changed = True  # it ended early
+            if changed:
+                raise RunError(f"{source} changed while it was packed; do it again when nobody installs anything")
     what = replace(what, content=out.sum.hexdigest())
     file.seek(0)
     file.write(what.head())
