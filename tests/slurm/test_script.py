@@ -47,15 +47,18 @@ def run_script(
     return found.returncode, found.stderr, (folder / "asked").read_text()
 
 
-def elastic(folder, *starts, lost=True, nodes_here=4, up="", measure="", restarts=0, **keys):
+def elastic(folder, *starts, lost=True, nodes_here=4, up="", measure="", unpack="", restarts=0, **keys):
     """What the script says, and what it asked of Slurm. Four nodes, two ranks each; `starts`: shell, one a start
-    of the ranks. lost: n9 answers no more. up: what sinfo says. measure: shell that measures nodes."""
+    of the ranks. lost: n9 answers no more. up: what sinfo says. measure: shell that measures nodes. unpack: shell that
+    does so with a bundle on all nodes."""
+    (folder / "unpack").write_text(unpack)
     (folder / "measure").write_text(measure)
     (folder / "starts").write_text("0")
     for i, text in enumerate(starts, 1):
         (folder / f"start-{i}").write_text(text)
     for name, body in (
-        ("srun", f'case "$*" in *"n9 true") exit {int(lost)} ;; *" true"|*"bash -c"*) exit 0 ;; esac\n'
+        ("srun", f'case "$*" in *stage-bundle*) . ./unpack; exit ;; *"n9 true") exit {int(lost)} ;; '
+                 '*" true"|*"bash -c"*) exit 0 ;; esac\n'
                  "n=$(($(cat starts) + 1)); echo $n >starts; . ./start-$n"),
         ("python", 'case "$*" in *" own "*) echo me ;; *" suspects "*) cat suspects 2>/dev/null ;;'
                    ' *" slow-nodes "*) echo "$HPC_LBSGD_SRUN" >measured; . ./measure ;; esac'),
@@ -66,9 +69,9 @@ def elastic(folder, *starts, lost=True, nodes_here=4, up="", measure="", restart
         (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >>asked\n{body}\n')
         (folder / name).chmod(0o755)
     job = Job("train", "x", nodes_here, [], "", **keys)
-    (folder / "job.sbatch").write_text(
-        render(job, sites.Site(ranks_per_node=2, preflight_nodes=bool(measure)), str(folder / "python"))
-    )
+    disk = {"bundle": str(folder / "e.tar"), "stage_dir": "/disk"} if unpack else {}
+    site = sites.Site(ranks_per_node=2, preflight_nodes=bool(measure), **disk)
+    (folder / "job.sbatch").write_text(render(job, site, str(folder / "python")))
     slurm = {**JOB, "SLURM_JOB_NODELIST": "n1,n2,n9,n4", "SLURM_NTASKS": "8", "SLURM_JOB_PARTITION": "p",
              "SLURM_RESTART_COUNT": str(restarts)}  # fmt: skip
     found = subprocess.run(
@@ -147,6 +150,39 @@ def test_nodes_are_measured_before_the_first_step(measure, keys, ends, started, 
         assert "--nodelist=n1,n2,n9,n4 --nodes=4 --ntasks=8 --ntasks-per-node=2 " in line
     if not started:
         assert "scontrol update JobId=9 ExcNodeList=n2" in asked
+
+
+UNPACKED = "for n in n1 n2 n4; do echo $n.cluster.org unpacked '/disk/my env/bin/python'; done"
+ALL = f"{UNPACKED}; echo n9 there '/disk/my env/bin/python'"
+
+
+@pytest.mark.parametrize(
+    "unpack, keys, ends, started",
+    [
+        (ALL, {}, "done: run", "--nodelist=n1,n2,n9,n4 "),
+        (f"{UNPACKED}; exit 1", {"least": 3}, "n9; goes on with 3 nodes", "--nodelist=n1,n2,n4 "),
+        (f"{UNPACKED}; exit 1", {"nodes_here": 3, "spare": 1}, "n9; goes on with 3 nodes", "--nodelist=n1,n2,n4 "),
+        (f"{UNPACKED}; exit 1", {}, "e.tar: n9; queued again without n9", None),
+        (f"{UNPACKED}; exit 1", {"restarts": 4}, "e.tar: n9; queued again without n9", None),
+        ("echo n9: no room >&2; exit 1", {}, "e.tar; the cause is above", None),
+        ("exit 1", {"lost": True}, "e.tar: n9; queued again without n9", None),  # srun starts nothing then
+        (ALL.replace("n9 there '/disk", "n9 there '/disc"), {}, "not the same folder on all nodes", None),
+    ],
+)
+def test_ranks_start_from_the_bundle_where_it_was_unpacked(unpack, keys, ends, started, tmp_path):
+    said, starts, asked = elastic(tmp_path, DONE, unpack=unpack, **{"lost": False, **keys})
+    assert ends in said and [started in line for line in starts] == [True] * bool(started), said
+    assert all(" /disk/my env/bin/python -m hpc_lbsgd.cli train " in line for line in starts), starts
+    (line,) = (line for line in asked if "stage-bundle" in line)
+    assert " --nodes=4 --ntasks=4 --ntasks-per-node=1 " in line and line.endswith(f"stage-bundle {tmp_path}/e.tar")
+    assert any(" --release " in line for line in asked) is ("queued again" not in ends)
+
+
+def test_nodes_that_cannot_unpack_end_the_job_after_some_restarts(tmp_path):
+    """Else a bundle that fits on no node's disk would have it queued again for ever."""
+    for restarts in range(5):
+        said, _, _ = elastic(tmp_path, unpack=f"{UNPACKED}; exit 1", restarts=restarts, lost=False)
+    assert "gave up after 3 restarts without a new checkpoint" in said
 
 
 def test_a_failure_that_a_rank_explains_is_the_end_also_where_a_node_was_slow(tmp_path):

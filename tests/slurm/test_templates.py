@@ -369,7 +369,7 @@ def test_a_sweep_is_a_job_a_size_and_a_report_that_no_failure_stops(tmp_path):
     report = Job(**{k: v for k, v in jobs[3].items() if k != "script"})
     assert report.words == ["--report", str(tmp_path / "s")]
     assert "--dependency=afterany:7:8:9" in script.line(report, sites.read("lab"), "job", ["7", "8", "9"])
-    assert "gpus-per-node" not in jobs[3]["script"] and "#SBATCH --ntasks-per-node=1\n" in jobs[3]["script"]
+    assert "gpus-per-node" not in header(jobs[3]["script"]) and "#SBATCH --ntasks-per-node=1\n" in jobs[3]["script"]
     shown = command(*words, "--dry-run").stdout
     assert "--dependency=afterany:JOB_1-nodes:JOB_2-nodes:JOB_4-nodes" in shown
     assert not (tmp_path / "s").exists()

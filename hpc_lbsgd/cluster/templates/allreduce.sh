@@ -13,7 +13,7 @@ usage="usage: @submit@ [OPTIONS of hpc-lbsgd bench allreduce]"
 #@ names
 #@ each_node
 #@ bundle
-[[ ! $bundle ]] || unpack_on_all
+#@ unpacked
 echo "@script@: job $job on ${#nodes[@]} nodes" >&2
 
 # The benchmark starts the ranks itself, once a contender and round: by mpirun, which finds the job's nodes, or by srun.

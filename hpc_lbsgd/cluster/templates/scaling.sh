@@ -24,7 +24,7 @@ fi
 #@ names
 #@ each_node
 #@ bundle
-[[ ! $bundle ]] || unpack_on_all
+#@ unpacked
 #@ renamed
 list() { (IFS=, && echo "$*"); }
 #@ ranks

@@ -11,8 +11,8 @@ short() { echo "$1"; } # of a list of nodes
 ranks_python='' # where a bundle has it, on each node's own disk
 ready=() bare=() # nodes that have it, and that could not unpack it
 # shellcheck disable=SC2016 # for the shells there
-there='command -v "$0" >/dev/null || { echo "$(hostname): no $(readlink -m "$0"), to which $0 links" >&2; exit 2; }
-    exec "$0" "$@"'
+there='command -v "$0" >/dev/null || { echo "$(hostname): no $(readlink -m "$0"), to which $0 links" >&2; exit 2; }'
+there+='; exec "$0" "$@"'
 unpack() {
     local node how path found fresh=0 begun=$SECONDS
     code=0
@@ -23,7 +23,8 @@ unpack() {
         [[ $how == there ]] || fresh=$((fresh + 1))
         if [[ ${ranks_python:=$path} != "$path" ]]; then
             echo "stage_dir is not the same folder on all nodes: $path on $node, and $ranks_python" >&2
-            exit 2
+            code=2 fresh=0 ready=()
+            break
         fi
     done <<<"$found"
     for node in "${nodes[@]}"; do
@@ -32,11 +33,12 @@ unpack() {
     echo "$bundle: unpacked on $fresh nodes, there before on $((${#ready[@]} - fresh)), in $((SECONDS - begun)) s" >&2
     export PYTHONSAFEPATH=1 # the program is the packed one, also where another lies in this folder
 }
-unpack_on_all() { # or end
+#@ unpacked
+if [[ $bundle ]]; then
     unpack
     ((${#bare[@]} == 0)) || exit "$((code ? code : 1))"
     python=$ranks_python
-}
+fi
 #@ ranks
 ranks_line() { line=(); } # it has no launcher of its own
 #@ stop

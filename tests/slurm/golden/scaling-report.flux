@@ -28,6 +28,7 @@ host_suffix=
 wrap=()
 each=8
 cores=32
+bundle=
 # ---- end of the site's part
 
 usage="usage: flux batch scaling.flux RECIPE [--out DIR] [--set KEY=VALUE ...] | --report DIR"
@@ -45,6 +46,39 @@ if [[ $1 == --report* ]]; then
 fi
 mapfile -t nodes < <(flux hostlist --local --expand --delimiter='\n')
 short() { flux hostlist "$1"; }
+each_node() { # each_node COMMAND...: a process on each node
+    timeout --kill-after=10 1800 flux run --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" -o exit-timeout=none "$@"
+}
+ranks_python='' # where a bundle has it, on each node's own disk
+ready=() bare=() # nodes that have it, and that could not unpack it
+# shellcheck disable=SC2016 # for the shells there
+there='command -v "$0" >/dev/null || { echo "$(hostname): no $(readlink -m "$0"), to which $0 links" >&2; exit 2; }'
+there+='; exec "$0" "$@"'
+unpack() {
+    local node how path found fresh=0 begun=$SECONDS
+    code=0
+    found=$(each_node bash -c "$there" "$python" -m hpc_lbsgd.cli stage-bundle "$bundle") || code=$?
+    while read -r node how path; do
+        [[ $how == unpacked || $how == there ]] || continue
+        ready+=("${node%%.*}")
+        [[ $how == there ]] || fresh=$((fresh + 1))
+        if [[ ${ranks_python:=$path} != "$path" ]]; then
+            echo "stage_dir is not the same folder on all nodes: $path on $node, and $ranks_python" >&2
+            code=2 ready=()
+            break
+        fi
+    done <<<"$found"
+    for node in "${nodes[@]}"; do
+        [[ " ${ready[*]-} " == *" ${node%%.*} "* ]] || bare+=("$node")
+    done
+    echo "$bundle: unpacked on $fresh nodes, there before on $((${#ready[@]} - fresh)), in $((SECONDS - begun)) s" >&2
+    export PYTHONSAFEPATH=1 # the program is the packed one, also where another lies in this folder
+}
+if [[ $bundle ]]; then
+    unpack
+    ((${#bare[@]} == 0)) || exit "$((code ? code : 1))"
+    python=$ranks_python
+fi
 by_another_name() { export OMPI_MCA_plm=rsh OMPI_MCA_ras=^flux PRTE_MCA_plm=ssh PRTE_MCA_ras=^flux HYDRA_BOOTSTRAP=ssh; }
 list() { (IFS=, && echo "$*"); }
 ranks_line() { # `line`: what starts a process a rank, on the nodes of `used`; each sees all GPUs of its node, for NCCL

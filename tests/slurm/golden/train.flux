@@ -33,6 +33,7 @@ chain=
 each=8
 cores=4
 warn_after_s=93484
+bundle=
 preflight=
 again=(flux batch '--output=my run/job-{{id.dec}}.log' 'my run/job.flux' r.yaml --run 'my run')
 least=
@@ -129,9 +130,36 @@ count() { # restarts that come no further are counted: a fault that repeats must
         say "gave up after $max_restarts restarts without a new checkpoint (the newest: $reached) in $run"
         leave 1
     fi
-    say "start $((restarts + 1)) on $(short "$(list "${used[@]}")"), $ranks ranks, newest checkpoint: $reached"
 }
 
+each_node() { # each_node COMMAND...: a process on each node
+    timeout --kill-after=10 1800 flux run --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" -o exit-timeout=none "$@"
+}
+ranks_python='' # where a bundle has it, on each node's own disk
+ready=() bare=() # nodes that have it, and that could not unpack it
+# shellcheck disable=SC2016 # for the shells there
+there='command -v "$0" >/dev/null || { echo "$(hostname): no $(readlink -m "$0"), to which $0 links" >&2; exit 2; }'
+there+='; exec "$0" "$@"'
+unpack() {
+    local node how path found fresh=0 begun=$SECONDS
+    code=0
+    found=$(each_node bash -c "$there" "$python" -m hpc_lbsgd.cli stage-bundle "$bundle") || code=$?
+    while read -r node how path; do
+        [[ $how == unpacked || $how == there ]] || continue
+        ready+=("${node%%.*}")
+        [[ $how == there ]] || fresh=$((fresh + 1))
+        if [[ ${ranks_python:=$path} != "$path" ]]; then
+            echo "stage_dir is not the same folder on all nodes: $path on $node, and $ranks_python" >&2
+            code=2 ready=()
+            break
+        fi
+    done <<<"$found"
+    for node in "${nodes[@]}"; do
+        [[ " ${ready[*]-} " == *" ${node%%.*} "* ]] || bare+=("$node")
+    done
+    echo "$bundle: unpacked on $fresh nodes, there before on $((${#ready[@]} - fresh)), in $((SECONDS - begun)) s" >&2
+    export PYTHONSAFEPATH=1 # the program is the packed one, also where another lies in this folder
+}
 ranks_line() { # `line`: what starts a process a rank, on the nodes of `used`; each sees all GPUs of its node, for NCCL
     line=(flux run --nodes="${#used[@]}" --ntasks="$ranks" --cores-per-task="$cores" --requires="hosts:$(list "${used[@]}")"
         -o gpu-affinity=off -o exit-timeout=120s)
@@ -149,14 +177,15 @@ start() { # a run that is there is never started anew, also where a rank does no
     used=("${nodes[@]:0:most}")
     ranks=$((each * ${#used[@]}))
     count
+    say "start $((restarts + 1)) on $(short "$(list "${used[@]}")"), $ranks ranks, newest checkpoint: $reached"
     [[ ! -e $run/recipe.yaml ]] || resume=--resume
     export HPC_LBSGD_SPARE_NODES=$((${#nodes[@]} - ${#used[@]}))
     local line words=(train "$recipe" "${settings[@]}" "${options[@]}" --run "$run" "$resume")
     if [[ $launcher != mpirun ]]; then
         ranks_line
-        line+=("${wrap[@]}" "$python" -m hpc_lbsgd.cli "${words[@]}")
+        line+=("${wrap[@]}" "${ranks_python:-$python}" -m hpc_lbsgd.cli "${words[@]}")
     else
-        line=("$python" -m hpc_lbsgd.cli launch --np "$ranks" --mpi "$mpi"
+        line=("${ranks_python:-$python}" -m hpc_lbsgd.cli launch --np "$ranks" --mpi "$mpi"
             --hosts "$(list "${used[@]/%/$host_suffix:$each}")" -- "${words[@]}")
     fi
     "${line[@]}" &
@@ -226,6 +255,23 @@ silent_nodes() { # those on which nothing can be started any more
         { answers "$node" || echo "${node%%.*}"; } &
     done
 }
+
+if [[ $bundle ]]; then # what ranks import is unpacked on their nodes; one that cannot is left out
+    unpack
+    if ((${#ready[@]} == 0)); then mapfile -t bare < <(silent_nodes); fi # one that is gone stops all
+    drop "${bare[@]}"
+    if ((${#ready[@]} == 0 && ${#new[@]} == 0)); then
+        [[ ! $asked ]] || requeue "stopped before the first step"
+        say "no node could unpack $bundle; the cause is above"
+        leave "$code"
+    fi
+    if ((${#ready[@]} == 0 || ${#nodes[@]} < least)) || [[ $launcher == mpirun && ! -x $ranks_python ]]; then
+        count
+        requeue "could not unpack $bundle: $(list "${new[@]}")"
+    fi
+    [[ ! ${new[*]-} ]] || say "could not unpack $bundle: $(list "${new[@]}"); goes on with ${#nodes[@]} nodes"
+    [[ ! -x $ranks_python ]] || python=$ranks_python
+fi
 
 if [[ $preflight ]] && ((${#nodes[@]} > 1 && restarts <= max_restarts)); then # before the first step: bad nodes are left out
     used=("${nodes[@]}") ranks=$((each * ${#nodes[@]})) line=()
