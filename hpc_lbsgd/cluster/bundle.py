@@ -52,6 +52,7 @@ class Bundle:
     commit: str | None
     files: int
     bytes: int  # that it takes on a disk
+    size: int = 0  # bytes of the file
     content: str = ""  # checksum of what follows in the file
     format: int = FORMAT
 
@@ -82,7 +83,7 @@ def read(path: Path) -> Bundle:
         said = json.loads(start[tarfile.BLOCKSIZE :])
         checksum = said.pop("checksum")
         found = Bundle(**said)
-        whole = found.format == FORMAT and found.checksum == checksum
+        whole = (found.format, found.checksum, found.size) == (FORMAT, checksum, path.stat().st_size)
     except (ValueError, TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
@@ -217,7 +218,7 @@ def write(file, found: dict[str, Path], what: Bundle, bar) -> Bundle:
                     changed = True  # it ended early
             if changed:
                 raise RunError(f"{source} changed while it was packed; do it again when nobody installs anything")
-    what = replace(what, content=out.sum.hexdigest())
+    what = replace(what, size=file.tell(), content=out.sum.hexdigest())
     file.seek(0)
     file.write(what.head())
     return what
