@@ -75,6 +75,15 @@ def changed(recipe: dict, **changes) -> dict:
     return copy
 
 
+def write_environment(folder: Path) -> Path:
+    """A small one, which finds torch and the like in that of the tests, and this package as `pip -e` has it."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (packages,) = folder.glob("lib/python3*/site-packages")
+    paths = [str(Path(__file__).parents[1]), *(p for p in sys.path if p.endswith("site-packages"))]
+    (packages / "others.pth").write_text("\n".join(paths) + "\n")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory) -> Path:
     """DIR/train (203 pictures of 8x8) and DIR/eval (61), indexed."""

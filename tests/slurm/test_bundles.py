@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import changed, records, write_recipe
+from conftest import changed, records, write_environment, write_recipe
 from lab import log_of, site, submit
 
 from hpc_lbsgd.cluster import sites
@@ -42,13 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A small one beside that of the tests, where torch is."""
-    environment = tmp_path_factory.mktemp("environment") / "my env"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    (packages,) = environment.glob("lib/python3*/site-packages")
-    paths = [p for p in sys.path if p.endswith("site-packages")]
-    (packages / "others.pth").write_text("\n".join([str(ROOT), *paths]) + "\n")
-    return environment
+    return write_environment(tmp_path_factory.mktemp("environment") / "my env")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +61,8 @@ def test_ranks_have_their_python_on_their_nodes_disk_and_the_next_job_finds_it(
     python = str(environment / "bin" / "python")
     nodes = ["node07", "node09"]
     for launcher, unpacked, there in (("srun", 2, 0), ("mpirun", 0, 2)):
-        more = {"options": [f"--nodelist={','.join(nodes)}"], "ranks_per_node": 2, "python": python}
+        ranks = 2 if launcher == "srun" else 1
+        more = {"options": [f"--nodelist={','.join(nodes)}"], "ranks_per_node": ranks, "python": python}
         own = site(folder, launcher, bundle=str(bundle), stage_dir="/tmp/$USER-disk", launcher=launcher, **more)
         env = {"PYTHONPATH": "", "USER": "me", "PATH": f"{Path(sys.executable).parent}:{lab.env['PATH']}"}
         words = ["submit", path, "--run", folder / launcher, "--nodes", 2, "--site", own]
@@ -76,11 +71,11 @@ def test_ranks_have_their_python_on_their_nodes_disk_and_the_next_job_finds_it(
         assert lab.wait(number, 240)["JobState"] == "COMPLETED", log_of(lab, number)
         assert f"unpacked on {unpacked} nodes, there before on {there}" in log_of(lab, number)
         found = [json.loads(p.read_text()) for p in (folder / "said").glob(f"{number}-*")]
-        assert sorted(host for host, _, _ in found) == sorted(2 * nodes)
+        assert sorted(host for host, _, _ in found) == sorted(ranks * nodes)
         (prefix,) = {prefix for _, prefix, _ in found}
         assert re.fullmatch(r"/tmp/me-disk/\d+-bundle-[0-9a-f]{16}/env", prefix)
         assert all(Path(program).is_relative_to(prefix) for _, _, program in found)
-        assert records(folder / launcher, "start")[0]["ranks"] == 4
+        assert records(folder / launcher, "start")[0]["ranks"] == 2 * ranks
         assert not Path(prefix).exists()  # on this machine: it is on the nodes' disks alone
 
 

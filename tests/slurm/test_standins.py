@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import standins
-from conftest import changed, command, records, write_recipe
+from conftest import changed, command, records, write_environment, write_recipe
 
 from hpc_lbsgd import owner
 from hpc_lbsgd.cluster import submit
@@ -85,6 +85,13 @@ def recipe(small_recipe):
                    train__preflight=False)  # fmt: skip
 
 
+def packed(folder):
+    """Keys of a site whose jobs have their environment from a bundle."""
+    python = write_environment(folder / "env") / "bin" / "python"
+    subprocess.run([python, "-m", "hpc_lbsgd.cli", "bundle", folder / "env.tar"], check=True, capture_output=True)
+    return {"bundle": str(folder / "env.tar"), "stage_dir": str(folder / "disk"), "python": str(python)}
+
+
 @pytest.fixture(scope="module")
 def jobs(recipe, tmp_path_factory):
     """A training job in each, side by side: most of the time is waiting."""
@@ -94,7 +101,8 @@ def jobs(recipe, tmp_path_factory):
         (folder / "slow.py").write_text(MODEL)
         with Place(folder, system) as place:
             path = write_recipe(folder / "r.yaml", recipe)
-            found[system] = place, submit(path, ["seed=7"], site=place.site(), run="my run")
+            keys = packed(folder) if "bundle" in SCHEDULERS[system].can else {}
+            found[system] = place, submit(path, ["seed=7"], site=place.site(**keys), run="my run")
     for place, job in found.values():
         with place:
             wait_for(lambda job=job: any(r["kind"] == "step" for r in read_metrics(RunFolder(job.run).metrics)), job)
@@ -118,6 +126,8 @@ def test_a_job_stops_before_its_limit_and_goes_on_to_the_same_weights(system, jo
     with place:
         run = RunFolder(job.run)
         assert job.result(240, 0.2)["status"]["status"] == "done"
+        if "bundle" in SCHEDULERS[system].can:
+            assert "env.tar: unpacked on 1 nodes" in said(job) and "there before on 1, in" in said(job)
         assert "asked to stop at a safe point" in said(job) and "stopped at a safe point; queued again" in said(job)
         assert len(records(run.path, "start")) > 1 and job.state == "COMPLETED"
         assert [r["step"] for r in records(run.path, "step")] == list(range(STEPS))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import write_environment
 
 from hpc_lbsgd import private
 from hpc_lbsgd.cluster import bundle, unbundle
@@ -18,15 +19,6 @@ from hpc_lbsgd.errors import RequestError, RunError
 
 ROOT = Path(__file__).parents[2]
 NAME = "my env 'ü\" $x"  # a shell, a tar and JSON would each stumble over some of it
-
-
-def environment(folder):
-    """A small one: it finds torch and the like in the one that runs the tests, and this package as `pip -e` has it."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    (packages,) = folder.glob("lib/python3*/site-packages")
-    paths = [p for p in sys.path if p.endswith("site-packages")]
-    (packages / "others.pth").write_text("\n".join([str(ROOT), *paths]) + "\n")
-    return folder
 
 
 def run(python, *words, **env):
@@ -43,7 +35,7 @@ def pack(env, target, before=""):
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory):
-    env = environment(tmp_path_factory.mktemp("env") / NAME)
+    env = write_environment(tmp_path_factory.mktemp("env") / NAME)
     (packages,) = env.glob("lib/python3*/site-packages")
     (packages / "mine").mkdir()
     (packages / "mine" / "__init__.py").write_text("x = 5\n")
