@@ -13,6 +13,7 @@ compiles. What a venv links to, the Python that it was made with, must be on the
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -162,7 +163,7 @@ def packages() -> str:
 
 def remove_leftovers(target: Path) -> None:
     """Of packing that was killed here."""
-    for path in target.parent.glob(f".{target.name}.packing-{socket.gethostname()}-*"):
+    for path in target.parent.glob(f".{glob.escape(target.name)}.packing-{socket.gethostname()}-*"):
         if not Path("/proc", path.name.rpartition("-")[2]).exists():
             path.unlink()
 
@@ -181,11 +182,11 @@ class Summed:
         return self.file.write(data)
 
 
-class Watched(io.FileIO):
+class Watched(io.BufferedReader):
     """A file that is read, and moves a bar."""
 
     def __init__(self, path: Path, bar):
-        super().__init__(path)
+        super().__init__(io.FileIO(path))
         self.bar = bar
 
     def read(self, size: int = -1) -> bytes:

@@ -171,10 +171,10 @@ silent_nodes() { # those on which nothing can be started any more
 
 if [[ $bundle ]]; then # what ranks import is unpacked on their nodes; one that cannot is left out
     unpack
+    [[ ! $asked ]] || requeue "stopped before the first step"
     if ((${#ready[@]} == 0)); then mapfile -t bare < <(silent_nodes); fi # one that is gone stops all
     drop "${bare[@]}"
     if ((${#ready[@]} == 0 && ${#new[@]} == 0)); then
-        [[ ! $asked ]] || requeue "stopped before the first step"
         say "no node could unpack $bundle; the cause is above"
         leave "$code"
     fi
