@@ -64,7 +64,7 @@ unpack() {
         [[ $how == there ]] || fresh=$((fresh + 1))
         if [[ ${ranks_python:=$path} != "$path" ]]; then
             echo "stage_dir is not the same folder on all nodes: $path on $node, and $ranks_python" >&2
-            code=2 ready=()
+            code=2 fresh=0 ready=()
             break
         fi
     done <<<"$found"

@@ -150,7 +150,7 @@ unpack() {
         [[ $how == there ]] || fresh=$((fresh + 1))
         if [[ ${ranks_python:=$path} != "$path" ]]; then
             echo "stage_dir is not the same folder on all nodes: $path on $node, and $ranks_python" >&2
-            code=2 ready=()
+            code=2 fresh=0 ready=()
             break
         fi
     done <<<"$found"
@@ -258,10 +258,10 @@ silent_nodes() { # those on which nothing can be started any more
 
 if [[ $bundle ]]; then # what ranks import is unpacked on their nodes; one that cannot is left out
     unpack
+    [[ ! $asked ]] || requeue "stopped before the first step"
     if ((${#ready[@]} == 0)); then mapfile -t bare < <(silent_nodes); fi # one that is gone stops all
     drop "${bare[@]}"
     if ((${#ready[@]} == 0 && ${#new[@]} == 0)); then
-        [[ ! $asked ]] || requeue "stopped before the first step"
         say "no node could unpack $bundle; the cause is above"
         leave "$code"
     fi
