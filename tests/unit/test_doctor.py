@@ -2,10 +2,17 @@
 
 import pytest
 
-from hpc_lbsgd.cluster import check_ranks, node_check, on_ranks
+from hpc_lbsgd.cluster import check_ranks, doctor, node_check, on_ranks
 
 FACTS = {"ranks": 2, "nodes": ["a"], "device": "cuda", "right": True, "bytes": 1, "seconds": 1.0,
          "busbw_bytes_per_s": 1.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, level", [("lustre", "warn"), ("nfs4", "warn"), ("ext4", "ok"), ("tmpfs", "ok")])
+def test_an_environment_that_many_ranks_would_read_from_a_shared_file_system(kind, level, monkeypatch):
+    monkeypatch.setattr(doctor, "file_system", lambda path: kind)
+    (found,) = doctor.check_environment()
+    assert found.level == level and found.found.startswith(f"{kind} (") and "make bundle" in found.fix
 
 
 @pytest.mark.parametrize("cores, per_task, level", [(1, None, "warn"), (4, None, "ok"), (4, "8", "warn")])
