@@ -198,8 +198,16 @@ def read_whole(path: Path) -> State:
     return state
 
 
+def read_named(path: Path) -> State:
+    """As `read_whole`, of a checkpoint that is of the step it is named after: another is a person's copy."""
+    state = read_whole(path)
+    if path.name != name_of(state.step):
+        raise ValueError(f"it is of step {state.step}, by another name")
+    return state
+
+
 def is_whole(path: Path) -> bool:
-    """As `read_whole`, once for a process where nobody touched the files meanwhile."""
+    """Whether a resume would take it; read once for a process where nobody touched the files meanwhile."""
     try:
         stats = (f.stat() for f in sorted(path.iterdir()))
         return _is_whole(path, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
@@ -210,7 +218,7 @@ def is_whole(path: Path) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _is_whole(path: Path, files: tuple) -> bool:
     try:
-        read_whole(path)
+        read_named(path)
     except (OSError, ValueError):
         return False
     return True
@@ -236,10 +244,7 @@ def find_newest(folder: RunFolder) -> tuple[Path, State, list[str]] | None:
     for step in reversed(there):
         path = folder.checkpoints / name_of(step)
         try:
-            state = read_whole(path)
-            if state.step != step:
-                raise ValueError(f"it is of step {state.step}, by another name")
-            return path, state, problems
+            return path, read_named(path), problems
         except (OSError, ValueError) as problem:
             problems.append(f"{path}: {problem}")
     if there != steps_there(folder.checkpoints):  # of a run that goes on: those that were there are pruned by now

@@ -96,15 +96,16 @@ def test_torn_checkpoints_and_other_folders_count_for_nothing(folder):
     checkpoint.save(folder, replica, state(3), keep=1)
     good = folder.checkpoints / "step-00000003"
     shutil.copytree(good, folder.checkpoints / "step-3-keep")
-    for name, harm in (("step-00000009", "weights.pt"), ("step-00000008", "state.json"), ("step-00000002", "")):
+    copies = {"step-00000009": "weights.pt", "step-00000008": "state.json", "step-00000007": "", "step-00000002": ""}
+    for name, harm in copies.items():  # 7: whole, but of step 3; no resume takes it
         shutil.copytree(good, folder.checkpoints / name)
         if harm:
             os.truncate(folder.checkpoints / name / harm, 9)
-    assert checkpoint.steps_there(folder.checkpoints) == [2, 3, 8, 9]
+    assert checkpoint.steps_there(folder.checkpoints) == [2, 3, 7, 8, 9]
     checkpoint.prune(folder.checkpoints, 1, None)
-    assert checkpoint.steps_there(folder.checkpoints) == [3, 8, 9] and checkpoint.find_newest(folder)[0] == good
+    assert checkpoint.steps_there(folder.checkpoints) == [3, 7, 8, 9] and checkpoint.find_newest(folder)[0] == good
     checkpoint.save(folder, replica, state(4), keep=1)
-    assert checkpoint.steps_there(folder.checkpoints) == [4, 8, 9] and checkpoint.find_newest(folder)[1].step == 4
+    assert checkpoint.steps_there(folder.checkpoints) == [4, 7, 8, 9] and checkpoint.find_newest(folder)[1].step == 4
     assert (folder.checkpoints / "step-3-keep" / "weights.pt").exists()
 
 
