@@ -20,7 +20,7 @@ from hpc_lbsgd.records import RunFolder
 
 # Phases that may take long while every rank beats, in stall timeouts: the ranks that wait for one of them are no stall.
 # A thread beats where a write hangs, so a checkpoint has an end of its own.
-LONG = {"start": math.inf, "compile": math.inf, "evaluation": math.inf, "checkpoint": 10.0}
+LONG = {"start": math.inf, "compile": math.inf, "evaluation": math.inf, "closing": math.inf, "checkpoint": 10.0}
 OnStall = Callable[[str, bool, list[str]], None]
 EXEMPT = "end"  # ranks leave, and need not beat
 
