@@ -10,6 +10,7 @@ import re
 import shlex
 import socket
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -107,7 +108,8 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None, d
         refuse_other_rates(recipe, schedule, folder, step)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        attempt = sum(1 for r in read_metrics(folder.metrics) if r["kind"] == "start")
+        kinds = Counter(r["kind"] for r in read_metrics(folder.metrics))
+        attempt = max(kinds["start"], int(bool(kinds or state)))  # that one record may be damaged, or the file gone
         folder.clear_status()
         checkpoint.sweep(folder)
         if attempt:

@@ -11,8 +11,9 @@ import torch
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import engine as engines
-from hpc_lbsgd.records import Metrics, RunFolder, cut_metrics, read_metrics, whole
+from hpc_lbsgd.records import Metrics, RunFolder, cut_metrics, json_line, read_metrics, whole
 from hpc_lbsgd.train import checkpoint
+from hpc_lbsgd.train.prepare import prepare
 from hpc_lbsgd.train.replica import Replica, weights_sha256
 
 CPU = torch.device("cpu")
@@ -193,3 +194,13 @@ def test_a_record_whose_key_or_time_changed_by_a_bit_is_not_whole(tmp_path):
         (tmp_path / "metrics.jsonl").write_text(text.replace(old, new) + "\n")
         (changed,) = read_metrics(tmp_path / "metrics.jsonl")
         assert not whole(changed) and RunFolder(tmp_path).evaluation(3) == {}
+
+
+def test_a_run_whose_first_record_is_damaged_is_gone_on_with_as_any(small_recipe, tmp_path):
+    """That record said that there was a start: without it steps would be on record twice."""
+    recipe, folder = recipes.validate(small_recipe), RunFolder(tmp_path / "run")
+    assert prepare(folder, recipe, 1, None, CPU).attempt == 0
+    lines = [json_line({"kind": "start", "step": 0})] + [json_line({"kind": "step", "step": i}) for i in range(3)]
+    folder.metrics.write_text("".join(["[" + lines[0][1:], *lines[1:]]))
+    assert prepare(folder, recipe, 1, None, CPU).attempt == 1
+    assert not list(read_metrics(folder.metrics)) and len(list(read_metrics(folder.lost))) == 3
