@@ -11,7 +11,6 @@ No data state: the order of samples is a function of the step.
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
@@ -27,7 +26,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.recipe import Decision
-from hpc_lbsgd.records import RunFolder, sync_folder, write_atomically
+from hpc_lbsgd.records import RunFolder, sync_folder, what_to_do, write_atomically
 from hpc_lbsgd.theory.noise import Measurement
 from hpc_lbsgd.train.replica import Replica, state_sha256
 from hpc_lbsgd.train.snapshot import HostCopy, Snapshot
@@ -143,17 +142,6 @@ def write_tensors(content: dict, file) -> None:
         if met:
             raise met[0] from None
         raise
-
-
-def what_to_do(problem: Exception) -> str:
-    """About a disk that does not take what is written."""
-    match getattr(problem, "errno", None):
-        case errno.EROFS | errno.EACCES | errno.EPERM:
-            return "make the folder writable"
-        case errno.EIO | errno.ESTALE:
-            return "see that the file system works again"
-        case _:
-            return "make room"
 
 
 def signed(content: dict) -> dict:

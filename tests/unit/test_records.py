@@ -1,15 +1,17 @@
 """Run folders: records, cutting back, checkpoints whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.records import Metrics, RunFolder, cut_metrics, json_line, read_metrics, whole
 from hpc_lbsgd.train import checkpoint
@@ -204,3 +206,20 @@ def test_a_run_whose_first_record_is_damaged_is_gone_on_with_as_any(small_recipe
     folder.metrics.write_text("".join(["[" + lines[0][1:], *lines[1:]]))
     assert prepare(folder, recipe, 1, None, CPU).attempt == 1
     assert not list(read_metrics(folder.metrics)) and len(list(read_metrics(folder.lost))) == 3
+
+
+@pytest.mark.parametrize("number, advice", [("ENOSPC", "make room"), ("EROFS", "make the folder writable"),
+                                            ("EIO", "see that the file system works again")])  # fmt: skip
+def test_a_file_system_that_takes_no_record_is_one_message(folder, number, advice):
+    """Also where what was written of a line cannot be taken back."""
+    metrics = Metrics(folder)
+    metrics.close()
+
+    def fails(_):
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+
+    place = os.open(folder.metrics, os.O_RDONLY)
+    metrics._file = SimpleNamespace(fileno=lambda: place, name="metrics.jsonl", write=fails, truncate=fails)
+    with pytest.raises(RunError, match=f"metrics.jsonl cannot be written: .*; {advice} and start again with --resume"):
+        metrics.write("event", event="odd")
+    os.close(place)
