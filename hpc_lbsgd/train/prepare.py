@@ -86,6 +86,8 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None, d
                 f"{path}: written by a version whose partial tails and averaged weights followed other rules "
                 f"({state.rules}, here {checkpoint.RULES}); go on with that version, or start a new run"
             )
+        if state.recipe_fingerprint != recipe.fingerprint():  # which is the run's, as its file has it by now
+            raise RequestError(f"{path} was made by another recipe than {folder.recipe} is now; set it back")
         if state.data_fingerprint != data_fingerprint(train, evaluation):
             raise RequestError(
                 f"data.train = {recipe.data.train}: not the data that {folder.path} was trained on; "

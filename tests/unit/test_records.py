@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import changed
 
 from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.records import Metrics, RunFolder, cut_metrics, json_line, read_metrics, whole
 from hpc_lbsgd.train import checkpoint
-from hpc_lbsgd.train.prepare import prepare
+from hpc_lbsgd.train.prepare import data_fingerprint, prepare
 from hpc_lbsgd.train.replica import Replica, weights_sha256
 
 CPU = torch.device("cpu")
@@ -223,3 +225,19 @@ def test_a_file_system_that_takes_no_record_is_one_message(folder, number, advic
     with pytest.raises(RunError, match=f"metrics.jsonl cannot be written: .*; {advice} and start again with --resume"):
         metrics.write("event", event="odd")
     os.close(place)
+
+
+def test_a_runs_recipe_that_was_changed_since_is_no_longer_its(small_recipe, tmp_path):
+    """By a person or a disk: a start that takes the run's own copy has nothing else to be held against."""
+    folder = RunFolder(tmp_path / "run")
+    found = prepare(folder, recipes.validate(small_recipe), 1, None, CPU)
+    settled = recipes.validate(found.recipe)
+    data = data_fingerprint(Manifest(found.train_set), Manifest(found.eval_set))
+    made = checkpoint.State(3, settled.fingerprint(), data, rules=checkpoint.RULES)
+    checkpoint.save(folder, make_replica(), made, keep=1)
+    for cap in (None, 5):
+        again = changed(settled.model_dump(mode="json"), train__max_steps=cap)
+        assert prepare(folder, recipes.validate(again), 1, None, CPU).state["step"] == 3
+    folder.recipe.write_text(folder.recipe.read_text().replace("base_lr: 0.", "base_lr: 1."))
+    with pytest.raises(RequestError, match="step-00000003 was made by another recipe than .*recipe.yaml is now"):
+        prepare(folder, recipes.load_resolved(folder.recipe), 1, None, CPU)
