@@ -13,6 +13,8 @@ A job is never judged by time: it may wait in the queue for weeks.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 
@@ -22,6 +24,13 @@ RENEW_S = 30.0
 # Long beside what an owner survives without a renewal: a file server that fails over, a virtual machine that is moved,
 # a person who suspended a job for lunch. Who has to wait so long and knows better removes the file.
 UNREACHABLE_S = 3600.0
+
+
+DIGEST = "sha256"  # in the file: of what else is in it
+
+
+def digest_of(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,17 @@ class Lease:
         return not self.processes
 
     def as_json(self) -> dict:
-        return asdict(self)
+        """With a digest: a process whose number a disk changed by a bit would be one that is gone."""
+        content = asdict(self)
+        return {**content, DIGEST: digest_of(content)}
 
     @classmethod
     def from_json(cls, content: dict) -> Lease:
-        """Raises TypeError or KeyError for what is none."""
+        """Raises TypeError, KeyError or ValueError for what is none."""
+        content = dict(content)
+        if content.pop(DIGEST, None) not in (None, digest_of(content)):  # None: of a version that wrote none
+            raise ValueError("not what was written")
+        known.scheduler(content.get("scheduler"))
         return cls(**{**content, "processes": tuple(Process(**p) for p in content["processes"])})
 
     def __str__(self) -> str:

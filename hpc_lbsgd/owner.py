@@ -112,7 +112,7 @@ class OwnerFile:
                     return Lease.from_json(json.load(f)), os.fstat(f.fileno()).st_mtime
             except FileNotFoundError:
                 return None
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 time.sleep(0.1)
             except OSError as problem:
                 raise RequestError(f"{path}: {problem.strerror}") from None
@@ -225,6 +225,8 @@ def take(
     with contextlib.suppress(OSError):  # what is wrong with the name is said below
         if stat.S_ISREG(file.folder.stat().st_mode):  # asked at once: the folder may come and go meanwhile
             raise RequestError(f"{name}: is a file, not a run folder")
+    if file.folder.is_symlink() and not file.folder.exists():
+        raise RequestError(f"{name}: is a link to what is not there")
     above = [parent for parent in file.folder.absolute().parents if not parent.exists()]
     for _ in range(TRIES):
         try:

@@ -18,6 +18,7 @@ benchmarks all read these.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -68,6 +69,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def what_to_do(problem: Exception) -> str:
+    """About a disk that does not take what is written."""
+    match getattr(problem, "errno", None):
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            return "make the folder writable"
+        case errno.EIO | errno.ESTALE:
+            return "see that the file system works again"
+        case _:
+            return "make room"
 
 
 def now() -> str:
@@ -231,9 +243,11 @@ class Metrics:
             while lines:
                 lines = lines[self._file.write(lines) :]
         except OSError as problem:
-            self._file.truncate(end)
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
             raise RunError(
-                f"{self._file.name} cannot be written: {problem.strerror}. Make room and start again with --resume"
+                f"{self._file.name} cannot be written: {problem.strerror}; {what_to_do(problem)} and start again with "
+                "--resume"
             ) from None
 
     def sync(self) -> None:

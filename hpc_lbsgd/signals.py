@@ -29,8 +29,9 @@ def undisturbed() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """A line for whoever is still there: a terminal may have been closed."""
-    with suppress(OSError, ValueError):
+    """A line for whoever is still there: a terminal may have been closed, or, where a signal came in the middle of a
+    line, be held (RuntimeError: no write inside another)."""
+    with suppress(OSError, ValueError, RuntimeError):
         print(f"hpc-lbsgd: {text}", file=sys.stderr, flush=True)
 
 

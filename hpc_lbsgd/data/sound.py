@@ -10,11 +10,13 @@ import pyarrow as pa
 from pydantic import BaseModel, Field, ValidationError
 
 Name = Annotated[str, Field(pattern="^[^\0]+$")]
+# Of a file in a folder: copies are made and removed by it. Not "." or "..", and no way to another folder
+FileName = Annotated[str, Field(pattern="^[^/\0]*[^/.\0][^/\0]*$")]
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 class Shard(BaseModel, strict=True):
-    name: Name  # below root
+    name: FileName  # in root
     bytes: Count
     checksum: str | None
 

@@ -11,7 +11,6 @@ No data state: the order of samples is a function of the step.
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
@@ -27,7 +26,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.recipe import Decision
-from hpc_lbsgd.records import RunFolder, sync_folder, write_atomically
+from hpc_lbsgd.records import RunFolder, sync_folder, what_to_do, write_atomically
 from hpc_lbsgd.theory.noise import Measurement
 from hpc_lbsgd.train.replica import Replica, state_sha256
 from hpc_lbsgd.train.snapshot import HostCopy, Snapshot
@@ -145,17 +144,6 @@ def write_tensors(content: dict, file) -> None:
         raise
 
 
-def what_to_do(problem: Exception) -> str:
-    """About a disk that does not take what is written."""
-    match getattr(problem, "errno", None):
-        case errno.EROFS | errno.EACCES | errno.EPERM:
-            return "make the folder writable"
-        case errno.EIO | errno.ESTALE:
-            return "see that the file system works again"
-        case _:
-            return "make room"
-
-
 def signed(content: dict) -> dict:
     """The content of state.json, with the SHA-256 of all that is in it."""
     return {**content, SELF: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
@@ -198,8 +186,16 @@ def read_whole(path: Path) -> State:
     return state
 
 
+def read_named(path: Path) -> State:
+    """As `read_whole`, of a checkpoint that is of the step it is named after: another is a person's copy."""
+    state = read_whole(path)
+    if path.name != name_of(state.step):
+        raise ValueError(f"it is of step {state.step}, by another name")
+    return state
+
+
 def is_whole(path: Path) -> bool:
-    """As `read_whole`, once for a process where nobody touched the files meanwhile."""
+    """Whether a resume would take it; read once for a process where nobody touched the files meanwhile."""
     try:
         stats = (f.stat() for f in sorted(path.iterdir()))
         return _is_whole(path, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
@@ -210,7 +206,7 @@ def is_whole(path: Path) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _is_whole(path: Path, files: tuple) -> bool:
     try:
-        read_whole(path)
+        read_named(path)
     except (OSError, ValueError):
         return False
     return True
@@ -236,10 +232,7 @@ def find_newest(folder: RunFolder) -> tuple[Path, State, list[str]] | None:
     for step in reversed(there):
         path = folder.checkpoints / name_of(step)
         try:
-            state = read_whole(path)
-            if state.step != step:
-                raise ValueError(f"it is of step {state.step}, by another name")
-            return path, state, problems
+            return path, read_named(path), problems
         except (OSError, ValueError) as problem:
             problems.append(f"{path}: {problem}")
     if there != steps_there(folder.checkpoints):  # of a run that goes on: those that were there are pruned by now

@@ -10,6 +10,7 @@ import re
 import shlex
 import socket
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -85,6 +86,8 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None, d
                 f"{path}: written by a version whose partial tails and averaged weights followed other rules "
                 f"({state.rules}, here {checkpoint.RULES}); go on with that version, or start a new run"
             )
+        if state.recipe_fingerprint != recipe.fingerprint():  # which is the run's, as its file has it by now
+            raise RequestError(f"{path} was made by another recipe than {folder.recipe} is now; set it back")
         if state.data_fingerprint != data_fingerprint(train, evaluation):
             raise RequestError(
                 f"data.train = {recipe.data.train}: not the data that {folder.path} was trained on; "
@@ -107,7 +110,8 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None, d
         refuse_other_rates(recipe, schedule, folder, step)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        attempt = sum(1 for r in read_metrics(folder.metrics) if r["kind"] == "start")
+        kinds = Counter(r["kind"] for r in read_metrics(folder.metrics))
+        attempt = max(kinds["start"], int(bool(kinds or state)))  # that one record may be damaged, or the file gone
         folder.clear_status()
         checkpoint.sweep(folder)
         if attempt:

@@ -362,17 +362,21 @@ class Trainer:
 
     def _end(self, stopped: bool, seconds: float) -> int:
         self._wait_for_writer()
-        self.watchdog.enter("end", self.state.step)
+        self.watchdog.enter("sum", self.state.step)
         self.replica.check_others()
         self.replica.check_equal("end")
         finished = self._refuse_fault()
         stopped = stopped and not finished
+        if self.lead:  # the others wait for what callbacks do
+            self.watchdog.enter("closing", self.state.step)
         digest = weights_sha256(self.replica.model) if self.lead else None
         status = "stopped" if stopped else "done"
         facts = {"weights_sha256": digest, **self.last_eval}
         self.journal.write("end", step=self.state.step, steps=self.state.step, seconds=seconds, status=status, **facts)
+        self.watchdog.enter("sum", self.state.step)
         self.engine.barrier()
         self._refuse_fault()
+        self.watchdog.enter("end", self.state.step)
         if self.lead:
             self.folder.write_status(status, step=self.state.step, **facts)
             self.journal.close()

@@ -20,7 +20,7 @@ from hpc_lbsgd.records import RunFolder
 
 # Phases that may take long while every rank beats, in stall timeouts: the ranks that wait for one of them are no stall.
 # A thread beats where a write hangs, so a checkpoint has an end of its own.
-LONG = {"start": math.inf, "compile": math.inf, "evaluation": math.inf, "checkpoint": 10.0}
+LONG = {"start": math.inf, "compile": math.inf, "evaluation": math.inf, "closing": math.inf, "checkpoint": 10.0}
 OnStall = Callable[[str, bool, list[str]], None]
 EXEMPT = "end"  # ranks leave, and need not beat
 
@@ -80,10 +80,22 @@ class Watchdog:
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0 and not self._end.is_set():
             self._beat()
-            self._end.wait(min(self.interval_s / 2, left))
+            end += self._wait(min(self.interval_s / 2, left))
+
+    def _wait(self, seconds: float) -> float:
+        """Returns the time beside it in which this process was stopped (a suspended job, a laptop's lid): no rank could
+        move then, so it counts for nothing."""
+        begun = time.monotonic()
+        self._end.wait(seconds)
+        late_s = time.monotonic() - begun - seconds
+        if late_s <= self.interval_s:
+            return 0.0
+        self._progress = min(self._progress + late_s, time.monotonic())
+        return late_s
 
     def _run(self) -> None:
-        while not self._end.wait(self.interval_s):
+        while not self._end.is_set():
+            self._wait(self.interval_s)
             self._beat()
             since, phase = self._progress, self._state[0]
             if phase == EXEMPT or time.monotonic() - since <= self.timeout_s:

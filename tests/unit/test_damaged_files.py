@@ -116,6 +116,9 @@ def test_a_file_of_no_tensors_is_refused(tmp_path):
         ("label", 9, "a label is 9"),
         ("shards", [{"name": "shard-000000.tar"}], "shards.0.bytes"),
         ("shards", [{"name": "a\0b", "bytes": 1}], "shards.0.name"),
+        ("shards", [{"name": "/etc/a.tar", "bytes": 1}], "shards.0.name"),  # staging would remove what is not it
+        ("shards", [{"name": "../a.tar", "bytes": 1}], "shards.0.name"),
+        ("shards", [{"name": "..", "bytes": 1}], "shards.0.name"),
         ("classes", [1, 2], "classes.0"),
         ("root", None, "root"),
     ],

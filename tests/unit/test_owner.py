@@ -1,5 +1,6 @@
 """One owner a run folder: who may take it, and that of many who try at once one gets it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -116,6 +117,34 @@ def test_a_folder_whose_lease_nobody_can_read_is_left_alone(tmp_path, monkeypatc
     (tmp_path / "owner.json").write_text("{")
     with pytest.raises(RequestError, match="cannot be read: if nothing is at work"):
         take(tmp_path)
+
+
+def test_a_bit_of_a_lease_makes_no_second_owner(tmp_path, monkeypatch):
+    """Of its process, say, which would then be one that is gone."""
+    monkeypatch.setattr(owner, "TRIES", 1)
+    monkeypatch.setattr(owner.time, "sleep", lambda s: None)
+    held = take(tmp_path)
+    path = tmp_path / "owner.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises(RequestError, match="cannot be read|in use by"):
+            take(tmp_path)
+    for odd in ("[" * 100_000, json.dumps(held.lease.as_json() | {"scheduler": "none", "job": "7"}), "[1]", "null"):
+        path.write_text(odd)
+        with pytest.raises(RequestError, match="cannot be read: if nothing is at work"):
+            take(tmp_path)
+    path.write_bytes(content)
+    held.release()
+    assert not path.exists()
+
+
+def test_a_link_to_nowhere_is_called_that(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "purged" / "run")
+    with pytest.raises(RequestError, match="run: is a link to what is not there"):
+        take(tmp_path / "run")
 
 
 def test_without_hard_links(tmp_path, monkeypatch):

@@ -1,18 +1,23 @@
 """Run folders: records, cutting back, checkpoints whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import changed
 
 from hpc_lbsgd import recipe as recipes
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.data.manifest import Manifest
+from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.parallel import engine as engines
-from hpc_lbsgd.records import Metrics, RunFolder, cut_metrics, read_metrics, whole
+from hpc_lbsgd.records import Metrics, RunFolder, cut_metrics, json_line, read_metrics, whole
 from hpc_lbsgd.train import checkpoint
+from hpc_lbsgd.train.prepare import data_fingerprint, prepare
 from hpc_lbsgd.train.replica import Replica, weights_sha256
 
 CPU = torch.device("cpu")
@@ -96,15 +101,16 @@ def test_torn_checkpoints_and_other_folders_count_for_nothing(folder):
     checkpoint.save(folder, replica, state(3), keep=1)
     good = folder.checkpoints / "step-00000003"
     shutil.copytree(good, folder.checkpoints / "step-3-keep")
-    for name, harm in (("step-00000009", "weights.pt"), ("step-00000008", "state.json"), ("step-00000002", "")):
+    copies = {"step-00000009": "weights.pt", "step-00000008": "state.json", "step-00000007": "", "step-00000002": ""}
+    for name, harm in copies.items():  # 7: whole, but of step 3; no resume takes it
         shutil.copytree(good, folder.checkpoints / name)
         if harm:
             os.truncate(folder.checkpoints / name / harm, 9)
-    assert checkpoint.steps_there(folder.checkpoints) == [2, 3, 8, 9]
+    assert checkpoint.steps_there(folder.checkpoints) == [2, 3, 7, 8, 9]
     checkpoint.prune(folder.checkpoints, 1, None)
-    assert checkpoint.steps_there(folder.checkpoints) == [3, 8, 9] and checkpoint.find_newest(folder)[0] == good
+    assert checkpoint.steps_there(folder.checkpoints) == [3, 7, 8, 9] and checkpoint.find_newest(folder)[0] == good
     checkpoint.save(folder, replica, state(4), keep=1)
-    assert checkpoint.steps_there(folder.checkpoints) == [4, 8, 9] and checkpoint.find_newest(folder)[1].step == 4
+    assert checkpoint.steps_there(folder.checkpoints) == [4, 7, 8, 9] and checkpoint.find_newest(folder)[1].step == 4
     assert (folder.checkpoints / "step-3-keep" / "weights.pt").exists()
 
 
@@ -192,3 +198,46 @@ def test_a_record_whose_key_or_time_changed_by_a_bit_is_not_whole(tmp_path):
         (tmp_path / "metrics.jsonl").write_text(text.replace(old, new) + "\n")
         (changed,) = read_metrics(tmp_path / "metrics.jsonl")
         assert not whole(changed) and RunFolder(tmp_path).evaluation(3) == {}
+
+
+def test_a_run_whose_first_record_is_damaged_is_gone_on_with_as_any(small_recipe, tmp_path):
+    """That record said that there was a start: without it steps would be on record twice."""
+    recipe, folder = recipes.validate(small_recipe), RunFolder(tmp_path / "run")
+    assert prepare(folder, recipe, 1, None, CPU).attempt == 0
+    lines = [json_line({"kind": "start", "step": 0})] + [json_line({"kind": "step", "step": i}) for i in range(3)]
+    folder.metrics.write_text("".join(["[" + lines[0][1:], *lines[1:]]))
+    assert prepare(folder, recipe, 1, None, CPU).attempt == 1
+    assert not list(read_metrics(folder.metrics)) and len(list(read_metrics(folder.lost))) == 3
+
+
+@pytest.mark.parametrize("number, advice", [("ENOSPC", "make room"), ("EROFS", "make the folder writable"),
+                                            ("EIO", "see that the file system works again")])  # fmt: skip
+def test_a_file_system_that_takes_no_record_is_one_message(folder, number, advice):
+    """Also where what was written of a line cannot be taken back."""
+    metrics = Metrics(folder)
+    metrics.close()
+
+    def fails(_):
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+
+    place = os.open(folder.metrics, os.O_RDONLY)
+    metrics._file = SimpleNamespace(fileno=lambda: place, name="metrics.jsonl", write=fails, truncate=fails)
+    with pytest.raises(RunError, match=f"metrics.jsonl cannot be written: .*; {advice} and start again with --resume"):
+        metrics.write("event", event="odd")
+    os.close(place)
+
+
+def test_a_runs_recipe_that_was_changed_since_is_no_longer_its(small_recipe, tmp_path):
+    """By a person or a disk: a start that takes the run's own copy has nothing else to be held against."""
+    folder = RunFolder(tmp_path / "run")
+    found = prepare(folder, recipes.validate(small_recipe), 1, None, CPU)
+    settled = recipes.validate(found.recipe)
+    data = data_fingerprint(Manifest(found.train_set), Manifest(found.eval_set))
+    made = checkpoint.State(3, settled.fingerprint(), data, rules=checkpoint.RULES)
+    checkpoint.save(folder, make_replica(), made, keep=1)
+    for cap in (None, 5):
+        again = changed(settled.model_dump(mode="json"), train__max_steps=cap)
+        assert prepare(folder, recipes.validate(again), 1, None, CPU).state["step"] == 3
+    folder.recipe.write_text(folder.recipe.read_text().replace("base_lr: 0.", "base_lr: 1."))
+    with pytest.raises(RequestError, match="step-00000003 was made by another recipe than .*recipe.yaml is now"):
+        prepare(folder, recipes.load_resolved(folder.recipe), 1, None, CPU)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hpc_lbsgd.records import RunFolder
+from hpc_lbsgd.train import watchdog
 from hpc_lbsgd.train.evaluate import evaluate
 from hpc_lbsgd.train.watchdog import LONG, Watchdog
 
@@ -97,3 +98,34 @@ def test_ranks_that_wait_for_a_checkpoint_wait_as_long_as_it_may_take(tmp_path, 
         rank.stop()
     assert [rank for rank, _, speaks in said if speaks] == [0]
     assert all("Stalest: rank 0 on" in message and "in phase 'checkpoint'" in message for _, message, _ in said)
+
+
+@pytest.mark.parametrize("suspended_at, seconds", [(20, 3600), (61, 3600), (63, 4)])
+@pytest.mark.parametrize("ends", [True, False])
+def test_time_in_which_the_process_was_stopped_is_nobodys(tmp_path, monkeypatch, suspended_at, seconds, ends):
+    """`scontrol suspend`, a preemption by suspension, a laptop's lid: all ranks stand still, and the clock does not. A
+    step that takes 280 s of 300 by itself ends afterwards. suspended_at: a wait of the watchdog's thread, of 5 s; from
+    the 61st on it looks at others."""
+    now, waits, told = [0.0], [0], []
+
+    class Clock:
+        def wait(self, seconds_):
+            waits[0] += 1
+            now[0] += seconds_ + seconds * (waits[0] == suspended_at)
+            if ends and now[0] - seconds * (waits[0] >= suspended_at) >= 280 and dog._state[0] == "compute":
+                dog.enter("sum", 4)
+            return self.is_set()
+
+        def is_set(self):
+            return waits[0] > 100
+
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0]))
+    nothing = SimpleNamespace(start=lambda: None)
+    monkeypatch.setattr(watchdog, "threading", SimpleNamespace(Event=Clock, Thread=lambda **_: nothing))
+    dog = Watchdog(RunFolder(tmp_path), 0, 1, 300.0, lambda message, *_: told.append(now[0]))
+    dog.enter("compute", 3)
+    dog._run()
+    if ends:
+        assert not told
+    else:  # one that hangs is still told, by the time that was its own
+        assert len(told) == 1 and 300 <= told[0] - seconds <= 360

@@ -204,3 +204,25 @@ def test_auto_measures_first_and_never_waits_for_the_disk():
 
 def test_minutes_are_minutes():
     assert Interval(Checkpoint(minutes=2.0)).due(121.0, busy=True) and not Interval(Checkpoint()).due(1e9, busy=False)
+
+
+def test_ranks_watch_one_another_until_the_last_has_met_the_others(tmp_path):
+    """Whoever hangs or stops in the end holds up the others as in a step; what rank 0 does alone may take long."""
+    phases, met = [""], []
+    trainer, folder = Trainer.__new__(Trainer), RunFolder(tmp_path)
+
+    def meets(what, result=None):
+        return lambda *_: (met.append((what, phases[-1])), result)[1]
+
+    trainer.state, trainer.lead, trainer.folder, trainer.last_eval = state(5), True, folder, {}
+    trainer.watchdog = SimpleNamespace(stop=lambda: None, enter=lambda phase, _: phases.append(phase))
+    trainer.writer = SimpleNamespace(wait=meets("write"))
+    model = torch.nn.Linear(1, 1)
+    trainer.replica = SimpleNamespace(check_others=meets("others"), check_equal=meets("equal"), model=model)
+    trainer.engine = SimpleNamespace(size=2, barrier=meets("barrier"), share=meets("fault", (None, False)))
+    trainer.journal = SimpleNamespace(
+        asked=lambda: (None, False), write=lambda *_, **__: meets("callbacks")(), close=meets("close")
+    )
+    assert trainer._end(False, 1.0) == 0
+    assert met[:4] == [("write", "checkpoint"), ("others", "sum"), ("equal", "sum"), ("fault", "sum")]
+    assert met[4:] == [("callbacks", "closing"), ("barrier", "sum"), ("fault", "sum"), ("close", "end")]

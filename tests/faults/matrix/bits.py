@@ -207,14 +207,14 @@ def _cut_metrics(rng: random.Random, folder: Path) -> Injection:
 
 def _small_file(rng: random.Random, folder: Path) -> Injection:
     """recipe.yaml, status.json, environment.json, preflight.json, amendments.json, LATEST, owner.json of a run."""
-    from hpc_lbsgd.owner import check
+    from hpc_lbsgd.owner import check, take
     from hpc_lbsgd.recipe import load_resolved
 
     run = RunFolder(shutil.copytree(finished_run(), folder / "run"))
     run.write_amendments([[3, {"optim.base_lr": 0.05}]])
-    (run.path / "owner.json").write_text((run.path / "status.json").read_text())
-    victim = rng.choice(["recipe.yaml", "status.json", "environment.json", "amendments.json", "checkpoints/LATEST"])
-    (run.path / "owner.json").unlink()
+    small = ["recipe.yaml", "status.json", "environment.json", "amendments.json", "checkpoints/LATEST", "owner.json"]
+    victim = rng.choice(small)
+    held = take(run.path) if victim == "owner.json" else None
     where = flip(run.path / victim, rng)
     begun = time.monotonic()
     try:
@@ -224,6 +224,10 @@ def _small_file(rng: random.Random, folder: Path) -> Injection:
             look()
     except RequestError as problem:
         return Injection(where, "refused by name", time.monotonic() - begun, 0, str(problem))
+    finally:
+        if held:
+            held.release()
+    hold(held is None, f"{where}: a second start may take the folder of a live one")
     return Injection(where, "legible", time.monotonic() - begun, 0)
 
 

@@ -187,8 +187,8 @@ def real(rng: random.Random, folder: Path) -> Iterator[Injection]:
     job.end()
     hold(gone, f"{moment}: ranks were there after {END_S} s", job.said)
     said = one_line(job.said)
-    wanted = ("make room", "Make room") if fault == "disk-full" else ("make the folder writable",)
-    hold(any(job.codes.values()) and any(w in said for w in wanted), f"{moment}: {job.codes} {said}", job.said)
+    wanted = "make room" if fault == "disk-full" else "make the folder writable"
+    hold(any(job.codes.values()) and wanted in said, f"{moment}: {job.codes} {said}", job.said)
     hold((run / "metrics.jsonl").read_bytes().endswith((b"}\n", b"")), f"{moment}: half a record")
     lost = runs.last_step(run) - runs.checkpointed(run)
     if fault == "disk-full":
