@@ -181,10 +181,11 @@ def fetch(args) -> int:
 
 def index(args) -> int:
     from hpc_lbsgd.data import archive, manifest, table, tree
+    from hpc_lbsgd.data.find import find
     from hpc_lbsgd.data.parts import ALL, Share
 
     share = Share(*args.part) if args.part else ALL
-    like = manifest.Manifest(manifest.find(args.classes_of)) if args.classes_of else None
+    like = manifest.Manifest(find(args.classes_of)) if args.classes_of else None
     classes = like and like.classes
     of_tables = {"--path-column": args.path_column, "--root": args.root}
     if table.is_table(args.dir):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -86,12 +87,31 @@ class Permutation:
                 outside = outside[x[outside] >= self.n]
         return x.astype(np.int64)
 
-    def _network(self, x: np.ndarray) -> np.ndarray:
-        """Alternating unbalanced Feistel network on (left < a, right < b); all additions are modulo the half."""
+    def positions(self, samples: np.ndarray) -> np.ndarray:
+        """Where these samples are in the epoch's order (int64): the inverse."""
+        if self._table is not None:
+            return self._inverse[samples]
+        x = np.asarray(samples, np.uint64)
+        with np.errstate(over="ignore"):
+            x = self._network(x, back=True)
+            outside = np.flatnonzero(x >= self.n)
+            while outside.size:  # the same walk, backwards
+                x[outside] = self._network(x[outside], back=True)
+                outside = outside[x[outside] >= self.n]
+        return x.astype(np.int64)
+
+    @cached_property
+    def _inverse(self) -> np.ndarray:
+        return np.argsort(self._table)
+
+    def _network(self, x: np.ndarray, back: bool = False) -> np.ndarray:
+        """Alternating unbalanced Feistel network on (left < a, right < b); all additions are modulo the half. back: the
+        inverse, rounds and additions undone."""
         left, right = np.divmod(x, np.uint64(self._b))
         halves, sizes = [left, right], (self._a, self._b)
         work = np.empty_like(left)
-        for i, key in enumerate(self._keys):
+        rounds = list(enumerate(self._keys))
+        for i, key in reversed(rounds) if back else rounds:
             target, source = halves[i % 2], halves[1 - i % 2]
             size = np.uint64(sizes[i % 2])
             # work = high bits of a keyed mix of `source`, scaled to [0, size) without a division
@@ -102,9 +122,38 @@ class Permutation:
             work >>= np.uint64(32)
             work *= size
             work >>= np.uint64(32)
-            target += work
-            np.minimum(target, target - size, out=target)  # unsigned: wraps to huge below `size`
+            if back:
+                target -= work
+                np.minimum(target, target + size, out=target)  # unsigned: wraps to huge below 0
+            else:
+                target += work
+                np.minimum(target, target - size, out=target)  # unsigned: wraps to huge below `size`
         return left * np.uint64(self._b) + right
+
+
+class NextUse:
+    """When samples are needed next by some of the ranks, such as those of a node: known without asking, for the order
+    is a function.
+
+    schedule: as it is decided up to now. here: (ranks,) bool, which of them count.
+    """
+
+    def __init__(self, schedule: Schedule, seed: int, here: np.ndarray):
+        self.schedule, self.here = schedule, here
+        self.permutation = lru_cache(2)(lambda epoch: Permutation(schedule.samples, seed, epoch))
+
+    def __call__(self, epoch: int, samples: np.ndarray) -> np.ndarray:
+        """After `epoch`: 3.25 is a quarter through epoch 3. Of those that are not needed in the next one it is not
+        looked up in which they are: float64, infinite where the run is over by then."""
+        schedule, after = self.schedule, epoch + 1
+        if after >= schedule.epochs:
+            return np.full(len(samples), np.inf)
+        position = self.permutation(after).positions(samples)
+        kn = schedule.stages[schedule.stage_of_epoch(after)].workers * schedule.samples_per_worker
+        rank = position % kn // schedule.samples_per_worker % len(self.here)
+        mine = self.here[rank] & (position < schedule.steps_in_epoch(after) * kn)
+        later = after + 1.5 if after + 1 < schedule.epochs else np.inf
+        return np.where(mine, after + position / schedule.samples, later)
 
 
 def worker_samples(permutation: Permutation, point: Point, worker: int) -> np.ndarray:
