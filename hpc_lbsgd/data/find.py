@@ -17,10 +17,13 @@ from hpc_lbsgd.data.stage import write_moved
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.records import write_atomically
 
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.lz4")
+
 
 def find(path: str | os.PathLike, folder: Path | None = None) -> Path:
     """The manifest file that `path` (a manifest, or a folder that has one, or the address of either) means; refuses
     what is neither. What lies elsewhere is copied to `folder` (default: one that goes when this process ends)."""
+    refuse_compressed(path)
     if urls.is_url(path):
         return fetched(path, folder)
     path = Path(path)
@@ -31,6 +34,16 @@ def find(path: str | os.PathLike, folder: Path | None = None) -> Path:
     if not path.exists():
         raise RequestError(f"{path}: no such folder or manifest")
     return path
+
+
+def refuse_compressed(path: str | os.PathLike) -> None:
+    """Raise RequestError for a compressed tar, or a folder with one in it."""
+    names = [str(path)] if urls.is_url(path) or not Path(path).is_dir() else os.listdir(path)
+    if found := next((name for name in sorted(names) if name.endswith(COMPRESSED)), None):
+        raise RequestError(
+            f"{path}: {os.path.basename(found)} is compressed: none of its samples can be read without all before it; "
+            "uncompress it (gzip -d, zstd -d, xz -d), and index that"
+        )
 
 
 def is_plain_folder(path: str | os.PathLike) -> bool:
@@ -61,6 +74,12 @@ def fetched(url: str, folder: Path | None = None) -> Path:
     write_moved(manifest, folder / FILE_NAME, root if urls.is_url(root) else base if root == "." else f"{base}/{root}")
     there.unlink()
     return folder / FILE_NAME
+
+
+def moved(manifest: Manifest, url: str) -> Manifest:
+    """The same manifest, of shards at an address."""
+    write_moved(manifest, manifest.path, url)
+    return Manifest(manifest.path)
 
 
 def copied(base: str, name: str, to: Path) -> bool:

@@ -154,6 +154,7 @@ def contestants(
         m.check_files()
         loaders.check_sizes(data, m, True)
         kind = "raw pixels" if m.raw_channels else "tar" if m.shards else "files"
+        kind = f"remote {kind}" if m.remote else kind
         found.append(ours(f"ours, {kind} ({Path(path).name})", m, data, batch, "dali"))
         if torch.cuda.is_available():
             gpu = torch.device("cuda", 0)
