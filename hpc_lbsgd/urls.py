@@ -18,8 +18,8 @@ def checked(url: str, key: str) -> str:
     scheme, _, place = url.partition("://")
     if "@" in place.partition("/")[0] or "?" in place or "#" in place:
         raise ValueError(
-            f"{key}: an address of {scheme} with a user, a password, or something behind ? or # (a signature): it would be "
-            "written down. Give the plain address, and the credentials where its library looks for them (http: ~/.netrc; "
-            "s3: ~/.aws)"
+            f"{key}: an address of {scheme} with a user, a password, or something behind ? or # (a signature): it "
+            "would be written down. Give the plain address, and the credentials where its library looks for them "
+            "(http: ~/.netrc; s3: ~/.aws)"
         )
     return url.rstrip("/")

@@ -50,7 +50,9 @@ def add(commands) -> None:
     )
     p.add_argument("--path-column", metavar="NAME", help="of a table: the column of images' paths (default: path ...)")
     p.add_argument("--root", type=Path, metavar="DIR", help="of a table: where its paths start (default: its folder)")
-    p.add_argument("--at", metavar="URL", type=address, help="of tar files: read them from there later; what is here is a copy")
+    p.add_argument(
+        "--at", metavar="URL", type=address, help="of tar files: read them from there later; what is here is a copy"
+    )
     p.add_argument("--exclude", action="store_true", help="leave out images that do not decode, and list them")
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
     with_part(p)
@@ -201,7 +203,7 @@ def index(args) -> int:
 
     if is_url(args.dir):
         raise RequestError(
-            f"{args.dir}: every image is decoded while it is indexed: index where the tar files lie and put the manifest "
+            f"{args.dir}: every image is decoded while it is indexed: index where the tar files lie, with the manifest "
             "beside them, or index a copy with --at URL"
         )
     refuse_compressed(args.dir)

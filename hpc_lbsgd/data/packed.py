@@ -16,6 +16,10 @@ class SampleError(RunError):
         self.sample = sample
 
 
+class ChangedError(SampleError):
+    """Its bytes are there, and are not those that were indexed."""
+
+
 class Packed:
     """Samples inside shards, at known places."""
 

@@ -20,7 +20,7 @@ import numpy as np
 from hpc_lbsgd.data.elsewhere import reach
 from hpc_lbsgd.data.kept import Kept, Key
 from hpc_lbsgd.data.manifest import Manifest, checksum
-from hpc_lbsgd.data.packed import Packed, SampleError
+from hpc_lbsgd.data.packed import ChangedError, Packed, SampleError
 from hpc_lbsgd.data.reach import Missing, Wrong, patiently
 from hpc_lbsgd.errors import RunError
 
@@ -202,7 +202,7 @@ class Remote(Packed):
             return SampleError(sample, f"cannot read {self.manifest.file(sample, name)}: {problem}")
         except Wrong as problem:
             told = self._changed(piece.shard)
-            return SampleError(sample, f"{self.manifest.file(sample, name)}: {problem}; {told}")
+            return ChangedError(sample, f"{self.manifest.file(sample, name)}: {problem}; {told}")
         except RunError as problem:
             return problem
 

@@ -15,6 +15,7 @@ from hpc_lbsgd.data.elsewhere import blocks, reach
 from hpc_lbsgd.data.files import AT_A_TIME, looked_at
 from hpc_lbsgd.data.find import find, is_plain_folder
 from hpc_lbsgd.data.manifest import CHUNK, Manifest, checksum
+from hpc_lbsgd.data.packed import ChangedError
 from hpc_lbsgd.data.pool import in_order
 from hpc_lbsgd.data.reach import Missing
 from hpc_lbsgd.data.remote import Remote
@@ -121,7 +122,7 @@ def look_at_samples(manifest: str, samples: range) -> list[Seen]:
         try:
             data = storage.content(sample).tobytes()
         except SampleError as problem:
-            return Seen(path, [("missing", str(problem))], None, False)
+            return Seen(path, [unread(problem)], None, False)
         if m.raw_channels or m.own:  # pixels, numbers: there is nothing to decode
             check = checksum(data)
             same = check == int(m.checksums[sample])
@@ -140,13 +141,17 @@ def look_at_samples(manifest: str, samples: range) -> list[Seen]:
     return found
 
 
+def unread(problem: SampleError) -> tuple[str, str]:
+    return ("changed" if isinstance(problem, ChangedError) else "missing"), str(problem)
+
+
 def look_at_file(m: Manifest, storage, name: str, sample: int) -> list[tuple[str, str]]:
     """What is wrong with a file beside a sample's image."""
     kind = m.own_fields[name].kind
     try:
         data = storage.content(sample, name).tobytes()
     except SampleError as problem:
-        return [("missing", str(problem))]
+        return [unread(problem)]
     if checksum(data) != int(m.of_file(name, "checksum")[sample]):
         return [("changed", f"{name}: checksum differs from the index")]
     if kind == "image" and m.raw_channels:
