@@ -50,7 +50,7 @@ class Kept:
         make_private(folder)
         self.folder, self.room_bytes, self.used = folder, room_bytes, 0
         self.next_use: Callable[[int, np.ndarray], np.ndarray] = lambda epoch, samples: np.full(len(samples), NEVER)
-        self._lock, self._now, self._writes = threading.Lock(), 0.0, True
+        self._lock, self.epoch, self._writes = threading.Lock(), 0, True
         self._copies: dict[Key, tuple[float, int]] = {}  # of this rank: when it is needed, bytes on the disk
         self._last: list[tuple[float, Key]] = []  # heaps of both, with what is no longer so among it
         self._first: list[tuple[float, Key]] = []
@@ -73,22 +73,26 @@ class Kept:
     def foresee(self, next_use: Callable[[int, np.ndarray], np.ndarray], epoch: int) -> None:
         """Say when samples are needed, from this epoch on: what is there was found before anyone knew."""
         with self._lock:
-            self.next_use, keys = next_use, list(self._copies)
-            times = next_use(epoch - 1, np.array([sample for sample, _ in keys], np.int64)).tolist() if keys else []
-            for key, needed in zip(keys, times, strict=True):
-                self._add(key, self._copies.pop(key)[1], needed, False)
+            self.next_use, self.epoch = next_use, epoch
+            self._settle(list(self._copies), epoch - 1)
+            self._make_room(0, -1.0)  # there may be less than before
 
     def advance(self, now: float) -> None:
         """So many epochs are over: copies that were needed since are needed again later."""
         with self._lock:
-            self._now = max(now, self._now)
-            while self._first and self._first[0][0] <= self._now:
+            self.epoch, passed = max(self.epoch, int(now)), {}
+            while self._first and self._first[0][0] <= now:
                 needed, key = heapq.heappop(self._first)
                 if self._copies.get(key, (None,))[0] == needed:
-                    self._add(key, self._copies[key][1], self._next(int(needed), key[0]), False)
+                    passed.setdefault(int(needed), []).append(key)
+            for epoch, keys in passed.items():
+                self._settle(keys, epoch)
 
-    def _next(self, epoch: int, sample: int) -> float:
-        return float(self.next_use(epoch, np.array([sample]))[0])
+    def _settle(self, keys: list[Key], epoch: int) -> None:
+        """When these copies are needed after `epoch`."""
+        times = self.next_use(epoch, np.array([sample for sample, _ in keys], np.int64)).tolist() if keys else []
+        for key, needed in zip(keys, times, strict=True):
+            self._add(key, self._copies[key][1], needed, False)
 
     def read(self, key: Key) -> bytes | None:
         try:
@@ -100,23 +104,29 @@ class Kept:
         with self._lock:
             self._drop(key)
 
-    def keep(self, key: Key, content: bytes | memoryview, epoch: int) -> None:
-        """Keep a copy, where there is room, or one that is needed later."""
+    def keep(self, key: Key, content: bytes | memoryview, needed: float) -> None:
+        """Keep a copy that is needed then, where there is room, or one that is needed later."""
         with self._lock:
             if not self._writes or key in self._copies:
                 return
-            size, needed = on_disk(len(content)), self._next(epoch, key[0])
-            while self.used + size > self.room_bytes:
-                last = self._needed_last()
-                if last is None or self._copies[last][0] <= needed:
-                    return
-                self._drop(last)
+            size = on_disk(len(content))
+            if not self._make_room(size, needed):
+                return
             try:
                 self._write(key, content)
                 self._add(key, size, needed)
             except OSError as problem:
                 self._writes = False
                 tell(f"machine.stage_dir: {self.folder}: {problem.strerror or problem}; no more samples are kept there")
+
+    def _make_room(self, size: int, needed: float) -> bool:
+        """For so many bytes that are needed then; False where all else is needed sooner."""
+        while self.used + size > self.room_bytes:
+            last = self._needed_last()
+            if last is None or self._copies[last][0] <= needed:
+                return False
+            self._drop(last)
+        return True
 
     @contextlib.contextmanager
     def alone(self, samples: Sequence[int]) -> Iterator[None]:

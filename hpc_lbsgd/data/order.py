@@ -20,6 +20,7 @@ from hpc_lbsgd.theory.schedule import Point, Schedule
 # make a Feistel network's statistics visible. Above it, single positions are computed.
 SORTED_UP_TO = 2**16
 ROUNDS = 6
+LOOKED_AHEAD = 8  # epochs in which a sample's next use is looked for
 
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's multipliers
 _MIX2 = np.uint64(0x94D049BB133111EB)
@@ -140,20 +141,29 @@ class NextUse:
 
     def __init__(self, schedule: Schedule, seed: int, here: np.ndarray):
         self.schedule, self.here = schedule, here
-        self.permutation = lru_cache(2)(lambda epoch: Permutation(schedule.samples, seed, epoch))
+        self.permutation = lru_cache(LOOKED_AHEAD + 1)(lambda epoch: Permutation(schedule.samples, seed, epoch))
 
     def __call__(self, epoch: int, samples: np.ndarray) -> np.ndarray:
-        """After `epoch`: 3.25 is a quarter through epoch 3. Of those that are not needed in the next one it is not
-        looked up in which they are: float64, infinite where the run is over by then."""
-        schedule, after = self.schedule, epoch + 1
-        if after >= schedule.epochs:
-            return np.full(len(samples), np.inf)
-        position = self.permutation(after).positions(samples)
-        kn = schedule.stages[schedule.stage_of_epoch(after)].workers * schedule.samples_per_worker
-        rank = position % kn // schedule.samples_per_worker % len(self.here)
-        mine = self.here[rank] & (position < schedule.steps_in_epoch(after) * kn)
-        later = after + 1.5 if after + 1 < schedule.epochs else np.inf
-        return np.where(mine, after + position / schedule.samples, later)
+        """After `epoch`, (len(samples),) float64: 3.25 is a quarter through epoch 3. Those that are not needed in the
+        next LOOKED_AHEAD epochs come later than all others, or never (infinity) where the run is over by then."""
+        last = min(epoch + LOOKED_AHEAD, self.schedule.epochs - 1)
+        found = np.full(len(samples), np.inf if last == self.schedule.epochs - 1 else last + 1.5)
+        open_ = np.arange(len(samples))
+        for after in range(epoch + 1, last + 1):
+            position = self.permutation(after).positions(samples[open_])
+            mine = self._mine(after, position)
+            found[open_[mine]] = after + position[mine] / self.schedule.samples
+            open_ = open_[~mine]
+            if not len(open_):
+                break
+        return found
+
+    def _mine(self, epoch: int, position: np.ndarray) -> np.ndarray:
+        """Whether what is at these positions of an epoch is needed by the ranks that count."""
+        schedule, n = self.schedule, self.schedule.samples_per_worker
+        kn = schedule.stages[schedule.stage_of_epoch(epoch)].workers * n
+        rank = position % kn // n % len(self.here)
+        return self.here[rank] & (position < schedule.steps_in_epoch(epoch) * kn)
 
 
 def worker_samples(permutation: Permutation, point: Point, worker: int) -> np.ndarray:

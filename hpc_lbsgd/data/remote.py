@@ -99,7 +99,7 @@ class Remote(Packed):
 
     def expect(self, pieces: Sequence[Piece], epoch: int) -> None:
         """Fetch these ahead of time. `content` will be asked for each as often as it is among them."""
-        new = {}
+        new, needed = {}, self._needed(epoch, pieces)
         with self._lock:
             for piece in pieces:
                 if piece.key in self._expected:
@@ -112,7 +112,7 @@ class Remote(Packed):
                 future: Future = Future()
                 for piece in run:
                     self._expected[piece.key].future = future
-                self._work.put((future, self._fetched, run, epoch))
+                self._work.put((future, self._fetched, run, needed))
         if not self._threads:
             # daemons: a process that ends does not wait for a store that hangs
             self._threads = [threading.Thread(target=serve, args=(self._work,), daemon=True) for _ in range(FETCHERS)]
@@ -151,13 +151,21 @@ class Remote(Packed):
         if expected:
             found = expected.future.result()[key]
         else:
-            found = self._fetched(self.pieces([sample], [name]), 0)[key]
+            pieces = self.pieces([sample], [name])
+            found = self._fetched(pieces, self._needed(self.kept.epoch if self.kept else 0, pieces))[key]
         if isinstance(found, Exception):
             raise found
         return found
 
-    def _fetched(self, run: list[Piece], epoch: int) -> dict[Key, np.ndarray | Exception]:
-        """What each piece of a run is, or why it cannot be had."""
+    def _needed(self, epoch: int, pieces: Sequence[Piece]) -> dict[int, float]:
+        """When samples that are asked for in `epoch` are needed once more on this node."""
+        if not self.kept:
+            return {}
+        samples = list(dict.fromkeys(piece.key[0] for piece in pieces))
+        return dict(zip(samples, self.kept.next_use(epoch, np.array(samples, np.int64)).tolist(), strict=True))
+
+    def _fetched(self, run: list[Piece], needed: dict[int, float]) -> dict[Key, np.ndarray | Exception]:
+        """What each piece of a run is, or why it cannot be had. needed: by sample, once more."""
         found: dict[Key, np.ndarray | Exception] = {}
         with self.kept.alone([piece.key[0] for piece in run]) if self.kept else contextlib.nullcontext():
             for piece in run if self.kept else ():
@@ -170,7 +178,7 @@ class Remote(Packed):
                 for piece, content in zip(some, self._asked(some), strict=True):
                     found[piece.key] = content
                     if self.kept and not isinstance(content, Exception):
-                        self.kept.keep(piece.key, content.data, epoch)
+                        self.kept.keep(piece.key, content.data, needed[piece.key[0]])
         return found
 
     def _asked(self, run: list[Piece]) -> list[np.ndarray | Exception]:
