@@ -90,8 +90,9 @@ class Permutation:
 
     def positions(self, samples: np.ndarray) -> np.ndarray:
         """Where these samples are in the epoch's order (int64): the inverse."""
-        if self._table is not None:
-            return self._inverse[samples]
+        if self._inverse is not None:
+            found: np.ndarray = self._inverse[samples]
+            return found
         x = np.asarray(samples, np.uint64)
         with np.errstate(over="ignore"):
             x = self._network(x, back=True)
@@ -102,8 +103,8 @@ class Permutation:
         return x.astype(np.int64)
 
     @cached_property
-    def _inverse(self) -> np.ndarray:
-        return np.argsort(self._table)
+    def _inverse(self) -> np.ndarray | None:
+        return None if self._table is None else np.argsort(self._table)
 
     def _network(self, x: np.ndarray, back: bool = False) -> np.ndarray:
         """Alternating unbalanced Feistel network on (left < a, right < b); all additions are modulo the half. back: the
@@ -162,8 +163,8 @@ class NextUse:
         """Whether what is at these positions of an epoch is needed by the ranks that count."""
         schedule, n = self.schedule, self.schedule.samples_per_worker
         kn = schedule.stages[schedule.stage_of_epoch(epoch)].workers * n
-        rank = position % kn // n % len(self.here)
-        return self.here[rank] & (position < schedule.steps_in_epoch(epoch) * kn)
+        mine: np.ndarray = self.here[position % kn // n % len(self.here)]
+        return mine & (position < schedule.steps_in_epoch(epoch) * kn)
 
 
 def worker_samples(permutation: Permutation, point: Point, worker: int) -> np.ndarray:

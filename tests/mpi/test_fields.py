@@ -16,7 +16,8 @@ RANKS = (1, 3)
 WANTED = ["class", "age", "tags", "mask", "boxes", "right:image", "caption:text", "sound:bytes"]
 EXACT = {"determinism": "any-ranks", "train__max_steps": None, "train__epochs": 2, "batch__workers": 5}
 ALIKE = [("table", "packed"), ("tags",), ("both",), ("mask", "mask-packed"), ("boxes",),
-         ("own", "own-packed", "own-afar"), ("several", "several-staged", "several-raw", "several-tar", "several-afar")]  # fmt: skip
+         ("own", "own-packed", "own-afar"),
+         ("several", "several-staged", "several-raw", "several-tar", "several-afar")]  # fmt: skip
 RESUMED = ("several-tar", "own-packed")
 
 

@@ -1,11 +1,14 @@
 """What a node keeps of a remote set: within its bound, what is needed soonest, and never anything wrong."""
 
 import os
+import subprocess
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import LIMIT_S, write_images
 from store import store
 
 from hpc_lbsgd.data import kept, loader, manifest, pack
@@ -119,6 +122,18 @@ def test_no_byte_is_fetched_twice_where_there_is_room(packed, tmp_path):
         assert torch.equal(epochs(again, 1, 2, 2)[0], epochs(whole, 1, 2, 2)[0]) or True
         other = begun(afar, tmp_path, None)
         assert torch.equal(epochs(other)[0], epochs(whole)[0]) and afar.bytes_sent > once  # that sample anew
+
+
+def test_two_ranks_that_want_a_sample_at_once_fetch_it_once(packed, tmp_path):
+    with store(packed.root) as afar:
+        m = manifest.Manifest(find(afar.url))
+        afar.delay_s = 0.005  # they meet
+        words = [sys.executable, "tests/unit/one_of_two.py", str(m.path), str(tmp_path)]
+        ranks = [subprocess.Popen([*words, str(rank)]) for rank in range(2)]
+        assert [rank.wait(LIMIT_S) for rank in ranks] == [0, 0]
+        asked = Counter({place: n for place, n in afar.served.items() if place[0].endswith(".tar")})
+        assert len(asked) == SAMPLES and set(asked.values()) == {1}
+    assert len(on_disk(tmp_path)[1]) == SAMPLES
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
