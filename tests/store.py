@@ -70,24 +70,25 @@ class Handler(BaseHTTPRequestHandler):
             return self.status(302, Location=f"{store.redirect}{self.path}?Signature=hidden")
         if store.password and self.headers.get("Authorization") != store.password:
             return self.status(401)
-        try:
-            content = (store.root / path.lstrip("/")).read_bytes()
-        except OSError:
+        file = store.root / path.lstrip("/")
+        if not file.is_file():
             return self.status(404)
-        tag = f'"{len(content)}-{(store.root / path.lstrip("/")).stat().st_mtime_ns}"'
+        size, tag = file.stat().st_size, f'"{file.stat().st_mtime_ns}"'
         asked = self.headers.get("Range") if store.ranges else None
         if not send:
-            return self.status(200, Content_Length=len(content), ETag=tag)
+            return self.status(200, Content_Length=size, ETag=tag)
         fault = store.fault(path)
         if fault == "503":
             return self.status(503)
-        first, last = 0, len(content) - 1
+        first, last = 0, size - 1
         if asked:
             first, last = map(int, asked.removeprefix("bytes=").split("-"))
-            if first >= len(content):
+            if first >= size:
                 return self.status(416)
-            last = min(last, len(content) - 1)
-        body = content[first : last + 1]
+            last = min(last, size - 1)
+        with open(file, "rb") as content:
+            content.seek(first)
+            body = content.read(last + 1 - first)
         if fault == "wrong":
             body = bytes(b ^ 1 for b in body)
         if fault == "short":
@@ -97,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", tag)
         if asked:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         self.end_headers()
         with contextlib.suppress(OSError):
             self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
