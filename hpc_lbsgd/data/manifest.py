@@ -250,7 +250,8 @@ class Manifest:
             problems = differing(chain(images, beside))
         if problems:
             again = "pack or copy them again" if self.shards else f"index again (hpc-lbsgd data index {self.root})"
-            raise RequestError(f"{self.path} no longer matches its files; {again}:\n{listed(problems)}")
+            where = self.root if self.remote else self.path
+            raise RequestError(f"{where} no longer matches its files; {again}:\n{listed(problems)}")
 
     def check_rows(self) -> None:
         """What a start refuses before it looks at files: labels that no class has, a manifest that was damaged, places

@@ -133,7 +133,7 @@ def test_a_shard_that_went_is_named(moving, impatient):
     (afar.root / m.shards[2]["name"]).unlink()
     with pytest.raises(RunError, match=rf"cannot read {m.shard_place(2)}:.*: not there"):
         images(m)
-    with pytest.raises(RequestError, match=rf"{m.shard_place(2)}: not there"):
+    with pytest.raises(RequestError, match=rf"^{afar.url} no longer(.|\n)*{m.shard_place(2)}: not there"):
         m.check_files()
 
 
