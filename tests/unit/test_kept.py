@@ -59,7 +59,7 @@ def test_what_is_kept_is_what_is_needed_soonest(tmp_path, nodes, share, best):
     """Copies of a tenth of the set, a node's part of an epoch being random. Of copies that stay a tenth is asked for;
     the best there is, from how long it takes until a node needs a sample again (geometric): each copy that is found
     took room at as many ends of epochs."""
-    n, epochs = 1000, 24
+    n, epochs = 480, 24
     s = Schedule(n, 1, [Stage(0, n, 0.1, 0.9)], epochs, "partial", Warmup(0, 0.1))
     here = np.arange(nodes) == 0
     copies, following = Kept(tmp_path / "k", share * n * BLOCK, 0, 1), NextUse(s, 3, here)
