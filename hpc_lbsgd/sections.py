@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.urls import checked, is_url
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -54,7 +55,7 @@ class Data(Section):
     dataset: Own | None = None
     """package.module:function in place of train and eval; called with "train" and "eval" (see docs/your-model.md)"""
     train: str | None = None
-    """a folder of class folders, or a manifest"""
+    """a folder of class folders, or a manifest; or the address of a packed set, https:// or s3:// (see docs/data.md)"""
     eval: str | None = None
     """the same for evaluation"""
     samples: Count | None = None
@@ -94,6 +95,9 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Data:
+        for key in ("train", "eval"):
+            if is_url(path := getattr(self, key)):
+                checked(path, f"data.{key}")
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ValueError(f"data.{key} has {len(getattr(self, key))} values for data.channels = {self.channels}")
@@ -337,7 +341,10 @@ class Machine(Section):
     """memory format of images and weights"""
     stage_dir: str | None = None
     """node-local folder, such as $SLURM_TMPDIR; each node copies a packed set there once and reads it from there
-    (default: the site's, for sets that are packed)"""
+    (default: the site's, for sets that are packed). Of a remote set it keeps samples there that it has read"""
+    stage_gb: Positive | None = None
+    """of a remote set, and of a packed one that is larger: at most so much of it on a node, as it is needed (default:
+    nine tenths of what is free)"""
     eval_batch: Count = 250
     """images in one evaluation pass"""
     cross_check_steps: Annotated[int, Field(ge=0)] = 100

@@ -11,7 +11,8 @@ from hpc_lbsgd.api.shuffle import GlobalShuffle, Step
 from hpc_lbsgd.api.world import begun
 from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data.bounded import copied
-from hpc_lbsgd.data.manifest import Manifest, find
+from hpc_lbsgd.data.find import find
+from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.reading import validated

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hpc_lbsgd.arguments import add_command, not_negative, positive, positive_float, quality, with_json, with_set
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, RequestError
+from hpc_lbsgd.urls import checked, is_url
 
 OWN = re.compile(r"[\w.]+:\w+")  # a function, as recipes name them
 
@@ -32,7 +33,7 @@ def add(commands) -> None:
     )  # fmt: skip
     p.add_argument(
         "dir",
-        type=Path,
+        type=place,
         help="DIR/CLASS/IMAGE tree; a tar, or a folder of tars (WebDataset, ILSVRC's); a table (.csv, .tsv, .jsonl, "
         ".parquet) with a row a sample",
     )
@@ -49,6 +50,9 @@ def add(commands) -> None:
     )
     p.add_argument("--path-column", metavar="NAME", help="of a table: the column of images' paths (default: path ...)")
     p.add_argument("--root", type=Path, metavar="DIR", help="of a table: where its paths start (default: its folder)")
+    p.add_argument(
+        "--at", metavar="URL", type=address, help="of tar files: read them from there later; what is here is a copy"
+    )
     p.add_argument("--exclude", action="store_true", help="leave out images that do not decode, and list them")
     p.add_argument("--processes", type=positive, help="decoding processes (default: one a core)")
     with_part(p)
@@ -107,6 +111,19 @@ def add(commands) -> None:
     p.add_argument("--epoch", type=not_negative, default=0, help="from 0 (default: %(default)s)")
     p.add_argument("--worker", type=not_negative, default=0, help="from 0 (default: %(default)s)")
     with_json(p).set_defaults(function=order)
+
+
+def place(text: str) -> Path | str:
+    return text if is_url(text) else Path(text)
+
+
+def address(text: str) -> str:
+    if not is_url(text):
+        raise argparse.ArgumentTypeError("must be an address, such as https://HOST/FOLDER")
+    try:
+        return checked(text, "--at")
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
 
 
 def names(text: str) -> list[str]:
@@ -181,10 +198,19 @@ def fetch(args) -> int:
 
 def index(args) -> int:
     from hpc_lbsgd.data import archive, manifest, table, tree
+    from hpc_lbsgd.data.find import find, moved, refuse_compressed
     from hpc_lbsgd.data.parts import ALL, Share
 
+    if is_url(args.dir):
+        raise RequestError(
+            f"{args.dir}: every image is decoded while it is indexed: index where the tar files lie, with the manifest "
+            "beside them, or index a copy with --at URL"
+        )
+    refuse_compressed(args.dir)
+    if args.at and (table.is_table(args.dir) or not archive.is_archive(args.dir)):
+        raise RequestError(f"--at is for tar files, and {args.dir} has none")
     share = Share(*args.part) if args.part else ALL
-    like = manifest.Manifest(manifest.find(args.classes_of)) if args.classes_of else None
+    like = manifest.Manifest(find(args.classes_of)) if args.classes_of else None
     classes = like and like.classes
     of_tables = {"--path-column": args.path_column, "--root": args.root}
     if table.is_table(args.dir):
@@ -212,6 +238,8 @@ def index(args) -> int:
         raise RequestError(f"--fields is for tables and tar files, and {args.dir} is neither")
     else:
         found = tree.index(*asked)
+    if args.at and share.count == 1:
+        found = moved(found, args.at)
     return show_manifests(args, [found]) if share.count == 1 else show_part(args, share, found)
 
 
@@ -243,6 +271,8 @@ def pack(args) -> int:
 def verify(args) -> int:
     from hpc_lbsgd.data import verify as verifies
 
+    if args.exclude and is_url(args.data):
+        raise RequestError(f"--exclude writes a file beside a manifest, and {args.data} is not of this machine")
     found = verifies.verify(args.data, args.processes)
     excluded = verifies.write_excluded(found) if args.exclude else None
     print(json.dumps(verifies.as_json(found, excluded)) if args.json else verifies.show(found, excluded))

@@ -7,12 +7,17 @@ from pathlib import Path
 import torch
 
 from hpc_lbsgd.data.bounded import UNDER_WAY, Bounded
+from hpc_lbsgd.data.foreseen import Foreseen
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.own import PackedSet
+from hpc_lbsgd.data.remote import Remote
 from hpc_lbsgd.data.source import Loader, Source
 from hpc_lbsgd.data.user import PREFIX, UserSet
 from hpc_lbsgd.data.user_loader import UserLoader
 from hpc_lbsgd.errors import RequestError
+
+ON_THE_WAY = 0.25  # share of machine.prefetch_mb for what is fetched of a remote set
+READ_AHEAD_MB = 256.0  # the same, where nobody says
 
 
 def open_set(recipe, path: str | Path) -> Manifest | UserSet:
@@ -68,14 +73,20 @@ def create(
     """
     if isinstance(manifest, Manifest) and manifest.own:
         manifest = PackedSet(manifest)
+    ahead_bytes = READ_AHEAD_MB * 1e6 if prefetch_mb is None else prefetch_mb * 1e6 * ON_THE_WAY
     if isinstance(manifest, (UserSet, PackedSet)):
-        return UserLoader(manifest, seed, threads, prefetch, channels_last, device, processes)
+        made = UserLoader(manifest, seed, threads, prefetch, channels_last, device, processes)
+        if isinstance(manifest, PackedSet) and isinstance(manifest.storage, Remote):
+            return Foreseen(made, manifest.storage, manifest.files, ahead_bytes)
+        return made
     source = Source(data, manifest, seed, train)
     if data.loader == "dali" and source.pictures:
         from hpc_lbsgd.data.dali import DaliLoader as kind
     else:
         from hpc_lbsgd.data.torchvision import TorchvisionLoader as kind
-    made = kind(source, max_batch, threads, prefetch, channels_last, device)
-    if prefetch_mb is None or device.type == "cuda":  # there, who decodes an image may depend on its batch
-        return made
-    return Bounded(made, source, prefetch_mb * 1e6 / (max(prefetch, threads) + UNDER_WAY))
+    made: Loader = kind(source, max_batch, threads, prefetch, channels_last, device)
+    remote = isinstance(source.storage, Remote)
+    if prefetch_mb is not None and device.type != "cuda":  # there, who decodes an image may depend on its batch
+        share = 1 - ON_THE_WAY if remote else 1
+        made = Bounded(made, source, share * prefetch_mb * 1e6 / (max(prefetch, threads) + UNDER_WAY))
+    return Foreseen(made, source.storage, source.read_names, ahead_bytes) if remote else made

@@ -5,7 +5,8 @@ A manifest is one Arrow file, mapped into memory, never read whole: at 1.28 mill
 shares the same pages. Rows are sorted by class and name, so a manifest is a function of the files alone.
 
 Images lie in files below `root`, or in tar shards there (`data pack`, or an archive that was indexed): then two more
-columns say in which shard and where. A file `exclude.txt` beside a manifest (`data verify`) takes rows away.
+columns say in which shard and where, and `root` may be an address (elsewhere.py). A file `exclude.txt` beside a
+manifest (`data verify`) takes rows away.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,10 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hpc_lbsgd.data import columns, fields, sound
+from hpc_lbsgd.data import columns, elsewhere, fields, sound
 from hpc_lbsgd.data.decode import decoders
 from hpc_lbsgd.data.names import escaped, is_utf8, read_excluded, unescaped
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.urls import is_url
 
 FILE_NAME = "manifest.arrow"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
@@ -89,7 +91,9 @@ class Manifest:
             self.header = json.loads(self.table.schema.metadata[b"hpc_lbsgd"])
             sound.check_header(self.header)
             sound.check_columns(self.table, PACKED_SCHEMA if self.header.get("shards") else SCHEMA)
-            self.root = (self.path.parent / self.header["root"]).resolve()
+            root = self.header["root"]
+            self.remote = is_url(root)  # shards lie elsewhere
+            self.root = root if self.remote else (self.path.parent / root).resolve()
             self.classes: list[str] = self.header["classes"]
             self.own_fields = fields.of_schema(self.table.schema, self.header.get("masks", {}))
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as problem:
@@ -97,6 +101,7 @@ class Manifest:
         image = {} if self.own else {fields.IMAGE: fields.Field(fields.IMAGE)}
         class_field = {fields.CLASS: fields.Field(fields.CLASS)} if self.classes else {}
         self.fields = {**image, **class_field, **self.own_fields}
+        self.kept = None  # what a run keeps of it on this node
         self._as_written, self._columns = self.table, {}
         self.excluded: list[str] = []
         self.rows = columns.Rows(self.table.num_rows, np.empty(0, np.int64))
@@ -111,6 +116,10 @@ class Manifest:
     def shards(self) -> list[dict]:
         """Names (below root), bytes and checksums of the tar files; empty for image files."""
         return self.header.get("shards", [])
+
+    def shard_place(self, number: int) -> str:
+        """Its path, or its address."""
+        return f"{self.root}/{self.shards[number]['name']}"
 
     @property
     def raw_channels(self) -> int | None:
@@ -213,7 +222,7 @@ class Manifest:
             column = fields.file_column(self.own_fields[name].kind, name, "path")
             key = self.table.column(column)[int(self.rows.at(np.int64(index)))].as_py()
         if self.shards:
-            return f"{self.root / self.shards[self.shard_of[index]]['name']}:{key}"
+            return f"{self.shard_place(self.shard_of[index])}:{key}"
         return os.path.join(self.root, key)
 
     @cached_property
@@ -228,27 +237,21 @@ class Manifest:
         """Refuse a manifest whose files are gone or have another size. Looks at all shards, or all files up to
         100,000, else at that many chosen at random; content is `data verify`'s matter."""
         self.check_rows()
-        if self.shards:
-            expected = [(str(self.root / s["name"]), s["bytes"]) for s in self.shards]
+        if self.remote:
+            problems = elsewhere.differing(str(self.root), self.shards)
+        elif self.shards:
+            problems = differing((self.shard_place(i), s["bytes"]) for i, s in enumerate(self.shards))
         else:
             chosen = range(len(self))
             if len(self) > FILES_CHECKED_AT_START:
                 chosen = random.Random(0).sample(chosen, FILES_CHECKED_AT_START)
             images = ((self.file(i), int(self.sizes[i])) for i in chosen)
             beside = ((self.file(i, n), int(self.of_file(n, "bytes")[i])) for n in self.files for i in chosen)
-            expected = chain(images, beside)
-        problems = []
-        for path, size in expected:
-            try:
-                found = os.stat(path).st_size
-            except (OSError, ValueError):  # ValueError: no name that a file can have
-                problems.append(f"{path}: missing")
-                continue
-            if found != size:
-                problems.append(f"{path}: {found} bytes, the manifest says {size}")
+            problems = differing(chain(images, beside))
         if problems:
             again = "pack or copy them again" if self.shards else f"index again (hpc-lbsgd data index {self.root})"
-            raise RequestError(f"{self.path} no longer matches its files; {again}:\n{listed(problems)}")
+            where = self.root if self.remote else self.path
+            raise RequestError(f"{where} no longer matches its files; {again}:\n{listed(problems)}")
 
     def check_rows(self) -> None:
         """What a start refuses before it looks at files: labels that no class has, a manifest that was damaged, places
@@ -291,6 +294,20 @@ class Manifest:
                 raise RequestError(f"{self.path}: a label is {wrong[0]}, and there are {len(self.classes)} classes")
 
 
+def differing(expected: Iterable[tuple[str, int]]) -> list[str]:
+    """What is wrong with files of these (path, bytes)."""
+    problems = []
+    for path, size in expected:
+        try:
+            found = os.stat(path).st_size
+        except (OSError, ValueError):  # ValueError: no name that a file can have
+            problems.append(f"{path}: missing")
+            continue
+        if found != size:
+            problems.append(f"{path}: {found} bytes, the manifest says {size}")
+    return problems
+
+
 def listed(problems: list[str]) -> str:
     lines = [f"  {p}" for p in problems[:NAMED_AT_MOST]]
     if len(problems) > NAMED_AT_MOST:
@@ -298,26 +315,9 @@ def listed(problems: list[str]) -> str:
     return "\n".join(lines)
 
 
-def find(path: str | os.PathLike) -> Path:
-    """The manifest file that `path` (a manifest, or a folder that has one) means; refuses what is neither."""
-    path = Path(path)
-    if path.is_dir():
-        if (path / FILE_NAME).exists():
-            return path / FILE_NAME
-        raise RequestError(f"{path} has no {FILE_NAME}; make one with: hpc-lbsgd data index {path}")
-    if not path.exists():
-        raise RequestError(f"{path}: no such folder or manifest")
-    return path
-
-
-def is_plain_folder(path: str | os.PathLike) -> bool:
-    """A folder of images that was not indexed yet."""
-    return Path(path).is_dir() and not (Path(path) / FILE_NAME).exists()
-
-
 def write(
     out: Path,
-    root: Path,
+    root: Path | str,
     classes: list[str],
     paths: list[str],
     labels: list[int],
@@ -339,7 +339,7 @@ def write(
     if more is not None and more.column_names:
         digest.update(content_digest(fields.content_of(more), {}).encode())
     # resolved: a root given through a link stays right when seen from the manifest's real folder
-    relative = os.path.relpath(root.resolve(), out.parent.resolve())
+    relative = root if is_url(root) else os.path.relpath(root.resolve(), out.parent.resolve())
     header = {"root": relative, "classes": classes, "fingerprint": digest.hexdigest(), "decoders": decoders()}
     if masks:
         header["masks"] = dict(masks)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from hpc_lbsgd.theory.schedule import Point, Schedule
 # make a Feistel network's statistics visible. Above it, single positions are computed.
 SORTED_UP_TO = 2**16
 ROUNDS = 6
+LOOKED_AHEAD = 8  # epochs in which a sample's next use is looked for
 
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's multipliers
 _MIX2 = np.uint64(0x94D049BB133111EB)
@@ -86,12 +88,32 @@ class Permutation:
                 outside = outside[x[outside] >= self.n]
         return x.astype(np.int64)
 
-    def _network(self, x: np.ndarray) -> np.ndarray:
-        """Alternating unbalanced Feistel network on (left < a, right < b); all additions are modulo the half."""
+    def positions(self, samples: np.ndarray) -> np.ndarray:
+        """Where these samples are in the epoch's order (int64): the inverse."""
+        if self._inverse is not None:
+            found: np.ndarray = self._inverse[samples]
+            return found
+        x = np.asarray(samples, np.uint64)
+        with np.errstate(over="ignore"):
+            x = self._network(x, back=True)
+            outside = np.flatnonzero(x >= self.n)
+            while outside.size:  # the same walk, backwards
+                x[outside] = self._network(x[outside], back=True)
+                outside = outside[x[outside] >= self.n]
+        return x.astype(np.int64)
+
+    @cached_property
+    def _inverse(self) -> np.ndarray | None:
+        return None if self._table is None else np.argsort(self._table)
+
+    def _network(self, x: np.ndarray, back: bool = False) -> np.ndarray:
+        """Alternating unbalanced Feistel network on (left < a, right < b); all additions are modulo the half. back: the
+        inverse, rounds and additions undone."""
         left, right = np.divmod(x, np.uint64(self._b))
         halves, sizes = [left, right], (self._a, self._b)
         work = np.empty_like(left)
-        for i, key in enumerate(self._keys):
+        rounds = list(enumerate(self._keys))
+        for i, key in reversed(rounds) if back else rounds:
             target, source = halves[i % 2], halves[1 - i % 2]
             size = np.uint64(sizes[i % 2])
             # work = high bits of a keyed mix of `source`, scaled to [0, size) without a division
@@ -102,9 +124,47 @@ class Permutation:
             work >>= np.uint64(32)
             work *= size
             work >>= np.uint64(32)
-            target += work
-            np.minimum(target, target - size, out=target)  # unsigned: wraps to huge below `size`
+            if back:
+                target -= work
+                np.minimum(target, target + size, out=target)  # unsigned: wraps to huge below 0
+            else:
+                target += work
+                np.minimum(target, target - size, out=target)  # unsigned: wraps to huge below `size`
         return left * np.uint64(self._b) + right
+
+
+class NextUse:
+    """When samples are needed next by some of the ranks, such as those of a node: known without asking, for the order
+    is a function.
+
+    schedule: as it is decided up to now. here: (ranks,) bool, which of them count.
+    """
+
+    def __init__(self, schedule: Schedule, seed: int, here: np.ndarray):
+        self.schedule, self.here = schedule, here
+        self.permutation = lru_cache(LOOKED_AHEAD + 1)(lambda epoch: Permutation(schedule.samples, seed, epoch))
+
+    def __call__(self, epoch: int, samples: np.ndarray) -> np.ndarray:
+        """After `epoch`, (len(samples),) float64: 3.25 is a quarter through epoch 3. Those that are not needed in the
+        next LOOKED_AHEAD epochs come later than all others, or never (infinity) where the run is over by then."""
+        last = min(epoch + LOOKED_AHEAD, self.schedule.epochs - 1)
+        found = np.full(len(samples), np.inf if last == self.schedule.epochs - 1 else last + 1.5)
+        open_ = np.arange(len(samples))
+        for after in range(epoch + 1, last + 1):
+            position = self.permutation(after).positions(samples[open_])
+            mine = self._mine(after, position)
+            found[open_[mine]] = after + position[mine] / self.schedule.samples
+            open_ = open_[~mine]
+            if not len(open_):
+                break
+        return found
+
+    def _mine(self, epoch: int, position: np.ndarray) -> np.ndarray:
+        """Whether what is at these positions of an epoch is needed by the ranks that count."""
+        schedule, n = self.schedule, self.schedule.samples_per_worker
+        kn = schedule.stages[schedule.stage_of_epoch(epoch)].workers * n
+        mine: np.ndarray = self.here[position % kn // n % len(self.here)]
+        return mine & (position < schedule.steps_in_epoch(epoch) * kn)
 
 
 def worker_samples(permutation: Permutation, point: Point, worker: int) -> np.ndarray:

@@ -197,6 +197,8 @@ class PackedSet:
         except (TypeError, ValueError, KeyError, AttributeError) as problem:
             raise RequestError(f"{manifest.path}: not a packed set ({problem}); pack it again") from None
 
+        self.files = [None, *(part.name for part in self.parts if part.dtype == BYTES)]  # that a sample is read from
+
     def __len__(self) -> int:
         return len(self.manifest)
 

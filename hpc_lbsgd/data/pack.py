@@ -15,6 +15,7 @@ from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data import shards
 from hpc_lbsgd.data.carried import Carried, suffix_of
 from hpc_lbsgd.data.encode import Encoding, encode
+from hpc_lbsgd.data.find import find
 from hpc_lbsgd.data.manifest import PACKED_SCHEMA, Manifest, checksum
 from hpc_lbsgd.data.storage import SampleError, open_storage
 from hpc_lbsgd.errors import RequestError
@@ -24,7 +25,7 @@ class Images:
     """The images of a manifest, with their classes and fields."""
 
     def __init__(self, source: str | os.PathLike, encoding: Encoding):
-        self.path, self.encoding = manifests.find(source), encoding
+        self.path, self.encoding = find(source), encoding
         if Manifest(self.path).own:
             raise RequestError(f"{source}: is a packed set of your own already")
 

@@ -14,9 +14,9 @@ import torch
 from matplotlib.figure import Figure
 
 from hpc_lbsgd.data import decode, labels, loader, orientation
-from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.columns import slices
 from hpc_lbsgd.data.fields import IMAGE, Field
+from hpc_lbsgd.data.find import find
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.storage import Request, open_storage
 from hpc_lbsgd.data.targets import Inputs, tensors
@@ -242,7 +242,7 @@ def show(
     path: str | Path, data: Data | None, seed: int, classes: int, png_to: Path | None, html_to: Path | None
 ) -> Shown:
     """Write what was asked for; data: a recipe's section."""
-    m = Manifest(manifests.find(path))
+    m = Manifest(find(path))
     if m.own:
         raise RequestError(f"{m.path}: samples of your own are no pictures; there is nothing to be shown")
     shown = look(m, data or section_for(m), seed, classes)

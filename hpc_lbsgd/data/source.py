@@ -76,6 +76,8 @@ class Source:
         self.others = [name for name in asked if name not in self.pictures]
         self.files = [name for name in asked if name in manifest.files]
         self.masks = [name for name in self.files if manifest.fields[name].kind == "mask"]
+        named = [*self.pictures, *(name for name in self.files if name not in self.pictures)]
+        self.read_names = [None if name == IMAGE else name for name in named]  # of each sample, in this order
         self.encoders = Encoders(data.encode, manifest)
         self._bad: set[int] = set()
 

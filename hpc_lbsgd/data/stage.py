@@ -87,7 +87,7 @@ def _copy_missing(manifest: Manifest, target: Path, show: bool) -> None:
     excluded = manifest.path.parent / EXCLUDE
     if excluded.exists():
         write_atomically(target / EXCLUDE, excluded.read_bytes())
-    _write_manifest(manifest, target)
+    write_moved(manifest, target / FILE_NAME, ".")
 
 
 def _journal(target: Path) -> dict:
@@ -132,15 +132,15 @@ def _copy(source: Path, target: Path, bar) -> str:
     return read.hexdigest()
 
 
-def _write_manifest(manifest: Manifest, target: Path) -> None:
-    """The set's manifest, with its shards beside it."""
+def write_moved(manifest: Manifest, out: Path, root: str) -> None:
+    """The set's manifest, where its shards lie elsewhere: whole, or not at all."""
     import pyarrow as pa
 
-    schema = manifest.table.schema.with_metadata({"hpc_lbsgd": json.dumps(manifest.header | {"root": "."})})
-    temporary = target / f".{FILE_NAME}.copying"
+    schema = manifest.table.schema.with_metadata({"hpc_lbsgd": json.dumps(manifest.header | {"root": root})})
+    temporary = out.with_name(f".{out.name}.copying")
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_table(manifest.table.cast(schema))
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
-    os.replace(temporary, target / FILE_NAME)
-    sync_folder(target)
+    os.replace(temporary, out)
+    sync_folder(out.parent)

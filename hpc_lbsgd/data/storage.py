@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import threading
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from hpc_lbsgd.data.manifest import Manifest
-from hpc_lbsgd.errors import RequestError, RunError
+from hpc_lbsgd.data.packed import Packed, SampleError
+from hpc_lbsgd.data.remote import Remote
+from hpc_lbsgd.errors import RequestError
 
 READERS = 4  # threads that read ahead; they wait for the file system, not for the processor
 SPARE_FILES = 256  # descriptors left to everything else
@@ -22,14 +23,6 @@ class Request(NamedTuple):
 
     epoch: int
     samples: np.ndarray
-
-
-class SampleError(RunError):
-    """One sample cannot be had. `sample`: its index."""
-
-    def __init__(self, sample: int, message: str):
-        super().__init__(message)
-        self.sample = sample
 
 
 class Folder:
@@ -64,32 +57,21 @@ class Folder:
         return np.frombuffer(content, np.uint8)
 
 
-class Shards:
+class Shards(Packed):
     """Samples inside tar files, read where they lie: one descriptor a shard, opened when first needed."""
 
-    def __init__(self, manifest: Manifest, root: Path | None = None):
-        self.manifest, self.root = manifest, root or manifest.root
+    def __init__(self, manifest: Manifest):
+        super().__init__(manifest)
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
         allow_open_files(len(manifest.shards))
 
-    def read(self, sample: int, name: str | None = None) -> np.ndarray:
-        """The encoded image (or another one of that name), uint8 (bytes,); or pixels, uint8 (H, W, C), where the set is
-        packed raw."""
-        m, data = self.manifest, self.content(sample, name)
-        if m.raw_channels:
-            shape = int(m.heights[sample]), int(m.widths[sample]), m.raw_channels
-            return data[-shape[0] * shape[1] * shape[2] :].reshape(shape)  # behind the header of a .npy file
-        return data
-
     def content(self, sample: int, name: str | None = None) -> np.ndarray:
-        """All bytes of the tar member, uint8 (bytes,)."""
         m = self.manifest
-        sizes, offsets = (m.sizes, m.offsets) if name is None else (m.of_file(name, "bytes"), m.of_file(name, "offset"))
-        size = int(sizes[sample])
+        shard, start, size = self.place(sample, name)
         content = np.empty(size, np.uint8)
         try:
-            descriptor, start = self._descriptor(int(m.shard_of[sample])), int(offsets[sample])
+            descriptor = self._descriptor(shard)
             found = os.preadv(descriptor, [content], start)
             while 0 < found < size and (more := os.preadv(descriptor, [content[found:]], start + found)):
                 found += more  # network file systems may give a part
@@ -109,7 +91,7 @@ class Shards:
             with self._lock:
                 found = self._descriptors.get(shard)
                 if found is None:
-                    found = os.open(self.root / self.manifest.shards[shard]["name"], os.O_RDONLY | os.O_CLOEXEC)
+                    found = os.open(self.manifest.shard_place(shard), os.O_RDONLY | os.O_CLOEXEC)
                     self._descriptors[shard] = found
         return found
 
@@ -132,5 +114,7 @@ def allow_open_files(shards: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def open_storage(manifest: Manifest) -> Folder | Shards:
+def open_storage(manifest: Manifest) -> Folder | Packed:
+    if manifest.remote or manifest.kept:
+        return Remote(manifest)
     return Shards(manifest) if manifest.shards else Folder(manifest)

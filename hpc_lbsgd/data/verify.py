@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hpc_lbsgd.data import archive, names, tree
-from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.decode import Facts, decode_all
+from hpc_lbsgd.data.elsewhere import blocks, reach
 from hpc_lbsgd.data.files import AT_A_TIME, looked_at
+from hpc_lbsgd.data.find import find, is_plain_folder
 from hpc_lbsgd.data.manifest import CHUNK, Manifest, checksum
+from hpc_lbsgd.data.packed import ChangedError
 from hpc_lbsgd.data.pool import in_order
+from hpc_lbsgd.data.reach import Missing
+from hpc_lbsgd.data.remote import Remote
 from hpc_lbsgd.data.storage import SampleError, open_storage
-from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.errors import RequestError, RunError
 
 # Kinds of findings, worst first. Images of the first group cannot be trained on.
 UNUSABLE = ("missing", "changed", "empty", "truncated", "corrupt")
@@ -118,18 +122,27 @@ def look_at_samples(manifest: str, samples: range) -> list[Seen]:
         try:
             data = storage.content(sample).tobytes()
         except SampleError as problem:
-            return Seen(path, [("missing", str(problem))], None, False)
+            return Seen(path, [unread(problem)], None, False)
         if m.raw_channels or m.own:  # pixels, numbers: there is nothing to decode
             check = checksum(data)
             same = check == int(m.checksums[sample])
             return Seen(path, [] if same else [("changed", "checksum differs from the index")], check, False)
         return data
 
-    seen = look_at_all([(m.key(sample), sample, int(m.checksums[sample])) for sample in samples], read)
-    for name in m.files:
-        seen = [one._replace(findings=one.findings + look_at_file(m, storage, name, sample))
-                for sample, one in zip(samples, seen, strict=True)]  # fmt: skip
-    return seen
+    found = []
+    for some in (samples[i : i + AT_A_TIME] for i in range(0, len(samples), AT_A_TIME)):
+        if isinstance(storage, Remote):
+            storage.expect(storage.pieces(some, [None, *m.files]), 0)
+        seen = look_at_all([(m.key(sample), sample, int(m.checksums[sample])) for sample in some], read)
+        for name in m.files:
+            seen = [one._replace(findings=one.findings + look_at_file(m, storage, name, sample))
+                    for sample, one in zip(some, seen, strict=True)]  # fmt: skip
+        found += seen
+    return found
+
+
+def unread(problem: SampleError) -> tuple[str, str]:
+    return ("changed" if isinstance(problem, ChangedError) else "missing"), str(problem)
 
 
 def look_at_file(m: Manifest, storage, name: str, sample: int) -> list[tuple[str, str]]:
@@ -138,7 +151,7 @@ def look_at_file(m: Manifest, storage, name: str, sample: int) -> list[tuple[str
     try:
         data = storage.content(sample, name).tobytes()
     except SampleError as problem:
-        return [("missing", str(problem))]
+        return [unread(problem)]
     if checksum(data) != int(m.of_file(name, "checksum")[sample]):
         return [("changed", f"{name}: checksum differs from the index")]
     if kind == "image" and m.raw_channels:
@@ -161,10 +174,14 @@ def look_at_all(work: list[tuple[str, int, int | None]], read: Callable[[str, in
     return seen
 
 
-def file_checksum(path: Path) -> str:
+def shard_checksum(m: Manifest, shard: dict) -> str:
     """As `pack` has it: 64 bits of BLAKE2b, in hexadecimal."""
     digest = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:
+    if m.remote:
+        for block in blocks(reach(m.root), shard["name"], shard["bytes"], f"{m.root}/{shard['name']}"):
+            digest.update(block)
+        return digest.hexdigest()
+    with open(m.root / shard["name"], "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
@@ -178,19 +195,21 @@ def look_at_shards(m: Manifest, known: set[str]) -> list[Finding]:
     for number, shard in enumerate(m.shards):
         if number in explained:
             continue
-        path = m.root / shard["name"]
+        path = m.shard_place(number)
         try:
+            if shard["checksum"] is None and m.remote:
+                continue  # of others, and of its headers nothing is known
             if shard["checksum"] is None:
-                members = {(member.offset, member.size) for member in archive.members(path, number)}
+                members = {(member.offset, member.size) for member in archive.members(Path(path), number)}
                 places: set[tuple[int, int]] = set()
                 for some in m.looked_at(all_of_it=True):
                     mine = m.shard_of[some] == number
                     places |= set(zip(m.offsets[some][mine].tolist(), m.sizes[some][mine].tolist(), strict=True))
                 if places - members:
                     found.append(Finding(shard["name"], SHARD, f"{len(places - members)} samples lie elsewhere"))
-            elif file_checksum(path) != shard["checksum"]:
+            elif shard_checksum(m, shard) != shard["checksum"]:
                 found.append(Finding(shard["name"], SHARD, "not the bytes that were packed"))
-        except RequestError as problem:
+        except (RequestError, RunError, Missing) as problem:
             found.append(Finding(shard["name"], SHARD, str(problem)))
         except OSError as problem:
             found.append(Finding(shard["name"], SHARD, problem.strerror or str(problem)))
@@ -199,14 +218,14 @@ def look_at_shards(m: Manifest, known: set[str]) -> list[Finding]:
 
 def verify(path: str | os.PathLike, processes: int | None = None) -> Verified:
     """Look at every image of a manifest or of a DIR/CLASS/IMAGE tree, in parallel, with a progress bar."""
-    if manifests.is_plain_folder(path):
+    if is_plain_folder(path):
         root = Path(path)
         gone = names.read_excluded(root)
         paths = [p for p in tree.scan(root).paths if p not in gone]
         work = [(look_at_files, str(root), paths[i : i + CHUNK]) for i in range(0, len(paths), CHUNK)]
         count, m = len(paths), None
     else:
-        m = Manifest(manifests.find(path))
+        m = Manifest(find(path))
         m.check_labels(all_of_them=True)
         m.check_content(at_any_size=True)
         root, count = m.path.parent, len(m)

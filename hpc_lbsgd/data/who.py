@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data import fields
-from hpc_lbsgd.data import manifest as manifests
+from hpc_lbsgd.data.find import find
+from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.order import Permutation, worker_samples
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Recipe
+from hpc_lbsgd.urls import is_url
 
 
-def set_of(data) -> manifests.Manifest | None:
-    """What a recipe's `data` section trains on; None where it is not there."""
+def set_of(data) -> Manifest | None:
+    """What a recipe's `data` section trains on; None where it is not there, or only the network has it."""
     try:
-        return manifests.Manifest(manifests.find(data.train)) if data.train else None
+        return Manifest(find(data.train)) if data.train and not is_url(data.train) else None
     except RequestError:
         return None
 

@@ -7,5 +7,5 @@ table.py         what came out, beside the paper: Markdown, JSON
 plots.py         the same as a picture
 
 May be imported by: cli.
-May import: report, parallel, data, recipe, records, theory, progress, origin, errors.
+May import: report, parallel, data, recipe, records, theory, progress, origin, urls, errors.
 """

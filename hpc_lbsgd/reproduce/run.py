@@ -14,6 +14,7 @@ from hpc_lbsgd.reproduce import plots, table
 from hpc_lbsgd.reproduce.cells import Cell, cells_of, cut_short
 from hpc_lbsgd.reproduce.experiments import EXPERIMENTS, SCALES
 from hpc_lbsgd.reproduce.runner import prepare_small, run_cells
+from hpc_lbsgd.urls import is_url
 
 SEEDS = 3
 
@@ -81,7 +82,7 @@ def check_data(recipe: Recipe) -> None:
     """The data is there, or can be made; a missing set is said once, not once a run."""
     prepare_small(recipe)
     for key, path in (("train", recipe.data.train), ("eval", recipe.data.eval)):
-        if path and not Path(path).exists():
+        if path and not is_url(path) and not Path(path).exists():
             raise RequestError(
                 f"data.{key} = {path}: no such folder or manifest; put the images there, or name their place with "
                 f"--set data.{key}=PATH"

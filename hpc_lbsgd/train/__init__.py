@@ -9,5 +9,5 @@ checkpoint.py  state that is written whole or not at all
 
 May be imported by: report, bench, plan, cluster, trained, api, cli.
 May import: parallel, data, outline, amend, recipe, sections, runs, owner, schedulers, records, signals,
-imports, theory, progress, origin, errors.
+imports, theory, progress, origin, urls, errors.
 """

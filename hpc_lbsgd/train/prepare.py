@@ -23,6 +23,7 @@ from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data import archive, fields, stage, table, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.encoders import Encoders
+from hpc_lbsgd.data.find import find, is_plain_folder
 from hpc_lbsgd.data.loader import check_sizes
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.user import UserSet
@@ -35,6 +36,7 @@ from hpc_lbsgd.schedulers import known
 from hpc_lbsgd.sections import OPTIMIZERS
 from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train import checkpoint, compiling, loggers, losses, metrics, own_optim
+from hpc_lbsgd.urls import is_url
 
 SETTINGS = ("HOROVOD_", "NCCL_", "OMPI_MCA_", "OMP_")
 # Open MPI hands the key of a job's network on in OMPI_MCA_orte_precondition_transports
@@ -232,11 +234,11 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
         path = getattr(data, key)
         if not path:
             continue
-        if archive.is_archive(path) and not (Path(path) / manifests.FILE_NAME).exists():
+        if not is_url(path) and archive.is_archive(path) and not (Path(path) / manifests.FILE_NAME).exists():
             raise RequestError(f"data.{key} = {path}: index these tar files first (hpc-lbsgd data index {path})")
         if table.is_table(path):
             raise RequestError(f"data.{key} = {path}: index this table first (hpc-lbsgd data index {path})")
-        if manifests.is_plain_folder(path):
+        if is_plain_folder(path):
             target = Path(path)
             if not os.access(path, os.W_OK):
                 target = folder.path / "manifests" / key
@@ -244,7 +246,7 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
             found[key] = tree.index(path, target / manifests.FILE_NAME)
         else:
             try:
-                found[key] = Manifest(manifests.find(path))
+                found[key] = Manifest(find(path, folder.path / "manifests" / key))
             except RequestError as problem:
                 raise RequestError(f"data.{key} = {path}: {problem}") from None
             if key == "train" and data.on_bad_image == "skip" and folder.exists():
@@ -253,7 +255,7 @@ def open_data(recipe: Recipe, folder: RunFolder) -> tuple[Manifest, Manifest | N
                 found[key].check_files()
         check_sizes(data, found[key], key == "train")
     train, evaluation = found["train"], found.get("eval")
-    if recipe.machine.stage_dir:
+    if recipe.machine.stage_dir and not train.remote:
         stage.folder_of(train, recipe.machine.stage_dir)  # refuses what cannot be staged
     if data.samples not in (None, len(train)):
         raise RequestError(f"data.samples = {data.samples}, but {data.train} has {len(train)}")

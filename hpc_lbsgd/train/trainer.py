@@ -56,6 +56,7 @@ class Trainer:
         fresh = checkpoint.State(0, self.written.fingerprint(), data, rules=checkpoint.RULES)
         self.state = checkpoint.State(**found.state) if found.state else fresh
         self._schedule_from_decisions()
+        sets.foresee(self.train_set, self.eval_set, self.schedule, recipe.seed, self.state.step, engine)
         self.adaptive = recipe.schedule.kind == "adaptive-batch"
         self.first_step = self.state.step
         self.last_checkpoint = time.monotonic()

@@ -7,5 +7,5 @@ export.py      the weights in other formats, each read back and compared
 commands.py    their command lines
 
 May be imported by: cli.
-May import: train, parallel, data, amend, recipe, arguments, records, progress, errors.
+May import: train, parallel, data, amend, recipe, arguments, records, progress, urls, errors.
 """

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from hpc_lbsgd.data import loader as loaders
-from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.fields import CLASS
+from hpc_lbsgd.data.find import find, is_plain_folder
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.who import set_of
 from hpc_lbsgd.errors import RequestError
@@ -23,6 +23,7 @@ from hpc_lbsgd.train.job import prepare_process
 from hpc_lbsgd.train.parts import make_loaders
 from hpc_lbsgd.train.prepare import check_targets, open_user_data
 from hpc_lbsgd.trained.opened import Trained, open_run
+from hpc_lbsgd.urls import is_url
 
 
 @dataclass
@@ -65,12 +66,14 @@ def open_set(found: Trained, data: str | None):
         if data:
             raise RequestError(f"{data}: this run's data is its own ({recipe.data.dataset}), which has one eval part")
         return recipe, open_user_data(recipe)[1]
-    path = data or recipe.data.eval and os.path.join(found.folder.home() or "", recipe.data.eval)
+    path = data or recipe.data.eval
+    if path and not data and not is_url(path):
+        path = os.path.join(found.folder.home() or "", path)
     if not path:
         raise RequestError(f"{found.folder.path}: its recipe has no data.eval; name the data to evaluate on")
-    if manifests.is_plain_folder(path):
+    if is_plain_folder(path):
         raise RequestError(f"{path} is not indexed: hpc-lbsgd data index {path} --classes-of {recipe.data.train}")
-    chosen = Manifest(manifests.find(path))
+    chosen = Manifest(find(path))
     chosen.check_files()
     before = set_of(recipe.data)
     if before is not None and before.own != chosen.own:

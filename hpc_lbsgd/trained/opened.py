@@ -12,7 +12,8 @@ from torch import nn
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.amend import checked, recipe_now
-from hpc_lbsgd.data import manifest as manifests
+from hpc_lbsgd.data.find import find
+from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.targets import Inputs
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import world as worlds
@@ -51,7 +52,7 @@ class Trained:
         except (OSError, ValueError):
             pass
         try:
-            return manifests.Manifest(manifests.find(self.recipe.data.train or "")).classes
+            return Manifest(find(self.recipe.data.train or "")).classes
         except RequestError:
             return [str(i) for i in range(self.recipe.data.classes or 0)]
 

@@ -8,23 +8,30 @@ import numpy as np
 import pytest
 from conftest import SAMPLES, changed, command, records, train_many
 from PIL import Image
+from store import store
 
 from hpc_lbsgd.data import archive, manifest, own, pack, shards, table
 
 RANKS = (1, 3)
 WANTED = ["class", "age", "tags", "mask", "boxes", "right:image", "caption:text", "sound:bytes"]
 EXACT = {"determinism": "any-ranks", "train__max_steps": None, "train__epochs": 2, "batch__workers": 5}
-ALIKE = [("table", "packed"), ("tags",), ("both",), ("mask", "mask-packed"), ("boxes",), ("own", "own-packed"),
-         ("several", "several-staged", "several-raw", "several-tar")]  # fmt: skip
+ALIKE = [("table", "packed"), ("tags",), ("both",), ("mask", "mask-packed"), ("boxes",),
+         ("own", "own-packed", "own-afar"),
+         ("several", "several-staged", "several-raw", "several-tar", "several-afar")]  # fmt: skip
 RESUMED = ("several-tar", "own-packed")
 
 
 @pytest.fixture(scope="module")
-def recipes(small_recipe, small_data, tmp_path_factory):
+def afar(tmp_path_factory):
+    with store(tmp_path_factory.mktemp("fields")) as serving:
+        yield serving
+
+
+@pytest.fixture(scope="module")
+def recipes(small_recipe, small_data, tmp_path_factory, afar):
     """{variant: recipe}: 203 samples in 6 steps an epoch, with a tail of three."""
     os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    root = tmp_path_factory.mktemp("fields")
-    paths = {}
+    root, paths = afar.root, {}
     for part in ("train", "eval"):
         m = manifest.Manifest(small_data / part / "manifest.arrow")
         rng = np.random.default_rng(len(m))
@@ -61,6 +68,9 @@ def recipes(small_recipe, small_data, tmp_path_factory):
             small_recipe, data__train=str(places["train"]), data__eval=str(places["eval"]), **EXACT | changes
         )
 
+    def served(name):
+        return {part: f"{afar.url}/{name}/{part}" for part in ("train", "eval")}
+
     masks = {"data__targets": ["mask"], "model__name": "fields_models:pixels", "train__loss": "pixel-cross-entropy"}
     numbers = {"data__targets": ["age"], "train__loss": "mse"}
     several = {"data__inputs": ["image", "right", "caption"], "data__encode": {"caption": "fields_models:letters"},
@@ -78,6 +88,8 @@ def recipes(small_recipe, small_data, tmp_path_factory):
         "several-staged": of(packed, **several, data__loader="dali", machine__stage_dir=str(root / "stage")),
         "several-raw": of(raw, **several),
         "several-tar": of(tars, **several, data__loader="dali"),
+        "several-afar": of(served("packed"), **several, machine__stage_dir=str(root / "kept")),
+        "own-afar": of(served("signals"), **mine),
         "own": of(paths, **mine, data__dataset="fields_models:signals"),
         "own-packed": of(signals, **mine, machine__stage_dir=str(root / "stage")),
         "both": of(packed, data__targets=["class", "age"], train__loss="fields_models:age_and_kind", data__classes=5),

@@ -1,36 +1,54 @@
-"""Where the pictures lie does not matter: folder, tar, raw, staged, on any number of ranks, bad images or not."""
+"""Where the pictures lie does not matter: folder, tar, raw, staged, afar, kept in part, on any number of ranks, bad
+images or not, across a resume."""
 
 import shutil
 
 import pytest
-from conftest import changed, records, train_many
+from conftest import changed, command, records, train_many
+from store import store
 
 from hpc_lbsgd.data import manifest, pack
 
 RANKS = (1, 3)
 EXACT = {"determinism": "any-ranks", "train__max_steps": None, "train__epochs": 2, "batch__workers": 5}
+ROOM = 60 * 4096  # bytes: of 264 samples
 
 
 @pytest.fixture(scope="module")
-def runs(small_recipe, small_data, tmp_path_factory):
-    """{(variant, ranks): run folder}"""
-    root = tmp_path_factory.mktemp("storage")
-    places = {"folder": {}}
+def afar(tmp_path_factory):
+    with store(tmp_path_factory.mktemp("storage")) as serving:
+        yield serving
+
+
+@pytest.fixture(scope="module")
+def recipes(small_recipe, small_data, afar):
+    root, places = afar.root, {"folder": {}}
     for name, encoding in (("tar", pack.Encoding()), ("raw", pack.Encoding("raw", channels=1))):
         for part in ("train", "eval"):
             pack.pack(small_data / part, root / name / part, encoding, 0.02, 1)
         places[name] = {"data__train": str(root / name / "train"), "data__eval": str(root / name / "eval")}
     places["staged"] = places["tar"] | {"machine__stage_dir": str(root / "stage")}
+    places["afar"] = {f"data__{part}": f"{afar.url}/raw/{part}" for part in ("train", "eval")}
+    kept = {f"data__{part}": f"{afar.url}/tar/{part}" for part in ("train", "eval")}
+    places["kept"] = kept | {"machine__stage_dir": str(root / "kept"), "data__loader": "dali"}
+    places["kept in part"] = kept | {"machine__stage_dir": str(root / "part"), "machine__stage_gb": ROOM / 1e9}
     shutil.copytree(small_data / "train", root / "spoiled")
     spoiled = manifest.Manifest(root / "spoiled/manifest.arrow")
     for sample in (3, 77, 150):
         with open(spoiled.file(sample), "r+b") as f:
             f.write(b"\0" * int(spoiled.sizes[sample]))
     places["skip"] = {"data__train": str(root / "spoiled"), "data__on_bad_image": "skip", "data__loader": "dali"}
-    found = {}
-    for ranks in RANKS:
-        recipes = {name: changed(small_recipe, **EXACT | changes) for name, changes in places.items()}
-        found |= {(name, ranks): run for name, run in train_many(ranks, recipes, root).items()}
+    return {name: changed(small_recipe, **EXACT | changes) for name, changes in places.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(recipes, afar, tmp_path_factory):
+    """{(variant, ranks): run folder}; `half`: begun on 3 ranks, to be ended on one."""
+    root, found = tmp_path_factory.mktemp("runs"), {}
+    half = {"half": changed(recipes["kept in part"], train__max_steps=7, checkpoint__steps=1)}
+    for ranks in reversed(RANKS):
+        made = train_many(ranks, recipes | (half if ranks == 3 else {}), root)
+        found |= {(name, ranks): run for name, run in made.items()}
     return found
 
 
@@ -38,9 +56,22 @@ def hash_of(run):
     return records(run, "end")[-1]["weights_sha256"]
 
 
-@pytest.mark.parametrize("name", ["tar", "raw", "staged"])
+@pytest.mark.parametrize("name", ["tar", "raw", "staged", "afar", "kept", "kept in part"])
 def test_the_same_weights_wherever_the_pictures_lie(runs, name):
     assert len({hash_of(runs[place, ranks]) for place in ("folder", name) for ranks in RANKS}) == 1
+
+
+def test_a_set_afar_goes_on_and_is_kept_within_its_bound(runs, recipes, afar, tmp_path):
+    def copies(name):
+        return list((afar.root / name).glob("*-samples/*/*.0"))
+
+    assert len(copies("kept")) == 264 and 0 < sum(-(-p.stat().st_size // 4096) * 4096 for p in copies("part")) <= ROOM
+    (tmp_path / "r.yaml").write_text(runs["half", 3].joinpath("recipe.yaml").read_text())
+    before = afar.bytes_sent
+    done = command("train", tmp_path / "r.yaml", "--run", runs["half", 3], "--resume", "--set", "train.max_steps=null",
+                   "--set", f"machine.stage_dir={afar.root / 'kept'}", "--set", "machine.stage_gb=null")  # fmt: skip
+    assert done.returncode == 0 and hash_of(runs["half", 3]) == hash_of(runs["folder", 1]), done.stderr
+    assert afar.bytes_sent - before <= 2  # of all that the node has, nothing is fetched again
 
 
 def test_stand_ins_are_the_same_on_any_number_of_ranks(runs):

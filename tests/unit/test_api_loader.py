@@ -5,7 +5,8 @@ import torch
 from conftest import SAMPLES
 
 import hpc_lbsgd as lb
-from hpc_lbsgd.data.manifest import Manifest, find
+from hpc_lbsgd.data.find import find
+from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.recipe import validate
 from hpc_lbsgd.train.parts import make_loaders
 from hpc_lbsgd.train.step import Passes

@@ -30,6 +30,7 @@ WITH_TORCH = (
     "hpc_lbsgd.data.dali",
     "hpc_lbsgd.data.encoders",
     "hpc_lbsgd.data.finish",
+    "hpc_lbsgd.data.foreseen",
     "hpc_lbsgd.data.loader",
     "hpc_lbsgd.data.maker",
     "hpc_lbsgd.data.own",

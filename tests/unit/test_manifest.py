@@ -8,6 +8,7 @@ from conftest import write_images
 
 from hpc_lbsgd.data import fetch, manifest
 from hpc_lbsgd.data import tree as trees
+from hpc_lbsgd.data.find import find
 from hpc_lbsgd.errors import RequestError
 
 
@@ -96,7 +97,7 @@ def test_something_else_is_not_a_manifest(tree, tmp_path):
     with pytest.raises(RequestError, match="x.arrow: not a manifest"):
         manifest.Manifest(tmp_path / "x.arrow")
     with pytest.raises(RequestError, match="no manifest.arrow; make one with"):
-        manifest.find(tree)
+        find(tree)
 
 
 def test_fashion_mnist_from_its_four_files(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from PIL import Image
 
 from hpc_lbsgd.data import loader, manifest, pack, verify
 from hpc_lbsgd.data import tree as trees
+from hpc_lbsgd.data.find import find
 from hpc_lbsgd.data.pack import Encoding
 from hpc_lbsgd.data.storage import Request, open_storage
 from hpc_lbsgd.errors import RequestError, RunError
@@ -125,7 +126,7 @@ def test_a_killed_pack_goes_on_where_it_was(source, tmp_path):
     assert whole
     if not (out / "manifest.arrow").exists():  # it may have been quick
         with pytest.raises(RequestError, match="no manifest.arrow"):
-            manifest.find(out)
+            find(out)
     m = packed(source, out)
     assert {p: p.stat().st_mtime_ns for p in whole} == whole
     assert not verify.verify(out, processes=1).findings and len(m) == 101

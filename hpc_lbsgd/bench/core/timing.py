@@ -12,7 +12,7 @@ import torch
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.core.pictures import noise
 from hpc_lbsgd.data import loader as loaders
-from hpc_lbsgd.data import manifest as manifests
+from hpc_lbsgd.data.find import find
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.targets import each_tensor, rows
@@ -62,7 +62,7 @@ def training_set(recipe: Recipe) -> Manifest | UserSet | None:
     if not data.train:
         return None
     try:
-        manifest = Manifest(manifests.find(data.train))
+        manifest = Manifest(find(data.train))
     except RequestError as problem:
         raise RequestError(f"data.train = {data.train}: {problem}") from None
     loaders.check_sizes(data, manifest, True)

@@ -17,7 +17,7 @@ import torch
 
 from hpc_lbsgd.bench.loader import ffcv
 from hpc_lbsgd.data import loader as loaders
-from hpc_lbsgd.data import manifest as manifests
+from hpc_lbsgd.data.find import find
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.order import Permutation
 from hpc_lbsgd.data.storage import Request
@@ -150,10 +150,11 @@ def contestants(
     """Ours on every set; the peers on those that are image files. `ffcv_folder`: where FFCV may keep its own files."""
     found = []
     for path in sets:
-        m = Manifest(manifests.find(path))
+        m = Manifest(find(path))
         m.check_files()
         loaders.check_sizes(data, m, True)
         kind = "raw pixels" if m.raw_channels else "tar" if m.shards else "files"
+        kind = f"remote {kind}" if m.remote else kind
         found.append(ours(f"ours, {kind} ({Path(path).name})", m, data, batch, "dali"))
         if torch.cuda.is_available():
             gpu = torch.device("cuda", 0)

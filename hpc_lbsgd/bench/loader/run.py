@@ -19,7 +19,7 @@ from hpc_lbsgd import progress
 from hpc_lbsgd.bench.core.spread import by_round
 from hpc_lbsgd.bench.core.turns import there_and_back
 from hpc_lbsgd.bench.loader.measure import Contestant, contestants, time_one
-from hpc_lbsgd.data import manifest as manifests
+from hpc_lbsgd.data.find import find
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.recipe import Data
 
@@ -55,7 +55,7 @@ def loader(
     with_ffcv: bool = False,
 ) -> dict:
     """All that `bench loader` reports. Ratios are medians of the rounds' own ratios."""
-    first = Manifest(manifests.find(sets[0]))
+    first = Manifest(find(sets[0]))
     grey = first.raw_channels == 1
     resized = not ((first.widths == first.widths[0]).all() and first.widths[0] == image_size == first.heights[0])
     data = Data(

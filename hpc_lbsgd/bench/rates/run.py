@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from statistics import median
 
 from hpc_lbsgd import progress
@@ -43,7 +42,7 @@ def rates(recipe: Recipe, rounds: int, steps: int) -> dict | None:
 
 def summary(recipe: Recipe, engine, device, steps: int, values: dict[str, list[float]]) -> dict:
     return {
-        "data": recipe.data.dataset or str(Path(recipe.data.train)),
+        "data": recipe.data.dataset or recipe.data.train.rstrip("/"),
         "engine": engine.name,
         "ranks": engine.size,
         "device": str(device),
