@@ -112,7 +112,7 @@ def test_ctrl_c_while_it_loads(module):
 
 @pytest.mark.parametrize(
     "words, near",
-    [("pln x", "plan"), ("plan x --nods 3", "--nodes"), ("bench loader --dat x --theads=2", "--threads"),
+    [("pln x", "plan"), ("plan x --nods 3", "--nodes"), ("bench loader x --theads=2", "--threads"),
      ("plan fashon-mnist", "fashion-mnist")],
 )  # fmt: skip
 def test_what_is_nearly_right_is_asked_about(words, near, capsys):
