@@ -40,7 +40,7 @@ class Loggers:
     are in the run folder anyway."""
 
     def __init__(self, loggers: Sequence[Logger]):
-        self.loggers, self.status, self._next = loggers, "failed", 0.0
+        self.loggers, self.status, self._next = loggers, None, 0.0
 
     def __call__(self, record: dict) -> None:
         step, kind = record.get("step"), record["kind"]
@@ -76,7 +76,7 @@ class Loggers:
                 print(f"hpc-lbsgd: {said}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self._each(lambda logger: logger.end(self.status))
+        self._each(lambda logger: logger.end(self.status or "failed"))
 
 
 class TensorBoard(Logger):

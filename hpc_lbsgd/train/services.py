@@ -205,7 +205,7 @@ def main(name: str, path: str) -> int:
     if said[0]:
         return 1
     loggers, ended = Loggers([service]), False
-    while not ended and not service.lost:
+    while not (ended or loggers.status or service.lost):  # a process that the rank has forked may hold its input open
         ended = bool(select.select([0], [], [], EVERY_S)[0]) or os.getppid() != parent
         for record in filter(untold, tail()):
             loggers(record)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 import time
 from pathlib import Path
 
@@ -15,14 +16,14 @@ from hpc_lbsgd.records import Metrics, RunFolder
 from hpc_lbsgd.train import services
 
 EXAMPLE = Path(__file__).parents[2] / "docs/examples"
-HANGS = """
+STANDIN = """
 import os, signal, time
 class Run:
     id = "abc"
     def log(self, values, step):
         with open(os.environ["PIDS"], "w") as file: file.write(str(os.getpid()))
         {log}
-    def finish(self, exit_code): time.sleep(1000)
+    def finish(self, exit_code): {finish}
 def init(**words):
     {init}
     return Run()
@@ -36,6 +37,10 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
     (tmp_path / "run").mkdir()
     return RunFolder(tmp_path / "run")
+
+
+def stand_in(folder, init="pass", log="pass", finish="pass"):
+    (folder.path.parent / "wandb.py").write_text(STANDIN.format(init=init, log=log, finish=finish))
 
 
 def wait_for(path):
@@ -54,7 +59,7 @@ def wait_for(path):
     ids=["hangs", "dies", "fails"],
 )
 def test_a_service_takes_nothing_from_the_run_that_it_keeps(folder, monkeypatch, capfd, log, said):
-    (folder.path.parent / "wandb.py").write_text(HANGS.format(init="pass", log=log))
+    stand_in(folder, log=log, finish="time.sleep(1000)")
     started = services.Services(["wandb"], folder, {})
     assert folder.read_loggers() == {"wandb": "abc"}
     monkeypatch.setattr(services, "END_S", 1.0)
@@ -80,11 +85,24 @@ def test_a_service_takes_nothing_from_the_run_that_it_keeps(folder, monkeypatch,
     ],
 )
 def test_a_service_that_does_not_begin_is_refused(folder, monkeypatch, init, said):
-    (folder.path.parent / "wandb.py").write_text(HANGS.format(init=init, log="pass"))
+    stand_in(folder, init=init)
     if "1 s" in said:
         monkeypatch.setattr(services, "START_S", 1.0)
     with pytest.raises(RequestError, match=said):
         services.Services(["wandb"], folder, {})
+
+
+def test_a_service_ends_with_the_run_though_a_process_that_was_forked_holds_its_input(folder, capfd):
+    stand_in(folder)
+    started = services.Services(["wandb"], folder, {})
+    holder = subprocess.Popen(["sleep", "1000"], pass_fds=[started.processes["wandb"].stdin.fileno()])
+    metrics = Metrics(folder, [started])
+    metrics.write("end", step=1, steps=1, status="done")
+    metrics.close()
+    started.close()
+    holder.kill()
+    holder.wait()
+    assert capfd.readouterr().err == ""
 
 
 # ---------------------------------------------------------------- the real ones
