@@ -197,7 +197,7 @@ def main(name: str, path: str) -> int:
     try:
         service = SERVICES[name](folder, recipe, known, untold.reached())
     except Exception as problem:  # whatever a package does where nobody has logged in, or no service answers
-        said: list = [f"{type(problem).__name__}: {problem}", None]
+        said: list = [f"{type(problem).__name__}: {' '.join(str(problem).split())}", None]
     else:
         said = [None, service.theirs]
     with suppress(BrokenPipeError), answers:

@@ -80,7 +80,7 @@ def test_a_service_takes_nothing_from_the_run_that_it_keeps(folder, monkeypatch,
     "init, said",
     [
         ("time.sleep(1000)", "train.loggers = wandb: no answer in 1 s"),
-        ("raise ConnectionError('nobody')", "train.loggers = wandb: ConnectionError: nobody"),
+        ("raise ConnectionError('nobody,\\n there')", "train.loggers = wandb: ConnectionError: nobody, there"),
         ("print('login?'); os._exit(3)", "train.loggers = wandb: its process has ended"),
     ],
 )
