@@ -44,10 +44,9 @@ def test_a_sweep_on_1_and_2_nodes_ends_in_one_report(lab, folder):
     tiny = {"model": {"name": "resnet8", "widths": [8, 8, 8]}, "batch": {"samples_per_worker": 2}}
     write_recipe(folder / "tiny.yaml", tiny | {"data": {"image_size": 8, "classes": 4}})
     site(folder, "my-site", ranks_per_node=1, python=str(stub))
-    found = re.search(r"(hpc-lbsgd submit .+) --rounds 5\n(?:.|\n)+(hpc-lbsgd report \S+)\n", PAGE.read_text())
-    asked, page = (line.replace("goyal-resnet50", "tiny").split()[1:] for line in found.groups())
-    asked = [{"tiny": "tiny.yaml", "nodes=1,2,4,8,16,32": "nodes=1,2,3"}.get(word, word) for word in asked]
-    result = lab.command(*asked, "--rounds", 1, "--steps", 2, cwd=folder)
+    asked, page = (line.split() for line in re.findall(r"hpc-lbsgd ((?:submit|report) .+)", PAGE.read_text()))
+    small = {"goyal-resnet50": "tiny.yaml", "nodes=1,2,4,8,16,32": "nodes=1,2,3", "5": "1"}
+    result = lab.command(*(small.get(word, word) for word in asked), "--steps", 2, cwd=folder)
     run, numbers = folder / page[1], submitted(result.stderr)
     states = [lab.wait(n, 200)["JobState"] for n in numbers]
     logs = "".join(log_of(lab, n) for n in numbers)
