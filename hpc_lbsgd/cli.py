@@ -51,6 +51,14 @@ class Parser(argparse.ArgumentParser):
             super().error(message)
         sys.exit(EXIT_REQUEST)
 
+    def parse_args(self, args=None, namespace=None):
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            (commands,) = (a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+            flags = [flag for a in completion.actions(commands.choices[found.command]) for flag in a.option_strings]
+            self.error(f"unrecognized arguments: {' '.join(rest)}{did_you_mean(rest[0].partition('=')[0], flags)}")
+        return found
+
     def _check_value(self, action, value):
         try:
             super()._check_value(action, value)

@@ -46,6 +46,8 @@ def recipe_content(name: str, settings: Iterable[str] = ()) -> dict[str, Any]:
     where = f"recipe {name}"
     if path.suffix in (".yaml", ".yml") or path.exists():
         content = yaml12.mapping_of(path, where)
+        if not content:
+            raise RequestError(f"{where}: empty; `hpc-lbsgd init DIR` writes a first one")
     elif name in shipped():
         content = yaml12.mapping((resources.files("hpc_lbsgd.recipes") / f"{name}.yaml").read_text("utf-8"), where)
     else:

@@ -142,7 +142,7 @@ class RunFolder:
         """Forget a first start that was refused before any step: the folder can be used again."""
         if self.metrics.exists() or self.checkpoints.exists():
             return  # it was no first start
-        for path in (self.recipe, self.classes):
+        for path in (self.recipe, self.classes, self.loggers):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.heartbeats, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: it was there before

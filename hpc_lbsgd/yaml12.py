@@ -120,11 +120,11 @@ def mapping(text: str, where: str) -> dict[str, Any]:
 def mapping_of(path: Path, where: str) -> dict[str, Any]:
     """The keys and values of a file."""
     if not path.is_file():
-        raise RequestError(f"{where}: no such file")
+        raise RequestError(f"{where}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
         return mapping(path.read_text(encoding="utf-8"), where)
     except UnicodeDecodeError:
-        raise RequestError(f"{where}: not UTF-8") from None
+        raise RequestError(f"{where}: no text (not UTF-8)") from None
     except OSError as problem:
         raise RequestError(f"{where}: cannot be read: {problem.strerror}") from None
 

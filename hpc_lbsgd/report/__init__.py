@@ -9,5 +9,5 @@ commands.py    their command lines
 figures.py     how benchmarks make their plots
 
 May be imported by: bench, reproduce, plan, cluster, cli.
-May import: train, amend, recipe, arguments, owner, schedulers, yaml12, records, theory, origin, errors.
+May import: train, amend, recipe, arguments, owner, schedulers, tail, yaml12, records, theory, origin, errors.
 """

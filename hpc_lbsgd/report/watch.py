@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from hpc_lbsgd import amend
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.owner import at_work
 from hpc_lbsgd.recipe import Decision
-from hpc_lbsgd.records import RunFolder, metrics_of, record_of, seconds_of, whole
+from hpc_lbsgd.records import RunFolder, metrics_of, seconds_of, whole
 from hpc_lbsgd.report.facts import NO_END
 from hpc_lbsgd.schedulers import known
 from hpc_lbsgd.schedulers.scheduler import HIDDEN
+from hpc_lbsgd.tail import Tail
 from hpc_lbsgd.train.display import duration
 
 RECENT = 50  # steps that speed and waits are averaged over
@@ -32,34 +30,6 @@ JOB_EVERY_S, JOB_TIMEOUT_S = 30.0, 10.0
 OWNER_EVERY_S = 10.0  # the batch system may have to be asked
 PLAIN_EVERY_S = 10.0  # a line, where there is no terminal
 RUNNING = "running"
-
-
-class Tail:
-    """The records of a growing file, each once; from the start again where a resume put another one in its place."""
-
-    def __init__(self, path: Path, again: Callable[[], None] = lambda: None):
-        """again: called before the records that come again."""
-        self.path, self.again = path, again
-        self.place, self.file = 0, None
-
-    def __call__(self) -> Iterator[dict]:
-        try:
-            with open(self.path, "rb") as file:
-                found = os.fstat(file.fileno())
-                if self.place and (found.st_ino != self.file or found.st_size < self.place):
-                    self.place = 0
-                    self.again()
-                self.file = found.st_ino
-                file.seek(self.place)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        return
-                    self.place += len(line)
-                    record = record_of(line)
-                    if record is not None:
-                        yield record
-        except FileNotFoundError:
-            return
 
 
 class Live:

@@ -8,6 +8,6 @@ preflight.py   is the promise kept by this model, data and machine; crosscheck.p
 checkpoint.py  state that is written whole or not at all
 
 May be imported by: report, bench, plan, cluster, trained, api, cli.
-May import: parallel, data, outline, amend, recipe, sections, runs, owner, schedulers, records, signals,
+May import: parallel, data, outline, amend, recipe, sections, runs, owner, schedulers, tail, records, signals,
 imports, theory, progress, origin, urls, errors.
 """

@@ -15,9 +15,10 @@ from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train.callbacks import Callbacks, View
 from hpc_lbsgd.train.display import Display
 from hpc_lbsgd.train.laps import Laps
-from hpc_lbsgd.train.loggers import open_all
+from hpc_lbsgd.train.loggers import Loggers, TensorBoard
 from hpc_lbsgd.train.parts import Parts
 from hpc_lbsgd.train.prepare import Prepared, software_facts
+from hpc_lbsgd.train.services import Services
 from hpc_lbsgd.train.step import Outcome
 
 
@@ -36,7 +37,8 @@ class Journal:
         plain = recipe.model_dump(mode="json")
         view = View(self.folder.path, plain, replica, ask)
         self.callbacks = Callbacks(recipe.train.callbacks, view)
-        self.listeners = [open_all(recipe.train.loggers, self.folder, plain), self.callbacks]
+        services = Services(recipe.train.loggers, self.folder, plain)
+        self.listeners = [Loggers([TensorBoard(self.folder.path / "tensorboard")]), self.callbacks, services]
 
     def asked(self) -> tuple[str | None, bool]:
         """(what went wrong in a callback, one has asked for the run to be done), on rank 0."""

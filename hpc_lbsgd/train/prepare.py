@@ -35,7 +35,7 @@ from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomic
 from hpc_lbsgd.schedulers import known
 from hpc_lbsgd.sections import OPTIMIZERS
 from hpc_lbsgd.theory.schedule import Schedule
-from hpc_lbsgd.train import checkpoint, compiling, loggers, losses, metrics, own_optim
+from hpc_lbsgd.train import checkpoint, compiling, losses, metrics, own_optim, services
 from hpc_lbsgd.urls import is_url
 
 SETTINGS = ("HOROVOD_", "NCCL_", "OMPI_MCA_", "OMP_")
@@ -150,7 +150,7 @@ def check_own(recipe: Recipe) -> None:
         raise RequestError(f"train.metrics = {recipe.train.metrics}: nothing to measure them on; set data.eval")
     for name in recipe.train.callbacks:
         load(name, "train.callbacks")
-    loggers.refuse_missing(recipe.train.loggers)
+    services.refuse_missing(recipe.train.loggers)
 
 
 def refuse_other_rates(recipe: Recipe, schedule: Schedule, folder: RunFolder, step: int) -> None:

@@ -68,7 +68,11 @@ class Trainer:
 
     def run(self) -> int:
         """From the start to the end; returns the process's exit code. Collective."""
-        self._prepare()
+        try:
+            self._prepare()
+        except RequestError:
+            self.watchdog.stop()
+            raise
         started = time.monotonic()
         try:
             stopped = self._train()
@@ -99,12 +103,8 @@ class Trainer:
         timeout_s = self.recipe.machine.stall_timeout_s
         self.watchdog = Watchdog(self.folder, self.engine.rank, self.engine.size, timeout_s, self._on_stall)
         begun = None if self.found.start_gone else agree(self.engine, self.folder.read_preflight)
-        try:
-            parts = build(self.recipe, self.schedule, self.train_set, self.eval_set, self.engine, self.device, begun)
-            parts.refuse()
-        except RequestError:
-            self.watchdog.stop()
-            raise
+        parts = build(self.recipe, self.schedule, self.train_set, self.eval_set, self.engine, self.device, begun)
+        parts.refuse()
         self.laps.end("build")
         self.replica, self.train_loader, self.eval_loader = parts.replica, parts.train_loader, parts.eval_loader
         if self.found.checkpoint:

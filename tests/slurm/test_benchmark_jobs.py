@@ -1,14 +1,16 @@
 """Benchmarks as jobs on a real Slurm of 32 nodes."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import write_recipe
-from lab import log_of, site, submit, submitted
+from lab import log_of, site, submitted
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "scaling-study.md"
 NODES = (1, 2, 4, 8, 16, 32)
 
 
@@ -34,17 +36,18 @@ def test_slurm_takes_the_templates_by_hand(lab, template, folder):
 
 
 def test_a_sweep_on_1_and_2_nodes_ends_in_one_report(lab, folder):
-    """A third size fails: it is named, and hides nothing of the others."""
+    """docs/scaling-study.md, as it is written, on a recipe and jobs that are small. A third size fails: it is named,
+    and hides nothing of the others."""
     stub = folder / "not-on-3"
     stub.write_text(f'#!/bin/sh\n[ "$SLURM_JOB_NUM_NODES" = 3 ] && exit 1\nexec {sys.executable} "$@"\n')
     stub.chmod(0o755)
-    run, tiny = (
-        folder / "sweep",
-        {"model": {"name": "resnet8", "widths": [8, 8, 8]}, "batch": {"samples_per_worker": 2}},
-    )
-    recipe = write_recipe(folder / "tiny.yaml", tiny | {"data": {"image_size": 8, "classes": 4}})
-    two = site(folder, "sweep", ranks_per_node=1, python=str(stub))
-    numbers = submit(lab, recipe, run, "--sweep", "nodes=1,2,3", "--rounds", 1, "--steps", 2, "--site", two)
+    tiny = {"model": {"name": "resnet8", "widths": [8, 8, 8]}, "batch": {"samples_per_worker": 2}}
+    write_recipe(folder / "tiny.yaml", tiny | {"data": {"image_size": 8, "classes": 4}})
+    site(folder, "my-site", ranks_per_node=1, python=str(stub))
+    asked, page = (line.split() for line in re.findall(r"hpc-lbsgd ((?:submit|report) .+)", PAGE.read_text()))
+    small = {"goyal-resnet50": "tiny.yaml", "nodes=1,2,4,8,16,32": "nodes=1,2,3", "5": "1"}
+    result = lab.command(*(small.get(word, word) for word in asked), "--steps", 2, cwd=folder)
+    run, numbers = folder / page[1], submitted(result.stderr)
     states = [lab.wait(n, 200)["JobState"] for n in numbers]
     logs = "".join(log_of(lab, n) for n in numbers)
     assert states == ["COMPLETED", "COMPLETED", "FAILED", "FAILED"], logs
@@ -57,8 +60,8 @@ def test_a_sweep_on_1_and_2_nodes_ends_in_one_report(lab, folder):
     assert result["rows"][1]["slowest_host"].startswith("node")
     assert "scaling: mode=weak ranks=2 nodes=2 images_per_s=" in log_of(lab, numbers[3])
     assert (run / "scaling.png").exists()
-    page = lab.command("report", run, cwd=folder).stdout.strip()
-    assert page == str(run / "report.html") and "no result on 3 ranks" in Path(page).read_text()
+    assert lab.command(*page, cwd=folder).stdout.strip() == f"{page[1]}/report.html"
+    assert "no result on 3 ranks" in (run / "report.html").read_text()
 
 
 def test_allreduce_on_2_nodes_by_srun(lab, folder):

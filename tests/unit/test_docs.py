@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpc_lbsgd import cli
+from hpc_lbsgd import cli, reading
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -57,6 +57,54 @@ def test_every_command_in_the_manual_is_one_that_there_is(capsys):
                 wrong.append(f"{page.relative_to(ROOT)}: {line}: {capsys.readouterr().err.splitlines()[-1]}")
             count += 1
     assert count > 120 and wrong == []
+
+
+SHORT = {"plan": [], "submit": ["--dry-run"], "reproduce": ["--list"], "simulate": []}  # what answers without the work
+ANY = {"SITE": "my-site.yaml", "S": "my-site.yaml"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where a person may be who reads a page: the site file of the page is there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_of_a_page_that_plan_say_what_they_would_do(page, folder, capsys):
+    """Those that want files of the reader's own are elsewhere: tests/e2e has the guides from end to end."""
+    site = {"partition": "gpu", "account": "proj123", "gpus_per_node": 4, "time_limit": "01:00:00"}
+    system = {"scheduler": page.stem} if page.stem in ("pbs", "lsf", "flux") else {}
+    (folder / "my-site.yaml").write_text(yaml.safe_dump(site | system))
+    (folder / "data/fashion-mnist/train").mkdir(parents=True)
+    wrong = []
+    for line in commands_of(page):
+        recipe = "goyal-resnet50" if "--sweep" in line else "fashion-mnist"  # a batch that all sizes can share
+        words = [(ANY | {"RECIPE": recipe}).get(word, word) for word in shlex.split(line)[1:]]
+        short = next((more for name, more in SHORT.items() if name in words[:2]), None)
+        own = [word for word in words if word.endswith((".yaml", ".json")) and word != "my-site.yaml"]
+        if short is None or own or {"RUN", "runs/mine", "--resume"} & set(words):
+            continue
+        words = [word for word in words if word != "--test-only"]
+        words += [word for word in short if word not in words]
+        try:
+            code = cli.main(words)
+        except SystemExit as end:
+            code = end.code
+        if code != 0:
+            wrong.append(f"{line}: {capsys.readouterr().err}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_keys_that_a_page_sets_are_keys_of_a_recipe(page):
+    from hpc_lbsgd import recipe
+
+    for line in commands_of(page):
+        words = shlex.split(line.replace("$r", "1"))[1:]
+        settings = [value for flag, value in zip(words, words[1:], strict=False) if flag == "--set"]
+        name = next((word for word in words if word in reading.shipped()), "fashion-mnist")
+        recipe.read(name, [text for text in settings if not text.endswith(("=", ".yaml", ".pth"))])
 
 
 def test_the_recipe_in_the_readme_is_valid():

@@ -18,7 +18,7 @@ from hpc_lbsgd.records import RunFolder, metrics_of
 from hpc_lbsgd.report import curves, watch
 from hpc_lbsgd.report.facts import facts
 from hpc_lbsgd.theory.schedule import Point
-from hpc_lbsgd.train import callbacks, loggers, metrics, own_optim
+from hpc_lbsgd.train import callbacks, metrics, own_optim, services
 from hpc_lbsgd.train.prepare import refuse_other_rates
 
 HERE = Path(__file__).parent
@@ -238,7 +238,7 @@ import json, os
 class Run:
     def __init__(self, words): self.words, self.id = words, words["id"] or "abc"; say("init", words)
     def log(self, values, step): say("log", [values, step])
-    def finish(self): say("finish", None)
+    def finish(self, exit_code): say("finish", exit_code)
 def say(*what):
     with open(os.environ["SAID"], "a") as f: f.write(json.dumps(what) + "\\n")
 def init(**words): return Run(words)
@@ -249,7 +249,7 @@ class Run: info = Info
 def start_run(**words): return Run
 def log_params(params): assert len(params) <= 100
 def log_metrics(values, step): raise ConnectionError("no server")
-def end_run(): pass
+def end_run(status): pass
 def set_tag(name, text): raise ConnectionError("no server")
 """
 
@@ -259,8 +259,8 @@ def test_a_logger_without_its_package_is_refused_with_what_to_install(tmp_path, 
     (tmp_path / "nowhere").mkdir()  # a folder of the name is no package
     for name in ("nowhere", "nowhere_at_all"):
         with pytest.raises(RequestError, match=f"train.loggers = {name}: not installed .pip install {name}."):
-            loggers.refuse_missing([name])
-    loggers.refuse_missing(["tensorboard"])
+            services.refuse_missing([name])
+    services.refuse_missing(["tensorboard"])
 
 
 def test_a_run_with_all_of_it_ends_early_as_done_and_services_get_what_tensorboard_gets(tmp_path):
@@ -291,7 +291,7 @@ def test_a_run_with_all_of_it_ends_early_as_done_and_services_get_what_tensorboa
     assert [line.get_label() for line in curves.own([facts(run)], "black").axis.lines] == ["margin", "worst_class"]
     lines = [json.loads(line) for line in said.read_text().splitlines()]
     assert lines[0][0] == "init" and lines[0][1]["config"]["optim"]["name"] == "own_code:Lion"
-    assert lines[-1] == ["finish", None]
+    assert lines[-1] == ["finish", 0]
     logged = [(name, torch.tensor(value).item(), step) for kind, (values, step) in (x for x in lines if x[0] == "log")
               for name, value in values.items() if isinstance(value, float)]  # fmt: skip
     assert sorted(logged) == sorted(scalars_of(run / "tensorboard"))

@@ -41,7 +41,6 @@ bench loader B
 bench simulate --from B
 bench simulate --calibrate B --against B
 """
-RUNS = ("submit B", "train", "preflight", "launch", "bench rates", "bench scaling B")
 BAD = ("image.png", "unreadable", "folder", "empty", "binary", "two\nlines", "nowhere", "x" * 300)
 
 
@@ -63,8 +62,6 @@ def test_no_traceback(bad, folder, monkeypatch, capfd):
     wrong = {}
     for line in COMMANDS.strip().splitlines():
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
-        if bad == "empty" and line.startswith(RUNS):  # a recipe of defaults: ranks would start
-            continue
         words = [bad if word == "B" else word for word in line.split(" ")]
         try:
             code = cli.main(words)
@@ -111,3 +108,16 @@ def test_ctrl_c_while_it_loads(module):
     result = subprocess.run(line, capture_output=True, text=True, timeout=60)
     ended = (-signal.SIGINT, "") if "cli" in module or "commands" in module else (130, "hpc-lbsgd: ended by Ctrl-C\n")
     assert (result.returncode, result.stderr) == ended and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "words, near",
+    [("pln x", "plan"), ("plan x --nods 3", "--nodes"), ("bench loader x --theads=2", "--threads"),
+     ("plan fashon-mnist", "fashion-mnist")],
+)  # fmt: skip
+def test_what_is_nearly_right_is_asked_about(words, near, capsys):
+    try:
+        code = cli.main(words.split())
+    except SystemExit as end:
+        code = end.code
+    assert code == EXIT_REQUEST and capsys.readouterr().err.endswith(f"; did you mean {near}?\n")

@@ -20,7 +20,8 @@ from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.report import compare as comparing
 from hpc_lbsgd.report import curves, page
 from hpc_lbsgd.report import facts as reading
-from hpc_lbsgd.report.watch import Live, Tail, lines, sparkline
+from hpc_lbsgd.report.watch import Live, lines, sparkline
+from hpc_lbsgd.tail import Tail
 
 N, KN = 203, 128
 

@@ -83,11 +83,11 @@ def test_laughs_do_not_multiply():
 
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
-    with pytest.raises(RequestError, match="here: not UTF-8"):
+    with pytest.raises(RequestError, match="here: no text .not UTF-8."):
         yaml12.mapping_of(tmp_path / "latin.yaml", "here")
     with pytest.raises(RequestError, match="here: no such file"):
         yaml12.mapping_of(tmp_path / "none.yaml", "here")
-    with pytest.raises(RequestError, match="here: no such file"):
+    with pytest.raises(RequestError, match="here: a folder, not a file"):
         yaml12.mapping_of(tmp_path, "here")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(RequestError, match="here: expected keys and values, found list"):
