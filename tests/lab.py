@@ -136,7 +136,7 @@ def why_not() -> str | None:
 class Lab:
     """`root`: its own folder. shared: folders that all nodes see under the same path."""
 
-    size, node = NODES, NODE
+    size, node, prefix = NODES, NODE, "node"
     node_before = ""  # what its shell does before a node's daemon is started
 
     def __init__(self, root: Path, shared: list[Path]):
@@ -147,7 +147,7 @@ class Lab:
         (root / "key").chmod(0o700)
         (root / "key" / "munge.key").write_bytes(os.urandom(128))
         (root / "key" / "munge.key").chmod(0o600)
-        self.nodes = [f"node{i:02d}" for i in range(1, self.size + 1)]
+        self.nodes = [f"{self.prefix}{i:02d}" for i in range(1, self.size + 1)]
         (root / "nodes").write_text("\n".join(self.nodes) + "\n")
         for name in self.nodes:
             (root / "spool" / name).mkdir()
@@ -155,8 +155,8 @@ class Lab:
         self.make_devices()
         (root / "hosts").write_text("127.0.0.1 localhost " + " ".join(self.nodes) + "\n")
         hidden = [str(p) for p in dict.fromkeys(shared) if p.is_relative_to("/tmp")]
-        scripts = {"lab": LAB_SH, "node": NODE_SH, "init": INIT_SH, "before": self.before(), "node-before": self.node_before}
-        for name, text in scripts.items():
+        scripts = (("lab", LAB_SH), ("node", NODE_SH), ("init", INIT_SH), ("before", self.before()))
+        for name, text in (*scripts, ("node-before", self.node_before)):
             (root / f"{name}.sh").write_text(text)
         self.shared = hidden
         self.env = {
@@ -181,7 +181,7 @@ class Lab:
         return SLURM_CONF.format(root=self.root, nodes="\n".join(lines))
 
     def make_devices(self) -> None:
-        names = f"{self.nodes[0][:-2]}[01-{self.size:02d}]"
+        names = f"{self.prefix}[01-{self.size:02d}]"
         (self.root / "gres.conf").write_text(f"NodeName={names} Name=gpu File={self.root}/dev/nvidia[0-7]\n")
         for i in range(8):
             os.mknod(self.root / "dev" / f"nvidia{i}", 0o666 | 0o020000, os.makedev(1, 3))  # /dev/null's twin
@@ -273,7 +273,7 @@ class Lab:
         if self.holder.poll() is None:
             self.holder.kill()  # --kill-child
             self.holder.wait(timeout=30)
-        if "KEEP" not in os.environ: shutil.rmtree(self.root.parent, ignore_errors=True)
+        shutil.rmtree(self.root.parent, ignore_errors=True)
 
 
 def start(folder: Path, kind: type[Lab] = Lab) -> Lab:
@@ -283,7 +283,7 @@ def start(folder: Path, kind: type[Lab] = Lab) -> Lab:
     try:
         return kind(root / "lab", [root, folder, ROOT, Path(sys.prefix).resolve()])
     except BaseException:
-        if "KEEP" not in os.environ: shutil.rmtree(root, ignore_errors=True)
+        shutil.rmtree(root, ignore_errors=True)
         raise
 
 
@@ -294,7 +294,9 @@ def submitted(text: str) -> list[int]:
 
 def site(folder, name="site", **keys):
     path = folder / f"{name}.yaml"
-    path.write_text(json.dumps({"partition": "gpu", "time_limit": "00:10:00", "warn_s": 60, **keys}))
+    path.write_text(
+        json.dumps({"partition": "gpu", "time_limit": "00:10:00", "warn_s": 60, "gpus_per_node": 0, **keys})
+    )
     return path
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-from lab import SLURM_CONF, Lab
+from lab import Lab
 from lab import why_not as why_no_lab
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -107,6 +106,7 @@ def why_not() -> str | None:
 
 class StrictLab(Lab):
     size, node = 2, NODE
+    prefix = f"strict{os.getpid()}n"  # its cgroups are by these names, and another lab may be at work
     node_before = "mount -o remount,hidepid=invisible /proc\n"
 
     def conf(self) -> str:
@@ -127,10 +127,14 @@ class StrictLab(Lab):
             shutil.chown(self.root / name, "slurm", "slurm")
         text = super().conf().replace(f"{self.root}/run/slurmctld.pid", f"{self.root}/ctld/slurmctld.pid")
         lines = [line for line in text.splitlines() if line.split("=")[0] not in SETTINGS and "urgent" not in line]
-        return "\n".join([*lines[:3], *(f"{k}={v.format(root=self.root)}" for k, v in SETTINGS.items()), *lines[3:], ""])
+        return "\n".join(
+            [*lines[:3], *(f"{k}={v.format(root=self.root)}" for k, v in SETTINGS.items()), *lines[3:], ""]
+        )
 
     def make_devices(self) -> None:
-        (self.root / "gres.conf").write_text(f"NodeName=node[01-02] Name=gpu File={self.root}/dev/nvidia[0-1]\n")
+        (self.root / "gres.conf").write_text(
+            f"NodeName={self.prefix}[01-02] Name=gpu File={self.root}/dev/nvidia[0-1]\n"
+        )
         for i in range(GPUS):
             os.mknod(self.root / "dev" / f"nvidia{i}", 0o020000, os.makedev(MAJOR, i))
             (self.root / "dev" / f"nvidia{i}").chmod(0o666)
@@ -158,7 +162,7 @@ class StrictLab(Lab):
         own = {"HOME": str(self.home(user)), "USER": user, "OMPI_ALLOW_RUN_AS_ROOT": "",
                "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "", **(env or {})}  # fmt: skip
         shell = ["bash", "-c", 'umask 077; unset ${!OMPI_@}; cd "$1"; shift; exec "$@"', "-", cwd or self.home(user)]
-        return self.call(*who, *shell, *words, env=own, **more)
+        return self.call(*who, *shell, *words, cwd="/", env=own, **more)
 
     def stop(self) -> None:
         super().stop()

@@ -179,8 +179,8 @@ def one_rank(read: Path | None) -> None:
     """Collective over all ranks of the job."""
     import torch
 
+    from hpc_lbsgd.parallel import engine as engines
     from hpc_lbsgd.parallel import world as worlds
-    from hpc_lbsgd.parallel.torch_engine import TorchEngine
     from hpc_lbsgd.sections import Machine
 
     world = worlds.from_environment()
@@ -188,10 +188,10 @@ def one_rank(read: Path | None) -> None:
     device = torch.device("cuda", world.local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(worlds.cores_per_rank(world.local_size))
     begun = time.monotonic()
-    engine = TorchEngine(Machine(), "off", device)
+    engine = engines.create(Machine(engine="torch"), "off", device)
+    if not gpu:
+        torch.set_num_threads(engine.cores)
     host = known.host() or socket.gethostname()
     hosts = engine.gather(host)
     mine = computing(device)

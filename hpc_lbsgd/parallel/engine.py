@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.sections import Machine
 
 
@@ -20,6 +21,7 @@ class Engine(Protocol):
     size: int
     local_rank: int
     local_size: int
+    cores: int  # of this rank alone, as measured by `create`: its threads are as many
     sums_gradients: bool  # the model that `wrap` returns sums its gradients over ranks in backward
     named_sums: bool  # sums are matched by name; else by their order, which must be one on all ranks
 
@@ -51,6 +53,12 @@ class Engine(Protocol):
 
 def create(machine: Machine, determinism: str, device: torch.device) -> Engine:
     """The engine that a recipe's `machine.engine` names. Collective: ranks meet here; Horovod starts MPI."""
+    engine = _start(machine, determinism, device)
+    engine.cores = max(1, int(worlds.shares(engine.gather(worlds.place()))[engine.rank]))
+    return engine
+
+
+def _start(machine: Machine, determinism: str, device: torch.device) -> Engine:
     if machine.engine == "torch":
         from hpc_lbsgd.parallel.torch_engine import TorchEngine
 

@@ -1,0 +1,153 @@
+"""Jobs of users who are not root, on a Slurm as a site runs it (tests/strict_lab.py): cores and devices are given by
+cgroups, jobs are preempted by quality of service, and end with their time."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+import strict_lab
+from conftest import changed, records, write_recipe
+from lab import site, start, submitted
+from test_stops import wait_for
+
+from hpc_lbsgd.records import read_metrics
+
+# takes its time in a job, so that the job can be hurt on the way; it hurries when a file called `fast` is there
+MODEL = """\
+import os, time
+from torch import nn
+
+class Pause(nn.Module):
+    def forward(self, x):
+        if "SLURM_JOB_ID" in os.environ and not os.path.exists("fast"):
+            time.sleep(0.2)
+        return x
+
+def model(channels, classes):
+    return nn.Sequential(Pause(), nn.Flatten(), nn.Linear(64 * channels, classes))
+"""
+STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def site_lab(tmp_path_factory):
+    reason = strict_lab.why_not()
+    if reason:
+        pytest.skip(reason)
+    running = start(tmp_path_factory.mktemp("strict"), strict_lab.StrictLab)
+    try:
+        reached = running.as_user("ada", sys.executable, "-c", "import hpc_lbsgd, torch", check=False)
+        if reached.returncode:
+            pytest.skip(f"another user cannot use this Python or this checkout: {reached.stderr[-300:]}")
+        yield running
+    finally:
+        running.stop()
+
+
+class User:
+    """One who is not root, his folder and his jobs."""
+
+    def __init__(self, lab, name):
+        self.lab, self.name, self.home = lab, name, lab.home(name)
+
+    def own(self, path):
+        uid = strict_lab.USERS[self.name]
+        subprocess.run(["chown", "-R", f"{uid}:{uid}", path], check=True)
+        return path
+
+    def call(self, *words, **more):
+        return self.lab.as_user(self.name, *words, **more)
+
+    def command(self, *words, **more):
+        return self.call(sys.executable, "-m", "hpc_lbsgd.cli", *words, **more)
+
+    def submit(self, recipe, run, **keys):
+        """Its number. keys: of its site."""
+        nodes = keys.pop("nodes", 1)
+        path = self.own(site(self.home, f"{run}-site", ranks_per_node=1, **keys))
+        said = self.command("submit", recipe, "--run", self.home / run, "--nodes", nodes, "--site", path).stderr
+        (number,) = submitted(said)
+        return number
+
+    def sbatch(self, *words):
+        (number,) = submitted(self.call("sbatch", *words).stdout)
+        return number
+
+
+@pytest.fixture(scope="module")
+def ada(site_lab, small_data):
+    user = User(site_lab, "ada")
+    shutil.copytree(small_data / "train", user.home / "train")
+    (user.home / "slow.py").write_text(MODEL)
+    user.own(user.home)
+    user.command("data", "pack", "train", "packed")
+    return user
+
+
+@pytest.fixture(scope="module")
+def recipe(ada, small_recipe):
+    return changed(small_recipe, determinism="any-ranks", data__train="packed", data__eval=None, checkpoint__steps=5,
+                   train__epochs=STEPS, train__max_steps=STEPS, model={"name": "slow:model"}, batch__workers=4,
+                   batch__bn_group=None, machine__stage_dir="/tmp/stage-$USER")  # fmt: skip
+
+
+class Job:
+    """One of ada's, and its run."""
+
+    def __init__(self, user, name, content, **keys):
+        self.lab, self.run = user.lab, user.home / name
+        path = user.own(write_recipe(user.home / f"{name}.yaml", content))
+        self.number = user.submit(path, name, **keys)
+
+    def facts(self):
+        return self.lab.job(self.number)
+
+    def log(self):
+        path = self.facts()["StdOut"]
+        return open(path).read() if os.path.exists(path) else "(no log)"
+
+    def steps_of_start(self, count):
+        """Wait until start number `count` has done some steps."""
+        metrics = self.run / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and len(records(self.run, "start")) >= count, say=self.log)
+        first = records(self.run, "start")[-1]["step"]
+        wait_for(lambda: any(r["step"] >= first + 3 for r in records(self.run, "step")), say=self.log)
+
+    def stopped(self):
+        """Wait until it has stopped at a safe point, and is in the queue."""
+        wait_for(lambda: "stopped at a safe point; queued again" in self.log(), say=self.log)
+
+
+def test_what_ends_a_users_jobs_they_end_as_if_nothing_had_been(site_lab, ada, recipe):
+    """Three at once: one is preempted and queued again by Slurm, one is preempted to be cancelled, and one comes to the
+    end of its time."""
+    (ada.home / "fast").unlink(missing_ok=True)
+    horovod, torch = (changed(recipe, machine__engine=name) for name in ("horovod", "torch"))
+    spare = Job(ada, "spare", horovod, nodes=2, qos="spare")
+    short = Job(ada, "short", torch, srun_mpi="none", time_limit="00:01:00", warn_s=15)
+    cheap = Job(ada, "cheap", horovod, qos="cheap", launcher="mpirun")
+    whole = ada.own(write_recipe(ada.home / "whole.yaml", torch))
+    ada.command("train", whole, "--run", "whole")
+    for job in (spare, cheap):
+        job.steps_of_start(1)
+    (ada.home / "urgent.sh").write_text("#!/bin/sh\nsleep 1\n")
+    ada.sbatch("--qos=urgent", "-N1", "-n2", "-w", site_lab.nodes[1], "-o", "/dev/null", "urgent.sh")
+    for job in (spare, cheap, short):
+        job.stopped()
+    for job in (spare, cheap, short):
+        job.steps_of_start(2)
+    (ada.home / "fast").touch()
+    expected = records(ada.home / "whole", "end")[-1]["weights_sha256"]
+    for job in (spare, cheap, short):
+        assert site_lab.wait(job.number)["JobState"] == "COMPLETED", job.log()
+        assert [r["step"] for r in records(job.run, "step")] == list(range(STEPS)), job.log()
+        assert {r["kind"] for r in read_metrics(job.run / "metrics.lost.jsonl")} == {"end"}, job.log()  # all were safe
+        assert records(job.run, "end")[-1]["weights_sha256"] == expected
+        assert not (job.run / "owner.json").exists()
+        for path in (job.run, *job.run.rglob("*")):
+            there = path.lstat()
+            assert there.st_uid == strict_lab.USERS["ada"] and not stat.S_IMODE(there.st_mode) & 0o077, path
+    assert [r["ranks"] for r in records(spare.run, "start")] == [2, 2]
