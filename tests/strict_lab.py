@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -156,13 +157,14 @@ class StrictLab(Lab):
     def home(self, user: str) -> Path:
         return self.root / "home" / user
 
-    def as_user(self, user: str, *words, cwd: Path | None = None, env: dict | None = None, **more):
-        """Run a command as a user on the login node would: nothing that he makes is others' to read."""
+    def words_of(self, user: str, *words, cwd: Path | None = None) -> list:
+        """Words that run a command as a user on the login node would: nothing that he makes is others' to read."""
         who = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
-        own = {"HOME": str(self.home(user)), "USER": user, "OMPI_ALLOW_RUN_AS_ROOT": "",
-               "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "", **(env or {})}  # fmt: skip
-        shell = ["bash", "-c", 'umask 077; unset ${!OMPI_@}; cd "$1"; shift; exec "$@"', "-", cwd or self.home(user)]
-        return self.call(*who, *shell, *words, cwd="/", env=own, **more)
+        shell = 'umask 077; export HOME=$1 USER=$2; unset ${!OMPI_@}; cd "$3"; shift 3; exec "$@"'
+        return [*who, "bash", "-c", shell, "-", self.home(user), user, cwd or self.home(user), *words]
+
+    def as_user(self, user: str, *words, cwd: Path | None = None, **more) -> subprocess.CompletedProcess:
+        return self.call(*self.words_of(user, *words, cwd=cwd), cwd="/", **more)
 
     def stop(self) -> None:
         super().stop()
@@ -176,6 +178,7 @@ class StrictLab(Lab):
 
 
 USERS_SH = """\
+mount -o remount,hidepid=invisible /proc
 mount --bind "$root/passwd" /etc/passwd
 mount --bind "$root/group" /etc/group
 """

@@ -29,7 +29,7 @@ class Pause(nn.Module):
 def model(channels, classes):
     return nn.Sequential(Pause(), nn.Flatten(), nn.Linear(64 * channels, classes))
 """
-STEPS = 300
+STEPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def ada(site_lab, small_data):
 
 @pytest.fixture(scope="module")
 def recipe(ada, small_recipe):
-    return changed(small_recipe, determinism="any-ranks", data__train="packed", data__eval=None, checkpoint__steps=5,
+    return changed(small_recipe, determinism="any-ranks", data__train="packed", data__eval=None, checkpoint__steps=20,
                    train__epochs=STEPS, train__max_steps=STEPS, model={"name": "slow:model"}, batch__workers=4,
                    batch__bn_group=None, machine__stage_dir="/tmp/stage-$USER")  # fmt: skip
 
@@ -146,8 +146,62 @@ def test_what_ends_a_users_jobs_they_end_as_if_nothing_had_been(site_lab, ada, r
         assert [r["step"] for r in records(job.run, "step")] == list(range(STEPS)), job.log()
         assert {r["kind"] for r in read_metrics(job.run / "metrics.lost.jsonl")} == {"end"}, job.log()  # all were safe
         assert records(job.run, "end")[-1]["weights_sha256"] == expected
-        assert not (job.run / "owner.json").exists()
+        assert not (job.run / "owner.json").exists() and "killed or crashed" not in job.log(), job.log()
         for path in (job.run, *job.run.rglob("*")):
             there = path.lstat()
             assert there.st_uid == strict_lab.USERS["ada"] and not stat.S_IMODE(there.st_mode) & 0o077, path
     assert [r["ranks"] for r in records(spare.run, "start")] == [2, 2]
+
+
+PROBE = """\
+import os, torch
+from hpc_lbsgd import recipe
+from hpc_lbsgd.train import job
+
+_, engine = job.meet(recipe.read("fashion-mnist", ["machine.engine=torch"]))
+print("cores", engine.cores, "threads", torch.get_num_threads(), "of", os.cpu_count(), flush=True)
+engine.close()
+"""
+
+
+def test_a_rank_has_the_cores_and_the_devices_that_its_job_was_given(site_lab, ada, recipe):
+    """A GPU that was given and is not there is the end of the job: in its place the CPU would train for days."""
+    (ada.home / "probe.py").write_text(PROBE)
+    python = f"{sys.executable} -m hpc_lbsgd.cli"
+    steps = [f"srun --mpi=none --cpus-per-task=1 {sys.executable} probe.py",
+             f"srun --mpi=none --cpus-per-task=2 --ntasks=1 {sys.executable} probe.py",
+             f"mpirun -np 1 {python} doctor --mpi --json >doctor.json"]  # fmt: skip
+    (ada.home / "cores.sh").write_text("\n".join(["#!/bin/sh", *steps]))
+    job = Job(ada, "gpu", changed(recipe, machine__engine="torch"), gpus_per_node=1, srun_mpi="none")
+    cores = ada.sbatch("-N1", "-n2", "-w", site_lab.nodes[1], "-o", "cores.log", "cores.sh")
+    facts = site_lab.wait(job.number)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0"), job.log()
+    assert "a GPU was given to the job (CUDA_VISIBLE_DEVICES=0), but this node has no NVIDIA driver" in job.log()
+    assert "failed with 2, not queued again" in job.log()
+    site_lab.wait(cores)
+    print((ada.home / "cores.log").read_text(), (ada.home / "doctor.json").read_text())
+
+
+TAKE = "import sys; from hpc_lbsgd.owner import take; take('run'); print('has it', flush=True); sys.stdin.read()"
+
+
+def test_another_user_does_not_take_what_is_hidden_from_him(site_lab, ada):
+    """In a project's folder: /proc shows him none of our processes, and Slurm none of our jobs."""
+    project = site_lab.root / "project"
+    project.mkdir()
+    (project / "run").mkdir()
+    for folder in (project, project / "run"):
+        folder.chmod(0o777)
+
+    def take(user):
+        words = site_lab.words_of(user, sys.executable, "-c", TAKE, cwd=project)
+        return subprocess.Popen([*site_lab.inside(), *map(str, words)], env=site_lab.env, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+    with take("ada") as ours:
+        assert ours.stdout.readline() == "has it\n"
+        (project / "run" / "owner.json").chmod(0o644)
+        with take("eve") as other:
+            said = "".join(other.communicate())
+        assert "in use by process" in said and "has it" not in said, said
+        ours.communicate("")
