@@ -59,13 +59,15 @@ NODE = (
 )
 # Who may preempt whom, and how long a job has then. By an administrator, as here
 QOS_SH = """\
-sacctmgr -i add cluster lab
-sacctmgr -i add account physics
-sacctmgr -i add qos urgent priority=1000
-sacctmgr -i add qos spare gracetime=60 preemptmode=requeue
-sacctmgr -i add qos cheap gracetime=60 preemptmode=cancel
-sacctmgr -i modify qos urgent set preempt=spare,cheap
-sacctmgr -i add user ada,eve account=physics qos=normal,urgent,spare,cheap defaultqos=normal
+sacctmgr -i <<.
+add cluster lab
+add account physics
+add qos urgent priority=1000
+add qos spare gracetime=60 preemptmode=requeue
+add qos cheap gracetime=60 preemptmode=cancel
+modify qos urgent set preempt=spare,cheap
+add user ada,eve account=physics qos=normal,urgent,spare,cheap defaultqos=normal
+.
 """
 DATABASE_SH = """\
 mkdir "$root/db"

@@ -179,8 +179,9 @@ def one_rank(read: Path | None) -> None:
     """Collective over all ranks of the job."""
     import torch
 
-    from hpc_lbsgd.parallel import engine as engines
     from hpc_lbsgd.parallel import world as worlds
+    from hpc_lbsgd.parallel.engine import own_cores
+    from hpc_lbsgd.parallel.torch_engine import TorchEngine
     from hpc_lbsgd.sections import Machine
 
     world = worlds.from_environment()
@@ -189,9 +190,9 @@ def one_rank(read: Path | None) -> None:
     if gpu:
         torch.cuda.set_device(device)
     begun = time.monotonic()
-    engine = engines.create(Machine(engine="torch"), "off", device)
+    engine = TorchEngine(Machine(), "off", device)
     if not gpu:
-        torch.set_num_threads(engine.cores)
+        torch.set_num_threads(own_cores(engine))
     host = known.host() or socket.gethostname()
     hosts = engine.gather(host)
     mine = computing(device)

@@ -53,22 +53,25 @@ class Engine(Protocol):
 
 def create(machine: Machine, determinism: str, device: torch.device) -> Engine:
     """The engine that a recipe's `machine.engine` names. Collective: ranks meet here; Horovod starts MPI."""
-    engine = _start(machine, determinism, device)
-    engine.cores = max(1, int(worlds.shares(engine.gather(worlds.place()))[engine.rank]))
-    return engine
-
-
-def _start(machine: Machine, determinism: str, device: torch.device) -> Engine:
+    engine: Engine
     if machine.engine == "torch":
         from hpc_lbsgd.parallel.torch_engine import TorchEngine
 
-        return TorchEngine(machine, determinism, device)
-    if machine.engine == "ddp":
+        engine = TorchEngine(machine, determinism, device)
+    elif machine.engine == "ddp":
         from hpc_lbsgd.parallel.ddp_engine import DdpEngine
 
-        return DdpEngine(machine, determinism, device)
-    if machine.engine == "horovod":
+        engine = DdpEngine(machine, determinism, device)
+    elif machine.engine == "horovod":
         from hpc_lbsgd.parallel.horovod_engine import HorovodEngine
 
-        return HorovodEngine(machine, determinism, device)
-    raise AssertionError(f"no engine is called {machine.engine}")  # a word of the schema without one
+        engine = HorovodEngine(machine, determinism, device)
+    else:
+        raise AssertionError(f"no engine is called {machine.engine}")  # a word of the schema without one
+    engine.cores = own_cores(engine)
+    return engine
+
+
+def own_cores(engine: Engine) -> int:
+    """Cores that this rank has to itself; one at least. Collective."""
+    return max(1, int(worlds.shares(engine.gather(worlds.place()))[engine.rank]))

@@ -15,14 +15,14 @@ from test_stops import wait_for
 
 from hpc_lbsgd.records import read_metrics
 
-# takes its time in a job, so that the job can be hurt on the way; it hurries when a file called `fast` is there
+# takes its time in a job, so that the job can be hurt on the way; it hurries when `fast-JOB` is there
 MODEL = """\
 import os, time
 from torch import nn
 
 class Pause(nn.Module):
     def forward(self, x):
-        if "SLURM_JOB_ID" in os.environ and not os.path.exists("fast"):
+        if "SLURM_JOB_ID" in os.environ and not os.path.exists("fast-" + os.environ["SLURM_JOB_NAME"]):
             time.sleep(0.2)
         return x
 
@@ -39,7 +39,7 @@ def site_lab(tmp_path_factory):
         pytest.skip(reason)
     running = start(tmp_path_factory.mktemp("strict"), strict_lab.StrictLab)
     try:
-        reached = running.as_user("ada", sys.executable, "-c", "import hpc_lbsgd, torch", check=False)
+        reached = running.as_user("ada", sys.executable, "-c", "import hpc_lbsgd", check=False)
         if reached.returncode:
             pytest.skip(f"another user cannot use this Python or this checkout: {reached.stderr[-300:]}")
         yield running
@@ -91,7 +91,7 @@ def ada(site_lab, small_data):
 def recipe(ada, small_recipe):
     return changed(small_recipe, determinism="any-ranks", data__train="packed", data__eval=None, checkpoint__steps=20,
                    train__epochs=STEPS, train__max_steps=STEPS, model={"name": "slow:model"}, batch__workers=4,
-                   batch__bn_group=None, machine__stage_dir="/tmp/stage-$USER")  # fmt: skip
+                   batch__bn_group=None, train__preflight=False, machine__stage_dir="/tmp/stage-$USER")  # fmt: skip
 
 
 class Job:
@@ -121,36 +121,46 @@ class Job:
         wait_for(lambda: "stopped at a safe point; queued again" in self.log(), say=self.log)
 
 
-def test_what_ends_a_users_jobs_they_end_as_if_nothing_had_been(site_lab, ada, recipe):
-    """Three at once: one is preempted and queued again by Slurm, one is preempted to be cancelled, and one comes to the
-    end of its time."""
-    (ada.home / "fast").unlink(missing_ok=True)
-    horovod, torch = (changed(recipe, machine__engine=name) for name in ("horovod", "torch"))
+@pytest.fixture(scope="module")
+def short(ada, recipe):
+    """A job with a minute's time, at work while the other tests are."""
+    torch = changed(recipe, machine__engine="torch")
+    return Job(ada, "short", torch, srun_mpi="none", time_limit="00:01:00", warn_s=15)
+
+
+def ends_as_if_nothing_had_been(job):
+    (job.run.parent / f"fast-{job.run.name}").touch()
+    assert job.lab.wait(job.number)["JobState"] == "COMPLETED", job.log()
+    assert [r["step"] for r in records(job.run, "step")] == list(range(STEPS)), job.log()
+    assert {r["kind"] for r in read_metrics(job.run / "metrics.lost.jsonl")} == {"end"}, (
+        job.log()
+    )  # a safe stop each time
+    whole = records(job.run.parent / "whole", "end")[-1]["weights_sha256"]
+    assert records(job.run, "end")[-1]["weights_sha256"] == whole
+    assert not (job.run / "owner.json").exists() and "killed or crashed" not in job.log(), job.log()
+    for path in (job.run, *job.run.rglob("*")):
+        there = path.lstat()
+        assert there.st_uid == strict_lab.USERS["ada"] and not stat.S_IMODE(there.st_mode) & 0o077, path
+
+
+def test_by_quality_of_service_a_job_is_queued_again_and_so_is_one_that_was_to_be_cancelled(
+    site_lab, ada, recipe, short
+):
+    horovod = changed(recipe, machine__engine="horovod")
     spare = Job(ada, "spare", horovod, nodes=2, qos="spare")
-    short = Job(ada, "short", torch, srun_mpi="none", time_limit="00:01:00", warn_s=15)
     cheap = Job(ada, "cheap", horovod, qos="cheap", launcher="mpirun")
-    whole = ada.own(write_recipe(ada.home / "whole.yaml", torch))
-    ada.command("train", whole, "--run", "whole")
+    ada.command("train", "short.yaml", "--run", "whole")
     for job in (spare, cheap):
         job.steps_of_start(1)
     (ada.home / "urgent.sh").write_text("#!/bin/sh\nsleep 1\n")
     ada.sbatch("--qos=urgent", "-N1", "-n2", "-w", site_lab.nodes[1], "-o", "/dev/null", "urgent.sh")
-    for job in (spare, cheap, short):
+    for job in (spare, cheap):
         job.stopped()
-    for job in (spare, cheap, short):
-        job.steps_of_start(2)
-    (ada.home / "fast").touch()
-    expected = records(ada.home / "whole", "end")[-1]["weights_sha256"]
-    for job in (spare, cheap, short):
-        assert site_lab.wait(job.number)["JobState"] == "COMPLETED", job.log()
-        assert [r["step"] for r in records(job.run, "step")] == list(range(STEPS)), job.log()
-        assert {r["kind"] for r in read_metrics(job.run / "metrics.lost.jsonl")} == {"end"}, job.log()  # all were safe
-        assert records(job.run, "end")[-1]["weights_sha256"] == expected
-        assert not (job.run / "owner.json").exists() and "killed or crashed" not in job.log(), job.log()
-        for path in (job.run, *job.run.rglob("*")):
-            there = path.lstat()
-            assert there.st_uid == strict_lab.USERS["ada"] and not stat.S_IMODE(there.st_mode) & 0o077, path
+        (ada.home / f"fast-{job.run.name}").touch()
+    for job in (spare, cheap):
+        ends_as_if_nothing_had_been(job)
     assert [r["ranks"] for r in records(spare.run, "start")] == [2, 2]
+    assert len(records(cheap.run, "start")) == 2
 
 
 PROBE = """\
@@ -167,19 +177,21 @@ engine.close()
 def test_a_rank_has_the_cores_and_the_devices_that_its_job_was_given(site_lab, ada, recipe):
     """A GPU that was given and is not there is the end of the job: in its place the CPU would train for days."""
     (ada.home / "probe.py").write_text(PROBE)
-    python = f"{sys.executable} -m hpc_lbsgd.cli"
-    steps = [f"srun --mpi=none --cpus-per-task=1 {sys.executable} probe.py",
-             f"srun --mpi=none --cpus-per-task=2 --ntasks=1 {sys.executable} probe.py",
-             f"mpirun -np 1 {python} doctor --mpi --json >doctor.json"]  # fmt: skip
-    (ada.home / "cores.sh").write_text("\n".join(["#!/bin/sh", *steps]))
     job = Job(ada, "gpu", changed(recipe, machine__engine="torch"), gpus_per_node=1, srun_mpi="none")
-    cores = ada.sbatch("-N1", "-n2", "-w", site_lab.nodes[1], "-o", "cores.log", "cores.sh")
+    (ada.home / "cores.sh").write_text(
+        "#!/bin/sh\n"
+        f"srun --mpi=none --cpus-per-task=1 {sys.executable} probe.py\n"
+        f"srun --mpi=none --cpus-per-task=2 --ntasks=1 {sys.executable} probe.py\n"
+    )
+    cores = ada.sbatch("-N1", "-n2", "-w", site_lab.nodes[1], "-o", "cores.log", "-e", "/dev/null", "cores.sh")
     facts = site_lab.wait(job.number)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0"), job.log()
-    assert "a GPU was given to the job (CUDA_VISIBLE_DEVICES=0), but this node has no NVIDIA driver" in job.log()
-    assert "failed with 2, not queued again" in job.log()
+    given = "a GPU was given to the job (CUDA_VISIBLE_DEVICES=0), but this node has no NVIDIA driver"
+    assert given in job.log() and "failed with 2, not queued again" in job.log(), job.log()
     site_lab.wait(cores)
-    print((ada.home / "cores.log").read_text(), (ada.home / "doctor.json").read_text())
+    of = os.cpu_count()
+    expected = [f"cores 1 threads 1 of {of}", f"cores 1 threads 1 of {of}", f"cores 2 threads 2 of {of}"]
+    assert (ada.home / "cores.log").read_text().splitlines() == expected
 
 
 TAKE = "import sys; from hpc_lbsgd.owner import take; take('run'); print('has it', flush=True); sys.stdin.read()"
@@ -205,3 +217,9 @@ def test_another_user_does_not_take_what_is_hidden_from_him(site_lab, ada):
             said = "".join(other.communicate())
         assert "in use by process" in said and "has it" not in said, said
         ours.communicate("")
+
+
+def test_a_job_stops_before_its_time_is_up_and_goes_on(short):
+    short.stopped()
+    short.steps_of_start(2)
+    ends_as_if_nothing_had_been(short)
