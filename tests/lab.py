@@ -20,7 +20,17 @@ import pytest
 from conftest import records
 
 NODES = 32
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+OVER = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+)
 LIBPMIX = "/usr/lib/x86_64-linux-gnu/pmix2/lib/libpmix.so"  # Slurm's plugin opens it under this name
 NEEDED = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "ip": "iproute2"}
 ROOT = Path(__file__).parents[1]

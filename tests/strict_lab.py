@@ -65,8 +65,9 @@ add account physics
 add qos urgent priority=1000
 add qos spare gracetime=60 preemptmode=requeue
 add qos cheap gracetime=60 preemptmode=cancel
-modify qos urgent set preempt=spare,cheap
-add user ada,eve account=physics qos=normal,urgent,spare,cheap defaultqos=normal
+add qos abrupt preemptmode=cancel
+modify qos urgent set preempt=spare,cheap,abrupt
+add user ada,eve account=physics qos=normal,urgent,spare,cheap,abrupt defaultqos=normal
 .
 """
 DATABASE_SH = """\

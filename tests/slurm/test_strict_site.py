@@ -1,6 +1,7 @@
 """Jobs of users who are not root, on a Slurm as a site runs it (tests/strict_lab.py): cores and devices are given by
 cgroups, jobs are preempted by quality of service, and end with their time."""
 
+import json
 import os
 import shutil
 import stat
@@ -71,6 +72,11 @@ class User:
         said = self.command("submit", recipe, "--run", self.home / run, "--nodes", nodes, "--site", path).stderr
         (number,) = submitted(said)
         return number
+
+    def urgent_job(self):
+        """One that takes the whole second node for a moment."""
+        (self.home / "urgent.sh").write_text("#!/bin/sh\nsleep 1\n")
+        self.sbatch("--qos=urgent", "-N1", "-n2", "-w", self.lab.nodes[1], "-o", "/dev/null", "urgent.sh")
 
     def sbatch(self, *words):
         (number,) = submitted(self.call("sbatch", *words).stdout)
@@ -152,8 +158,7 @@ def test_by_quality_of_service_a_job_is_queued_again_and_so_is_one_that_was_to_b
     ada.command("train", "short.yaml", "--run", "whole")
     for job in (spare, cheap):
         job.steps_of_start(1)
-    (ada.home / "urgent.sh").write_text("#!/bin/sh\nsleep 1\n")
-    ada.sbatch("--qos=urgent", "-N1", "-n2", "-w", site_lab.nodes[1], "-o", "/dev/null", "urgent.sh")
+    ada.urgent_job()
     for job in (spare, cheap):
         job.stopped()
         (ada.home / f"fast-{job.run.name}").touch()
@@ -192,6 +197,20 @@ def test_a_rank_has_the_cores_and_the_devices_that_its_job_was_given(site_lab, a
     site_lab.wait(cores)
     said = f"cores 1 threads 1 of {os.cpu_count()}\n"  # each of the two that share the node
     assert (ada.home / "cores.log").read_text() == said * 2
+
+
+def test_a_job_that_is_preempted_without_a_warning_leaves_a_run_to_go_on_with(site_lab, ada):
+    """Where it is cancelled, Slurm calls its state PREEMPTED: it is over, and the run has no owner."""
+    stub = ada.home / "stub"
+    stub.write_text(f'#!/usr/bin/env bash\ncase "$*" in *\' own \'*) exec {sys.executable} "$@" ;; esac\nsleep 60\n')
+    ada.own(stub).chmod(0o700)
+    there = [f"--nodelist={site_lab.nodes[1]}"]
+    number = ada.submit("goyal-resnet50", "abrupt", qos="abrupt", python=str(stub), options=there)
+    wait_for(lambda: (ada.home / "abrupt" / "owner.json").exists())
+    ada.urgent_job()
+    assert site_lab.wait(number)["JobState"] == "PREEMPTED"
+    assert json.loads((ada.home / "abrupt" / "owner.json").read_text())["job"] == str(number)
+    ada.call(sys.executable, "-c", "from hpc_lbsgd.owner import check; check('abrupt')")
 
 
 TAKE = "import sys; from hpc_lbsgd.owner import take; take('run'); print('has it', flush=True); sys.stdin.read()"
