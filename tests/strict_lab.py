@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 from lab import Lab
@@ -24,8 +25,7 @@ GPUS, CORES = 2, 2  # of a node
 
 SETTINGS = {
     "SlurmUser": "slurm",
-    "ProctrackType": "proctrack/cgroup",
-    "TaskPlugin": "task/cgroup,task/affinity",
+    "SlurmctldPidFile": "{root}/ctld/slurmctld.pid",
     "PreemptType": "preempt/qos",
     "AccountingStorageType": "accounting_storage/slurmdbd",
     "AccountingStorageHost": "localhost",
@@ -34,6 +34,8 @@ SETTINGS = {
     "AccountingStorageEnforce": "associations,limits,qos",
     "PrivateData": "accounts,jobs,usage,users",
 }
+WITH_CGROUPS = {"ProctrackType": "proctrack/cgroup", "TaskPlugin": "task/cgroup,task/affinity"}
+WITHOUT = {"TaskPlugin": "task/affinity"}
 CGROUP_CONF = """\
 CgroupPlugin=cgroup/v1
 ConstrainCores=yes
@@ -70,6 +72,11 @@ modify qos urgent set preempt=spare,cheap,abrupt
 add user ada,eve account=physics qos=normal,urgent,spare,cheap,abrupt defaultqos=normal
 .
 """
+USERS_SH = """\
+mount -o remount,hidepid=invisible /proc
+mount --bind "$root/passwd" /etc/passwd
+mount --bind "$root/group" /etc/group
+"""
 DATABASE_SH = """\
 mkdir "$root/db"
 db() {
@@ -96,15 +103,20 @@ def why_not() -> str | None:
     missing = sorted({package for program, package in NEEDED.items() if not shutil.which(program, path=path)})
     if missing:
         return f"the strict Slurm lab needs: apt-get install {' '.join(missing)}"
+    if len(os.sched_getaffinity(0)) < CORES:
+        return f"the strict Slurm lab needs {CORES} cores: its jobs are given real ones"
+    return None
+
+
+def why_no_cgroups() -> str | None:
+    """The reason why cores can only be bound here (task/affinity), and devices not be kept from a job."""
     for name in CONTROLLERS:
         probe = CGROUPS / name / f"lab-probe-{os.getpid()}"
         try:
             probe.mkdir()
             probe.rmdir()
         except OSError as problem:
-            return f"the strict Slurm lab needs cgroups, version 1, that it may write: {problem}"
-    if len(os.sched_getaffinity(0)) < CORES:
-        return f"the strict Slurm lab needs {CORES} cores: its cgroups give real ones"
+            return f"no cgroups of version 1 that root may make: {problem}"
     return None
 
 
@@ -129,16 +141,17 @@ class StrictLab(Lab):
             (self.root / "log" / name).touch()
         for name in ("ctld", "slurmdbd.conf", "log/slurmctld.log", "log/slurmdbd.log"):
             shutil.chown(self.root / name, "slurm", "slurm")
-        text = super().conf().replace(f"{self.root}/run/slurmctld.pid", f"{self.root}/ctld/slurmctld.pid")
-        lines = [line for line in text.splitlines() if line.split("=")[0] not in SETTINGS and "urgent" not in line]
-        return "\n".join(
-            [*lines[:3], *(f"{k}={v.format(root=self.root)}" for k, v in SETTINGS.items()), *lines[3:], ""]
-        )
+        if reason := why_no_cgroups():
+            warnings.warn(f"the strict Slurm lab binds cores, and keeps no device from a job: {reason}", stacklevel=1)
+        settings = SETTINGS | (WITHOUT if reason else WITH_CGROUPS)
+        usual = [line for line in super().conf().splitlines() if line.split("=")[0] not in settings]
+        usual = [line for line in usual if not line.startswith("PartitionName=urgent")]
+        *nodes, partition = usual  # which stand last
+        return "\n".join([*nodes, *(f"{k}={v.format(root=self.root)}" for k, v in settings.items()), partition, ""])
 
     def make_devices(self) -> None:
-        (self.root / "gres.conf").write_text(
-            f"NodeName={self.prefix}[01-02] Name=gpu File={self.root}/dev/nvidia[0-1]\n"
-        )
+        gres = f"NodeName={self.prefix}[01-02] Name=gpu File={self.root}/dev/nvidia[0-1]\n"
+        (self.root / "gres.conf").write_text(gres)
         for i in range(GPUS):
             os.mknod(self.root / "dev" / f"nvidia{i}", 0o020000, os.makedev(MAJOR, i))
             (self.root / "dev" / f"nvidia{i}").chmod(0o666)
@@ -174,17 +187,9 @@ class StrictLab(Lab):
         for controller in CONTROLLERS:
             for node in self.nodes:
                 top = CGROUPS / controller / f"slurm_{node}"
-                for folder in sorted(top.rglob("*/"), reverse=True):
-                    folder.rmdir()
-                if top.exists():
-                    top.rmdir()
-
-
-USERS_SH = """\
-mount -o remount,hidepid=invisible /proc
-mount --bind "$root/passwd" /etc/passwd
-mount --bind "$root/group" /etc/group
-"""
+                for folder in sorted([top, *top.rglob("*")], reverse=True):
+                    if folder.is_dir():
+                        folder.rmdir()
 
 
 def closed_above(folder: Path) -> Path | None:

@@ -188,7 +188,10 @@ def test_a_rank_has_the_cores_and_the_devices_that_its_job_was_given(site_lab, a
     """A GPU that was given and is not there is the end of the job: in its place the CPU would train for days."""
     (ada.home / "probe.py").write_text(PROBE)
     job = Job(ada, "gpu", changed(recipe, machine__engine="torch"), gpus_per_node=1, srun_mpi="none")
-    (ada.home / "cores.sh").write_text(f"#!/bin/sh\nsrun --mpi=none --cpus-per-task=1 {sys.executable} probe.py\n")
+    (ada.home / "cores.sh").write_text(
+        f"#!/bin/sh\nsrun --mpi=none --cpus-per-task=1 {sys.executable} probe.py\n"
+        f"srun --ntasks=1 cat {site_lab.root}/dev/nvidia0 2>devices.log\n"
+    )
     cores = ada.sbatch("-N1", "-n2", "-w", site_lab.nodes[1], "-o", "cores.log", "-e", "/dev/null", "cores.sh")
     facts = site_lab.wait(job.number)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0"), job.log()
@@ -197,6 +200,8 @@ def test_a_rank_has_the_cores_and_the_devices_that_its_job_was_given(site_lab, a
     site_lab.wait(cores)
     said = f"cores 1 threads 1 of {os.cpu_count()}\n"  # each of the two that share the node
     assert (ada.home / "cores.log").read_text() == said * 2
+    why = "No such device" if strict_lab.why_no_cgroups() else "Operation not permitted"  # there is nothing behind it
+    assert why in (ada.home / "devices.log").read_text()
 
 
 def test_a_job_that_is_preempted_without_a_warning_leaves_a_run_to_go_on_with(site_lab, ada):
