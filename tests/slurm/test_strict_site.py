@@ -10,21 +10,24 @@ import sys
 
 import pytest
 import strict_lab
-from conftest import changed, records, write_recipe
+from conftest import LIMIT_S, changed, records, write_recipe
 from lab import site, start, submitted
 from test_stops import wait_for
 
 from hpc_lbsgd.records import read_metrics
 
-# takes its time in a job, so that the job can be hurt on the way; it hurries when `fast-JOB` is there
+# takes its time in a job, and ever more of it, so that the job can be hurt on the way; it hurries when `fast-JOB` is there
 MODEL = """\
 import os, time
 from torch import nn
 
 class Pause(nn.Module):
+    passes = 0
+
     def forward(self, x):
         if "SLURM_JOB_ID" in os.environ and not os.path.exists("fast-" + os.environ["SLURM_JOB_NAME"]):
-            time.sleep(0.2)
+            Pause.passes += 1
+            time.sleep(0.2 if Pause.passes < 60 else 2)
         return x
 
 def model(channels, classes):
@@ -118,25 +121,25 @@ class Job:
     def steps_of_start(self, count):
         """Wait until start number `count` has done some steps."""
         metrics = self.run / "metrics.jsonl"
-        wait_for(lambda: metrics.exists() and len(records(self.run, "start")) >= count, say=self.log)
+        wait_for(lambda: metrics.exists() and len(records(self.run, "start")) >= count, LIMIT_S, self.log)
         first = records(self.run, "start")[-1]["step"]
-        wait_for(lambda: any(r["step"] >= first + 3 for r in records(self.run, "step")), say=self.log)
+        wait_for(lambda: any(r["step"] >= first + 3 for r in records(self.run, "step")), LIMIT_S, self.log)
 
     def stopped(self):
         """Wait until it has stopped at a safe point, and is in the queue."""
-        wait_for(lambda: "stopped at a safe point; queued again" in self.log(), say=self.log)
+        wait_for(lambda: "stopped at a safe point; queued again" in self.log(), LIMIT_S, self.log)
 
 
 @pytest.fixture(scope="module")
 def short(ada, recipe):
-    """A job with a minute's time, at work while the other tests are."""
+    """A job with two minutes' time, of which Slurm leaves it the half, at work while the other tests are."""
     torch = changed(recipe, machine__engine="torch")
-    return Job(ada, "short", torch, srun_mpi="none", time_limit="00:01:00", warn_s=15)
+    return Job(ada, "short", torch, srun_mpi="none", time_limit="00:02:00", max_restarts=20)
 
 
 def ends_as_if_nothing_had_been(job):
     (job.run.parent / f"fast-{job.run.name}").touch()
-    assert job.lab.wait(job.number)["JobState"] == "COMPLETED", job.log()
+    assert job.lab.wait(job.number, LIMIT_S)["JobState"] == "COMPLETED", job.log()
     assert [r["step"] for r in records(job.run, "step")] == list(range(STEPS)), job.log()
     assert {r["kind"] for r in read_metrics(job.run / "metrics.lost.jsonl")} == {"end"}, (
         job.log()
@@ -193,11 +196,11 @@ def test_a_rank_has_the_cores_and_the_devices_that_its_job_was_given(site_lab, a
         f"srun --ntasks=1 cat {site_lab.root}/dev/nvidia0 2>devices.log\n"
     )
     cores = ada.sbatch("-N1", "-n2", "-w", site_lab.nodes[1], "-o", "cores.log", "-e", "/dev/null", "cores.sh")
-    facts = site_lab.wait(job.number)
+    facts = site_lab.wait(job.number, LIMIT_S)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0"), job.log()
     given = "a GPU was given to the job (CUDA_VISIBLE_DEVICES=0), but this node has no NVIDIA driver"
     assert given in job.log() and "failed with 2, not queued again" in job.log(), job.log()
-    site_lab.wait(cores)
+    site_lab.wait(cores, LIMIT_S)
     said = f"cores 1 threads 1 of {os.cpu_count()}\n"  # each of the two that share the node
     assert (ada.home / "cores.log").read_text() == said * 2
     why = "No such device" if strict_lab.why_no_cgroups() else "Operation not permitted"  # there is nothing behind it
@@ -211,9 +214,9 @@ def test_a_job_that_is_preempted_without_a_warning_leaves_a_run_to_go_on_with(si
     ada.own(stub).chmod(0o700)
     there = [f"--nodelist={site_lab.nodes[1]}"]
     number = ada.submit("goyal-resnet50", "abrupt", qos="abrupt", python=str(stub), options=there)
-    wait_for(lambda: (ada.home / "abrupt" / "owner.json").exists())
+    wait_for(lambda: (ada.home / "abrupt" / "owner.json").exists(), LIMIT_S)
     ada.urgent_job()
-    assert site_lab.wait(number)["JobState"] == "PREEMPTED"
+    assert site_lab.wait(number, LIMIT_S)["JobState"] == "PREEMPTED"
     assert json.loads((ada.home / "abrupt" / "owner.json").read_text())["job"] == str(number)
     ada.call(sys.executable, "-c", "from hpc_lbsgd.owner import check; check('abrupt')")
 
