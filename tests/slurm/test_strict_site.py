@@ -16,7 +16,7 @@ from test_stops import wait_for
 
 from hpc_lbsgd.records import read_metrics
 
-# takes its time in a job, and ever more of it, so that the job can be hurt on the way; it hurries when `fast-JOB` is there
+# takes its time in a job, and more of it later on, so that it can be hurt on the way; it hurries when `fast-JOB` is there
 MODEL = """\
 import os, time
 from torch import nn
@@ -34,6 +34,8 @@ def model(channels, classes):
     return nn.Sequential(Pause(), nn.Flatten(), nn.Linear(64 * channels, classes))
 """
 STEPS = 120
+
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
