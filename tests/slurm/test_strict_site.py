@@ -16,7 +16,7 @@ from test_stops import wait_for
 
 from hpc_lbsgd.records import read_metrics
 
-# takes its time in a job, and more of it later on, so that it can be hurt on the way; it hurries when `fast-JOB` is there
+# takes its time in a job, more of it later on, so that it can be hurt on the way; it hurries when `fast-JOB` is there
 MODEL = """\
 import os, time
 from torch import nn
