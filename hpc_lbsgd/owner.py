@@ -40,10 +40,13 @@ def space() -> str:
 
 
 def started(pid: int) -> int | None:
-    """When a process of this host began, in ticks since boot; None: it is gone, or dead and not yet buried."""
+    """When a process of this host began, in ticks since boot; None: it is gone, or dead and not yet buried. Raises
+    PermissionError where it is another user's, and /proc hides those (hidepid)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 0)
         return None
     return None if fields[0] in "ZX" else int(fields[19])
 
@@ -54,7 +57,9 @@ def this_process() -> Process:
 
 def alive(process: Process) -> bool | None:
     """None: it is where we cannot look."""
-    return started(process.pid) == process.started if process.space == space() else None
+    with contextlib.suppress(PermissionError):
+        return started(process.pid) == process.started if process.space == space() else None
+    return None
 
 
 def ask_from(env: Mapping[str, str], for_job: bool = False) -> Ask:

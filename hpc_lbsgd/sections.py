@@ -324,9 +324,9 @@ class Machine(Section):
     workers_per_pass: Count = 1
     """workers in one forward-backward; constant for the run"""
     threads: Count | None = None
-    """compute threads of a CPU rank (default: cores of the node / ranks on it)"""
+    """compute threads of a CPU rank (default: the cores that it has to itself)"""
     loader_threads: Count | None = None
-    """decoding threads of a rank (default: cores / ranks, at most 8)"""
+    """decoding threads of a rank (default: the cores that it has to itself, at most 8)"""
     loader_processes: Count | None = None
     """data.dataset: make samples in so many processes of a rank, for Python that holds its lock (default: threads)"""
     prefetch: Count = 2

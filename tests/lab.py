@@ -20,7 +20,17 @@ import pytest
 from conftest import records
 
 NODES = 32
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+OVER = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+)
 LIBPMIX = "/usr/lib/x86_64-linux-gnu/pmix2/lib/libpmix.so"  # Slurm's plugin opens it under this name
 NEEDED = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "ip": "iproute2"}
 ROOT = Path(__file__).parents[1]
@@ -84,6 +94,7 @@ ip link set eth1 up
 export SLURM_CONF=$root/slurm.conf
 munged --socket="$root/munge/munge.sock" --key-file="$root/key/munge.key" --log-file="$root/log/munged.log" \\
     --pid-file="$root/run/munged.pid" --seed-file="$root/key/seed" --num-threads=10
+. "$root/before.sh"
 slurmctld
 for node in $(cat "$root/nodes"); do bash "$root/node.sh" "$root" "$node" "$@" & done
 touch "$root/started"
@@ -110,6 +121,7 @@ chmod 1777 /tmp /dev/shm
 n=0
 for folder; do n=$((n + 1)); mkdir -p "$folder"; mount --move /mnt/$n "$folder"; done
 mount --bind "$root/hosts" /etc/hosts
+. "$root/node-before.sh"
 export SLURM_CONF=$root/slurm.conf
 slurmd -D -N "$node" &  # not as process 1, which would leave zombies
 wait
@@ -134,27 +146,28 @@ def why_not() -> str | None:
 class Lab:
     """`root`: its own folder. shared: folders that all nodes see under the same path."""
 
+    size, node, prefix = NODES, NODE, "node"
+    node_before = ""  # what its shell does before a node's daemon is started
+
     def __init__(self, root: Path, shared: list[Path]):
-        self.root = root
+        self.root, self.folders = root, shared
         for name in ("munge", "key", "ctld", "spool", "run", "log", "dev"):
             (root / name).mkdir(parents=True)
         (root / "munge").chmod(0o711)
         (root / "key").chmod(0o700)
         (root / "key" / "munge.key").write_bytes(os.urandom(128))
         (root / "key" / "munge.key").chmod(0o600)
-        self.nodes = [f"node{i:02d}" for i in range(1, NODES + 1)]
+        self.nodes = [f"{self.prefix}{i:02d}" for i in range(1, self.size + 1)]
         (root / "nodes").write_text("\n".join(self.nodes) + "\n")
         for name in self.nodes:
             (root / "spool" / name).mkdir()
-        lines = [NODE.format(name=name, port=17001 + i) for i, name in enumerate(self.nodes)]
-        (root / "slurm.conf").write_text(SLURM_CONF.format(root=root, nodes="\n".join(lines)))
-        (root / "gres.conf").write_text(f"NodeName=node[01-{NODES}] Name=gpu File={root}/dev/nvidia[0-7]\n")
-        for i in range(8):
-            os.mknod(root / "dev" / f"nvidia{i}", 0o666 | 0o020000, os.makedev(1, 3))  # /dev/null's twin
+        (root / "slurm.conf").write_text(self.conf())
+        self.make_devices()
         (root / "hosts").write_text("127.0.0.1 localhost " + " ".join(self.nodes) + "\n")
-        for name, text in (("lab.sh", LAB_SH), ("node.sh", NODE_SH), ("init.sh", INIT_SH)):
-            (root / name).write_text(text)
         hidden = [str(p) for p in dict.fromkeys(shared) if p.is_relative_to("/tmp")]
+        scripts = (("lab", LAB_SH), ("node", NODE_SH), ("init", INIT_SH), ("before", self.before()))
+        for name, text in (*scripts, ("node-before", self.node_before)):
+            (root / f"{name}.sh").write_text(text)
         self.shared = hidden
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PYTEST_"))},
@@ -173,13 +186,27 @@ class Lab:
             self.stop()
             raise
 
+    def conf(self) -> str:
+        lines = [self.node.format(name=name, port=17001 + i) for i, name in enumerate(self.nodes)]
+        return SLURM_CONF.format(root=self.root, nodes="\n".join(lines))
+
+    def make_devices(self) -> None:
+        names = f"{self.prefix}[01-{self.size:02d}]"
+        (self.root / "gres.conf").write_text(f"NodeName={names} Name=gpu File={self.root}/dev/nvidia[0-7]\n")
+        for i in range(8):
+            os.mknod(self.root / "dev" / f"nvidia{i}", 0o666 | 0o020000, os.makedev(1, 3))  # /dev/null's twin
+
+    def before(self) -> str:
+        """What the lab's shell does before the controller is started."""
+        return ""
+
     def _wait_until_up(self, within_s: float = 60) -> None:
         end = time.monotonic() + within_s
         while time.monotonic() < end:
             assert self.holder.poll() is None, (self.root / "log" / "lab.log").read_text()
             if (self.root / "started").exists():
                 up = self.call("sinfo", "-h", "-N", "-p", "gpu", "-t", "idle", "-o", "%N", check=False)
-                if len(up.stdout.split()) == NODES:
+                if len(up.stdout.split()) == self.size:
                     return
             time.sleep(0.3)
         pytest.fail(f"the lab's nodes did not come up: {(self.root / 'log' / 'lab.log').read_text()}")
@@ -259,12 +286,12 @@ class Lab:
         shutil.rmtree(self.root.parent, ignore_errors=True)
 
 
-def start(folder: Path) -> Lab:
+def start(folder: Path, kind: type[Lab] = Lab) -> Lab:
     """A lab whose nodes see the pytest folder `folder`, this checkout and its environment, wherever they are."""
     root = Path(tempfile.mkdtemp(prefix="slurm-lab-"))
     root.chmod(0o711)  # munge wants to be reachable by everyone, which pytest's own folders are not
     try:
-        return Lab(root / "lab", [root, folder, ROOT, Path(sys.prefix).resolve()])
+        return kind(root / "lab", [root, folder, ROOT, Path(sys.prefix).resolve()])
     except BaseException:
         shutil.rmtree(root, ignore_errors=True)
         raise
@@ -277,7 +304,9 @@ def submitted(text: str) -> list[int]:
 
 def site(folder, name="site", **keys):
     path = folder / f"{name}.yaml"
-    path.write_text(json.dumps({"partition": "gpu", "time_limit": "00:10:00", "warn_s": 60, **keys}))
+    path.write_text(
+        json.dumps({"partition": "gpu", "time_limit": "00:10:00", "warn_s": 60, "gpus_per_node": 0, **keys})
+    )
     return path
 
 

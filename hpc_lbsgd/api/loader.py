@@ -60,7 +60,7 @@ class Loader:
             self._manifest.check_files()
         self.classes: list[str] = list(self._manifest.classes)
         world = begun()
-        self._threads = threads or min(8, worlds.cores_per_rank(world.local_size if world else 1))
+        self._threads = threads or min(8, world.engine.cores if world else worlds.cores())
         self._prefetch, self._channels_last = prefetch, channels_last
 
     def __iter__(self) -> Iterator[Step]:

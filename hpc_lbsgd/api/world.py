@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 import torch
 
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.engine import Engine
 from hpc_lbsgd.sections import Machine
@@ -70,8 +69,7 @@ def init(engine: Literal["horovod", "torch"] | None = None, determinism: Determi
     from hpc_lbsgd.train import alike, job  # what a rank of the trainer settles, too
 
     asked = Settings(determinism, Machine(engine=engine or _engine_here()))
-    device = job.prepare_process(asked)
-    started = engines.create(asked.machine, determinism, device)
+    device, started = job.meet(asked)
     job.refuse_shared(started.gather(job.place_of(device)))
     alike.refuse_other(started.gather(alike.software()), started.gather(socket.gethostname()))
     settled = settings(device) if determinism != "off" else {}

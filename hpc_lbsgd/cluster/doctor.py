@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hpc_lbsgd.cluster import gpu_checks, on_ranks
 from hpc_lbsgd.cluster.finding import FAIL, OK, WARN, Finding, output_of, version
+from hpc_lbsgd.parallel import gpus
 from hpc_lbsgd.schedulers.known import SCHEDULERS
 
 
@@ -133,6 +134,9 @@ def check_torch() -> Iterator[Finding]:
             f"nvidia-smi lists some, torch {torch.__version__} cannot use them",
             f"the driver is too old for CUDA {torch.version.cuda}, or torch is a CPU build",
         )
+    elif problem := gpus.lost():
+        found, _, fix = problem.partition(": ")
+        yield Finding(FAIL, "gpus", found, fix)
     else:
         yield Finding(WARN, "gpus", "none: ranks compute on CPUs", "fine for checks; training at scale wants GPUs")
 

@@ -160,7 +160,7 @@ def run(
             say("ended at once, before the first step")
         return EXIT_INTERRUPTED
     status = folder.status()
-    if code == 0 and status and status["status"] == "stopped":
+    if code in (0, EXIT_STOPPED) and status and status["status"] == "stopped":  # a rank alone says it itself
         return EXIT_STOPPED
     if code == 0:
         return EXIT_DONE

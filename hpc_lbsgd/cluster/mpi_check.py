@@ -42,7 +42,7 @@ def one_rank() -> None:
         skews.append(max(clocks) - min(clocks))
         right = right and bool((vector == engine.size * (engine.size + 1) / 2).all())
     nodes = sorted(set(engine.gather(socket.gethostname())))
-    cores = engine.gather(worlds.cores())
+    cores = worlds.shares(engine.gather(worlds.place()))
     size, seconds, sent = engine.size, sorted(times[1:])[REPEATS // 2], vector.numel() * vector.element_size()
     if engine.rank == 0:
         facts = {
@@ -50,7 +50,7 @@ def one_rank() -> None:
             "nodes": nodes,
             "device": device.type,
             "right": right,
-            "cores": min(cores),
+            "cores": round(float(min(cores)), 2),
             "bytes": sent,
             "seconds": seconds,
             # the bytes that a ring moves over each link

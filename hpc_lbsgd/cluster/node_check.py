@@ -180,6 +180,7 @@ def one_rank(read: Path | None) -> None:
     import torch
 
     from hpc_lbsgd.parallel import world as worlds
+    from hpc_lbsgd.parallel.engine import own_cores
     from hpc_lbsgd.parallel.torch_engine import TorchEngine
     from hpc_lbsgd.sections import Machine
 
@@ -188,10 +189,10 @@ def one_rank(read: Path | None) -> None:
     device = torch.device("cuda", world.local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(worlds.cores_per_rank(world.local_size))
     begun = time.monotonic()
     engine = TorchEngine(Machine(), "off", device)
+    if not gpu:
+        torch.set_num_threads(own_cores(engine))
     host = known.host() or socket.gethostname()
     hosts = engine.gather(host)
     mine = computing(device)

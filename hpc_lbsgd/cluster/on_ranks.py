@@ -32,8 +32,9 @@ def check_mpi(hosts: str | None) -> Iterator[Finding]:
     yield Finding(
         OK if facts["cores"] >= promised else WARN,
         "cores a rank",
-        f"{facts['cores']} at least, of {promised} to be expected",
-        "the launcher hides cores: srun --cpus-per-task on its own line, cores_per_node in the site file",
+        f"{facts['cores']:g} at least, of {promised} to be expected",
+        "ranks share cores, or the launcher hides them: srun --cpus-per-task on its own line, cores_per_node in the "
+        "site file",
     )
     if len(facts["nodes"]) > 1:
         skew = facts["clock_skew_s"]

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.sections import Machine
 
 
@@ -20,6 +21,7 @@ class Engine(Protocol):
     size: int
     local_rank: int
     local_size: int
+    cores: int  # of this rank alone, as measured by `create`: its threads are as many
     sums_gradients: bool  # the model that `wrap` returns sums its gradients over ranks in backward
     named_sums: bool  # sums are matched by name; else by their order, which must be one on all ranks
 
@@ -51,16 +53,25 @@ class Engine(Protocol):
 
 def create(machine: Machine, determinism: str, device: torch.device) -> Engine:
     """The engine that a recipe's `machine.engine` names. Collective: ranks meet here; Horovod starts MPI."""
+    engine: Engine
     if machine.engine == "torch":
         from hpc_lbsgd.parallel.torch_engine import TorchEngine
 
-        return TorchEngine(machine, determinism, device)
-    if machine.engine == "ddp":
+        engine = TorchEngine(machine, determinism, device)
+    elif machine.engine == "ddp":
         from hpc_lbsgd.parallel.ddp_engine import DdpEngine
 
-        return DdpEngine(machine, determinism, device)
-    if machine.engine == "horovod":
+        engine = DdpEngine(machine, determinism, device)
+    elif machine.engine == "horovod":
         from hpc_lbsgd.parallel.horovod_engine import HorovodEngine
 
-        return HorovodEngine(machine, determinism, device)
-    raise AssertionError(f"no engine is called {machine.engine}")  # a word of the schema without one
+        engine = HorovodEngine(machine, determinism, device)
+    else:
+        raise AssertionError(f"no engine is called {machine.engine}")  # a word of the schema without one
+    engine.cores = own_cores(engine)
+    return engine
+
+
+def own_cores(engine: Engine) -> int:
+    """Cores that this rank has to itself; one at least. Collective."""
+    return max(1, int(worlds.shares(engine.gather(worlds.place()))[engine.rank]))

@@ -61,6 +61,7 @@ POLL_S = 5e-5  # Linux makes about 1e-4 of it
 
 class HorovodEngine:
     name = "horovod"
+    cores: int
     sums_gradients, named_sums = False, True
 
     def __init__(self, machine, determinism: str, device: torch.device):

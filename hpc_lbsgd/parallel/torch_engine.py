@@ -47,6 +47,7 @@ def collective() -> Iterator[None]:
 
 class TorchEngine:
     name = "torch"
+    cores: int
     sums_gradients = named_sums = False
 
     def __init__(self, machine, determinism: str, device: torch.device):

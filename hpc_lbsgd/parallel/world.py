@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Mapping
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,11 +119,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def cores_per_rank(local_size: int) -> int:
-    """Cores this rank may use. A launcher that binds ranks has cut the affinity mask already."""
-    mine = cores()
-    total = os.cpu_count() or mine
-    return max(1, mine if mine < total else total // local_size)
+def place() -> tuple[str, list[int]]:
+    """For `shares`: this host, and the cores that this process may use."""
+    return socket.gethostname(), sorted(os.sched_getaffinity(0))
+
+
+def shares(places: Sequence[tuple[str, Sequence[int]]]) -> list[Fraction]:
+    """Cores that each rank has to itself, by rank; one that n of them may use counts 1/n. places: each rank's `place`.
+
+    No rank can know it alone: a launcher may bind each, or show all of them what the job has, which may be a part of
+    the node.
+    """
+    users = Counter((host, core) for host, mine in places for core in mine)
+    return [sum((Fraction(1, users[host, core]) for core in mine), Fraction(0)) for host, mine in places]
 
 
 def cpu_model() -> str:

@@ -17,7 +17,7 @@ TIMEOUT_S = 30.0
 # Words for the state of a job, whatever its system calls it. COMPLETING is not over: its processes may still write
 PENDING, RUNNING, SUSPENDED, COMPLETING = "PENDING", "RUNNING", "SUSPENDED", "COMPLETING"
 COMPLETED, FAILED, CANCELLED = "COMPLETED", "FAILED", "CANCELLED"
-OVER = ("BOOT_FAIL", CANCELLED, COMPLETED, "DEADLINE", FAILED, "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+OVER = ("BOOT_FAIL", CANCELLED, COMPLETED, "DEADLINE", FAILED, "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
 HIDDEN = "HIDDEN"  # there is such a job, and we are not told
 
 # What a system may lack, and why what needs it is refused there

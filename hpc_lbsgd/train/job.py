@@ -8,7 +8,6 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -16,6 +15,7 @@ from hpc_lbsgd import progress
 from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, RequestError, RunError
 from hpc_lbsgd.parallel import engine as engines
+from hpc_lbsgd.parallel import gpus
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import agree, together
 from hpc_lbsgd.parallel.memory import keep_freed_memory
@@ -53,8 +53,7 @@ def train(
     if stops is None:
         stops = Stops(worlds.from_environment().size == 1)
         stops.listen()
-    device = prepare_process(recipe)
-    engine = engines.create(recipe.machine, recipe.determinism, device)
+    device, engine = meet(recipe)
     stops.listen()  # again: MPI takes SIGHUP for itself
     laps.end("engine")
     folder = chosen = held = None
@@ -68,7 +67,7 @@ def train(
         nonlocal chosen, held
         with undisturbed():
             chosen, held = own_run(name, run, resume, lost)
-        return prepare(chosen, recipe, engine.size, amend, device)
+        return prepare(chosen, recipe, engine.size, engine.cores, amend, device)
 
     try:
         refuse_shared(engine.gather(place_of(device)))
@@ -117,8 +116,7 @@ def train(
 def preflight(recipe: Recipe, as_json: bool = False) -> int:
     """Check model, data and ranks of `recipe` without training; returns the process's exit code: 1 where a check fails.
     Collective, as `train`."""
-    device = prepare_process(recipe)
-    engine = engines.create(recipe.machine, recipe.determinism, device)
+    device, engine = meet(recipe)
 
     def request() -> tuple[dict, str, str | None]:
         # the folder is for manifests of data that cannot be written beside
@@ -165,13 +163,23 @@ def fail(engine, folder: RunFolder | None, where: str, message: str, trace: str 
         engine.abort(EXIT_FAILED)
 
 
+def meet(recipe) -> tuple[torch.device, engines.Engine]:
+    """What a rank settles before it computes, and its engine. Collective."""
+    device = prepare_process(recipe)
+    engine = engines.create(recipe.machine, recipe.determinism, device)
+    if device.type == "cpu":
+        # the number of threads changes the order of sums inside a kernel
+        default = 1 if recipe.determinism == "any-ranks" else engine.cores
+        torch.set_num_threads(recipe.machine.threads or default)
+    return device, engine
+
+
 def prepare_process(recipe) -> torch.device:
-    """What a rank settles before MPI starts: its memory, its threads, its device. recipe: its determinism, machine and
-    precision are looked at."""
+    """What a rank settles before MPI starts: its memory, its device, its kernels. recipe: its determinism and precision
+    are looked at."""
     keep_freed_memory()
-    world = worlds.from_environment()
-    device = choose_device(world)
-    configure_torch(recipe, world, device)
+    device = choose_device(worlds.from_environment())
+    configure_torch(recipe)
     return device
 
 
@@ -179,7 +187,8 @@ def choose_device(world: worlds.World) -> torch.device:
     """The GPU of this rank's place on its node, or the CPU where there is none. Where each rank sees one GPU alone
     (--gpus-per-task, jsrun), that one; `refuse_shared` finds out whether it is its own."""
     if not torch.cuda.is_available():
-        refuse_lost_gpus()
+        if problem := gpus.lost():  # on the CPU it would train for days without a word
+            raise RequestError(f"rank {world.rank} on {socket.gethostname()}: {problem}")
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     if 1 < visible <= world.local_rank:
@@ -190,20 +199,6 @@ def choose_device(world: worlds.World) -> torch.device:
     device = torch.device("cuda", 0 if visible == 1 else world.local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def refuse_lost_gpus(driver: Path = Path("/proc/driver/nvidia/version")) -> None:
-    """Raise RequestError where this process was given GPUs that torch cannot use: on the CPU it would train for days
-    without a word."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
-    if driver.exists() and not hidden:
-        told = driver.read_text().splitlines()[0]
-        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
-        raise RequestError(
-            f"this node has NVIDIA GPUs, and torch {torch.__version__}, built for {built}, cannot use them (driver: "
-            f"{told}): ask the job for GPUs, load a newer driver, or install a torch for this one; "
-            "CUDA_VISIBLE_DEVICES= trains on the CPU"
-        )
 
 
 def refuse_shared(places: Sequence[tuple[str, str | None]]) -> None:
@@ -222,12 +217,8 @@ def place_of(device: torch.device) -> tuple[str, str | None]:
     return socket.gethostname(), uuid and str(uuid)
 
 
-def configure_torch(recipe, world: worlds.World, device: torch.device) -> None:
+def configure_torch(recipe) -> None:
     exact = recipe.determinism != "off"
-    if device.type == "cpu":
-        # the number of threads changes the order of sums inside a kernel
-        default = 1 if recipe.determinism == "any-ranks" else worlds.cores_per_rank(world.local_size)
-        torch.set_num_threads(recipe.machine.threads or default)
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # use_deterministic_algorithms(True) in two parts: it would import torch's compiler, to tell it

@@ -13,7 +13,6 @@ from hpc_lbsgd.data.source import Batch, Loader
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.data.targets import each_tensor
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import agree, together
 from hpc_lbsgd.theory.schedule import Point, Schedule
 from hpc_lbsgd.train import crosscheck, models, preflight
@@ -72,7 +71,7 @@ def build(recipe, schedule: Schedule, train_set, eval_set, engine, device: torch
 
 def make_loaders(recipe, train_set, eval_set, memory_format, engine, device) -> tuple[Loader, Loader | None]:
     machine = recipe.machine
-    threads = machine.loader_threads or min(8, worlds.cores_per_rank(engine.local_size))
+    threads = machine.loader_threads or min(8, engine.cores)
     shared = (
         threads,
         machine.prefetch,

@@ -59,9 +59,9 @@ class Prepared(NamedTuple):
     start_gone: bool  # the file of model.init_from, which a checkpoint makes needless
 
 
-def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None, device) -> Prepared:
-    """Check the request, settle the recipe, and set up the run folder, which is ours. Rank 0 only. amend: keys that
-    change from here on, at a resume. device: of this rank, and by kind of all.
+def prepare(folder: RunFolder, recipe: Recipe, ranks: int, cores: int, amend: dict | None, device) -> Prepared:
+    """Check the request, settle the recipe, and set up the run folder, which is ours. Rank 0 only. cores: of a rank.
+    amend: keys that change from here on, at a resume. device: of this rank, and by kind of all.
 
     Raises RequestError; nothing is written before everything has been checked.
     """
@@ -72,8 +72,7 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, amend: dict | None, d
     if folder.exists():
         recipe = settle_again(recipe, recipes.load_resolved(folder.recipe))
     else:
-        recipe = recipe.with_workers(ranks).with_threads(worlds.cores_per_rank(worlds.from_environment().local_size))
-        recipe = with_start_settled(recipe)
+        recipe = with_start_settled(recipe.with_workers(ranks).with_threads(cores))
     train, evaluation, recipe = open_data(recipe, folder)
     here = compiling.settle(recipe, device)
     if "compile" in recipes.BIT_KEYS[recipe.determinism]:

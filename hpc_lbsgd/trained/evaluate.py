@@ -13,13 +13,12 @@ from hpc_lbsgd.data.find import find, is_plain_folder
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.who import set_of
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import together
 from hpc_lbsgd.parallel.engine import Engine
 from hpc_lbsgd.train import metrics
 from hpc_lbsgd.train.evaluate import evaluate as measure
-from hpc_lbsgd.train.job import prepare_process
+from hpc_lbsgd.train.job import meet
 from hpc_lbsgd.train.parts import make_loaders
 from hpc_lbsgd.train.prepare import check_targets, open_user_data
 from hpc_lbsgd.trained.opened import Trained, open_run
@@ -43,8 +42,7 @@ def evaluate(run: str, data: str | None, at: str, plain: bool) -> dict | None:
     recipe = found.recipe
     if worlds.from_environment().size == 1:  # nothing to sum: neither Horovod nor MPI is needed
         recipe = recipe.model_copy(update={"machine": recipe.machine.model_copy(update={"engine": "torch"})})
-    device = prepare_process(recipe)
-    engine = engines.create(recipe.machine, recipe.determinism, device)
+    device, engine = meet(recipe)
     try:
         found = OnRank(**vars(found), engine=engine)
         found.device = device

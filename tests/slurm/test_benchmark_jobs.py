@@ -68,6 +68,7 @@ def test_allreduce_on_2_nodes_by_srun(lab, folder):
     words = [
         "--nodes=2",
         "--ntasks-per-node=1",
+        "--gpus-per-node=0",  # those of the lab are not there
         f"--output={folder}/allreduce.log",
         ROOT / "slurm" / "allreduce.sbatch",
     ]

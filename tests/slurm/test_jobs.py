@@ -115,7 +115,8 @@ def test_what_slurm_refuses_is_said(lab, folder):
 
 def test_256_ranks_know_their_places(lab, folder, stub):
     run = folder / "places"
-    (number,) = submit(lab, "goyal-resnet50", run, "--nodes", 32, "--site", site(folder, python=str(stub)))
+    (number,) = submit(lab, "goyal-resnet50", run, "--nodes", 32, "--site",
+                       site(folder, python=str(stub), gpus_per_node=8))  # fmt: skip
     assert lab.wait(number)["JobState"] == "COMPLETED", log_of(lab, number)
     for rank in range(256):
         env = dict(v.split("=", 1) for v in (run / f"env-{rank}").read_text().split("\0") if "=" in v)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.parallel import gpus as lost_gpus
 from hpc_lbsgd.parallel.world import World
 from hpc_lbsgd.train import job
 
@@ -37,13 +38,18 @@ def test_more_ranks_than_gpus_are_refused(gpus):
 
 
 def test_a_gpu_node_does_not_train_on_its_cpu_in_silence(gpus, tmp_path, monkeypatch):
-    """A driver too old for torch, or a torch without CUDA."""
+    """A driver too old for torch, a torch without CUDA, or a node that has lost its driver."""
     gpus(0)
     driver = tmp_path / "version"
+    monkeypatch.setattr(lost_gpus.lost, "__defaults__", (driver,))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    job.refuse_lost_gpus(driver)  # no NVIDIA driver: a CPU node
+    assert job.choose_device(World(0, 1, 0, 1)).type == "cpu"  # no NVIDIA driver: a CPU node
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # as Slurm has it
+    given = r"rank 0 on .*: a GPU was given to the job \(CUDA_VISIBLE_DEVICES=0,1\), but this node has no NVIDIA driver"
+    with pytest.raises(RequestError, match=given):
+        job.choose_device(World(0, 1, 0, 1))
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02\nGCC version: 12\n")
     with pytest.raises(RequestError, match=r"NVIDIA GPUs, and torch .* cannot use them \(driver: NVRM .*470.57.02\)"):
-        job.refuse_lost_gpus(driver)
+        job.choose_device(World(0, 1, 0, 1))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as a person says it who wants the CPU
-    job.refuse_lost_gpus(driver)
+    assert job.choose_device(World(0, 1, 0, 1)).type == "cpu"

@@ -52,6 +52,18 @@ def test_who_may_take_a_run_folder(lease, ask, facts, verdict):
     assert judge(lease, ask, facts) is verdict
 
 
+def test_a_process_that_proc_hides_may_be_at_work(monkeypatch):
+    """/proc with hidepid shows a user his own processes alone; what it hides is not gone."""
+    other = replace(owner.this_process(), pid=2**22 + 1)  # no process has this number
+    assert owner.alive(other) is False
+
+    def kill(pid, signal):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert owner.alive(other) is None
+
+
 def test_a_second_is_refused_by_name_and_nothing_changes(tmp_path):
     held = take(tmp_path / "run")
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in [*tmp_path.rglob("*")] if p.is_file()}

@@ -4,7 +4,6 @@ import pytest
 import torch
 from test_workers import small_recipe
 
-from hpc_lbsgd.parallel.world import World
 from hpc_lbsgd.train.job import configure_torch
 from hpc_lbsgd.train.replica import DTYPES
 
@@ -31,7 +30,7 @@ def torchs_own():
 def test_gpus_take_what_the_recipe_says(precision, expected):
     """torch convolves float32 as tf32 unless told otherwise."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"  # as a library's allow_tf32 has it
-    configure_torch(small_recipe(precision=precision), World(0, 1, 0, 1), torch.device("cpu"))
+    configure_torch(small_recipe(precision=precision))
     assert torch.backends.cudnn.conv.fp32_precision == expected
     assert torch.backends.cuda.matmul.fp32_precision == expected
     allowed = expected == "tf32"  # by the old words, which libraries and torch.export ask for

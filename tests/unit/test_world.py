@@ -4,10 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 
-from hpc_lbsgd.parallel.world import TABLE, World, from_environment, launcher
+from hpc_lbsgd.parallel.world import TABLE, World, from_environment, launcher, shares
 
 SRUN = {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "11", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
         "SLURM_NODEID": "2"}  # fmt: skip
@@ -91,6 +92,25 @@ def test_what_an_outer_launcher_left_is_not_believed(outer, inner):
                                  {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "4"}])  # fmt: skip
 def test_numbers_that_do_not_fit_together_are_nobodys(env):
     assert from_environment(env) == World(0, 1, 0, 1)
+
+
+A, B = ("a", [0, 1, 2, 3]), ("b", [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "places, expected",
+    [
+        ([A], [4]),
+        ([A, B], [4, 4]),  # the same numbers on another host
+        ([("a", [0, 1]), ("a", [2, 3])], [2, 2]),  # bound by the launcher
+        ([A] * 2, [2, 2]),  # shown what the job has: mpirun --bind-to none in a cgroup of four cores
+        ([A] * 6 + [B], [Fraction(2, 3)] * 6 + [4]),
+        ([A, ("a", [3])], [Fraction(7, 2), Fraction(1, 2)]),
+        ([("a", list(range(12)))] * 6, [2] * 6),
+    ],
+)
+def test_cores_of_a_rank_are_those_it_shares_with_none(places, expected):
+    assert shares(places) == expected
 
 
 def test_under_a_real_hydra_two_ranks_find_their_places(tmp_path):

@@ -18,7 +18,6 @@ from hpc_lbsgd.data.source import Batch
 from hpc_lbsgd.data.targets import each_tensor, rows
 from hpc_lbsgd.data.user import PREFIX, UserSet
 from hpc_lbsgd.errors import RequestError, RunError
-from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train.compiling import settle
@@ -89,7 +88,7 @@ class Bench:
 
     def _loader(self, found: Manifest | UserSet):
         data, machine, seed = self.recipe.data, self.recipe.machine, self.recipe.seed
-        threads = machine.loader_threads or min(8, worlds.cores_per_rank(self.engine.local_size))
+        threads = machine.loader_threads or min(8, self.engine.cores)
         largest = self.recipe.batch.samples_per_worker * machine.workers_per_pass
         shared = (
             threads,

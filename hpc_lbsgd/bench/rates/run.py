@@ -10,18 +10,16 @@ from hpc_lbsgd.bench.core.spread import by_round
 from hpc_lbsgd.bench.core.timing import RATES, Bench, measured, training_set
 from hpc_lbsgd.bench.core.turns import there_and_back
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel.agree import together
 from hpc_lbsgd.recipe import Recipe
-from hpc_lbsgd.train.job import prepare_process
+from hpc_lbsgd.train.job import meet
 
 
 def rates(recipe: Recipe, rounds: int, steps: int) -> dict | None:
     """Medians and spread of the three rates over `rounds` of `steps` steps; on rank 0, None elsewhere. Collective."""
     if training_set(recipe) is None:
         raise RequestError("data.train is not set: name a folder of class folders, or a manifest")
-    device = prepare_process(recipe)
-    engine = engines.create(recipe.machine, recipe.determinism, device)
+    device, engine = meet(recipe)
     recipe = measured(recipe.with_workers(engine.size))
     try:
         bench = together(engine, lambda: Bench(recipe, engine, device))

@@ -18,18 +18,16 @@ from hpc_lbsgd import progress
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.core.timing import RATES, Bench, Timed, measured
 from hpc_lbsgd.bench.core.turns import there_and_back
-from hpc_lbsgd.parallel import engine as engines
 from hpc_lbsgd.parallel.agree import together
 from hpc_lbsgd.recipe import Recipe
 from hpc_lbsgd.records import write_atomically
-from hpc_lbsgd.train.job import prepare_process
+from hpc_lbsgd.train.job import meet
 
 
 def measure(task: dict) -> dict | None:
     """What rank 0 knows when all rounds are over; None on the others. Collective."""
     recipe = recipes.validate(task["recipe"])
-    device = prepare_process(recipe)
-    engine = engines.create(recipe.machine, recipe.determinism, device)
+    device, engine = meet(recipe)
     whats = RATES if recipe.data.train or recipe.data.dataset else RATES[:1]
     total = len(task["modes"]) * task["rounds"] * len(whats)
     modes = {}

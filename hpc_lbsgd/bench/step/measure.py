@@ -54,9 +54,8 @@ def time_batch(way, batch: int, task: dict, device: torch.device) -> dict:
 
 
 def main(task: dict, out: Path) -> None:
-    world = worlds.from_environment()
-    device = choose_device(world)
-    configure_torch(recipe_of(task, 1, 1), world, device)
+    device = choose_device(worlds.from_environment())
+    configure_torch(recipe_of(task, 1, 1))
     if device.type == "cpu":  # the same for all, one process alone included
         torch.set_num_threads(task["threads"])
     way = ENGINES[task["engine"]](task, device)
