@@ -38,7 +38,7 @@ def find(path: str | os.PathLike, folder: Path | None = None) -> Path:
 
 def refuse_compressed(path: str | os.PathLike) -> None:
     """Raise RequestError for a compressed tar, or a folder with one in it."""
-    names = [str(path)] if urls.is_url(path) or not Path(path).is_dir() else os.listdir(path)
+    names = [str(path)] if urls.is_url(path) or not Path(path).is_dir() else os.listdir(Path(path))
     if found := next((name for name in sorted(names) if name.endswith(COMPRESSED)), None):
         raise RequestError(
             f"{path}: {os.path.basename(found)} is compressed: none of its samples can be read without all before it; "
