@@ -26,7 +26,8 @@ import numpy as np
 
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.reach import tell
-from hpc_lbsgd.data.stage import make_private
+from hpc_lbsgd.data.stage import KEY
+from hpc_lbsgd.private import make_private
 
 Key = tuple[int, int]  # sample, number of its file
 PER_FOLDER = 1000
@@ -47,7 +48,7 @@ class Kept:
     """
 
     def __init__(self, folder: Path, room_bytes: float, rank: int, ranks: int):
-        make_private(folder)
+        make_private(folder, KEY)
         self.folder, self.room_bytes, self.used = folder, room_bytes, 0
         self.next_use: Callable[[int, np.ndarray], np.ndarray] = lambda epoch, samples: np.full(len(samples), NEVER)
         self._lock, self.epoch, self._writes = threading.Lock(), 0, True
@@ -206,7 +207,7 @@ def begin(sets: Sequence[Manifest], top: Path, stage_gb: float | None, rank: int
     total = sum(map(size_of, sets))
     for manifest in sets:
         folder = folder_of(manifest, top)
-        make_private(folder)
+        make_private(folder, KEY)
         share = size_of(manifest) / total / ranks
         free = FREE * shutil.disk_usage(folder).free
         manifest.kept = Kept(folder, (stage_gb * 1e9 if stage_gb else free) * share, rank, ranks)
