@@ -17,15 +17,17 @@ def step(number, **more):
 
 def test_tensorboard_has_every_rare_record_and_not_every_step(tmp_path):
     board = Loggers([TensorBoard(tmp_path)])
-    for i in range(300):
-        board(step(i, **({"noise_scale": float(i)} if i % 100 == 0 else {}), **({"skipped": True} if i == 7 else {})))
+    for i in range(300):  # ten a second
+        more = ({"noise_scale": float(i)} if i % 100 == 0 else {}) | ({"skipped": True} if i == 7 else {})
+        board(step(i, time=f"2026-11-29T22:00:{i // 10:02d}.{i % 10}00+00:00", **more))
     board({"kind": "eval", "step": 300, "loss": 0.5, "accuracy": None, "samples": 8})
     board({"kind": "event", "time": "now", "event": "decision", "step": 200, "workers": 4})
     board.close()
     found = EventAccumulator(str(tmp_path)).Reload()
     assert [e.step for e in found.Scalars("train/noise_scale")] == [0, 100, 200]
     assert [e.step for e in found.Scalars("train/skipped")] == [7]
-    assert 1 <= len(found.Scalars("train/loss")) < 100 and [e.value for e in found.Scalars("eval/loss")] == [0.5]
+    assert [e.step for e in found.Scalars("train/loss")] == list(range(0, 300, 10))
+    assert [e.value for e in found.Scalars("eval/loss")] == [0.5]
     text = found.Tensors("event/decision/text_summary")[0]
     assert text.step == 200 and b"workers" in text.tensor_proto.string_val[0]
 
