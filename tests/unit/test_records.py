@@ -203,10 +203,10 @@ def test_a_record_whose_key_or_time_changed_by_a_bit_is_not_whole(tmp_path):
 def test_a_run_whose_first_record_is_damaged_is_gone_on_with_as_any(small_recipe, tmp_path):
     """That record said that there was a start: without it steps would be on record twice."""
     recipe, folder = recipes.validate(small_recipe), RunFolder(tmp_path / "run")
-    assert prepare(folder, recipe, 1, None, CPU).attempt == 0
+    assert prepare(folder, recipe, 1, 1, None, CPU).attempt == 0
     lines = [json_line({"kind": "start", "step": 0})] + [json_line({"kind": "step", "step": i}) for i in range(3)]
     folder.metrics.write_text("".join(["[" + lines[0][1:], *lines[1:]]))
-    assert prepare(folder, recipe, 1, None, CPU).attempt == 1
+    assert prepare(folder, recipe, 1, 1, None, CPU).attempt == 1
     assert not list(read_metrics(folder.metrics)) and len(list(read_metrics(folder.lost))) == 3
 
 
@@ -230,14 +230,14 @@ def test_a_file_system_that_takes_no_record_is_one_message(folder, number, advic
 def test_a_runs_recipe_that_was_changed_since_is_no_longer_its(small_recipe, tmp_path):
     """By a person or a disk: a start that takes the run's own copy has nothing else to be held against."""
     folder = RunFolder(tmp_path / "run")
-    found = prepare(folder, recipes.validate(small_recipe), 1, None, CPU)
+    found = prepare(folder, recipes.validate(small_recipe), 1, 1, None, CPU)
     settled = recipes.validate(found.recipe)
     data = data_fingerprint(Manifest(found.train_set), Manifest(found.eval_set))
     made = checkpoint.State(3, settled.fingerprint(), data, rules=checkpoint.RULES)
     checkpoint.save(folder, make_replica(), made, keep=1)
     for cap in (None, 5):
         again = changed(settled.model_dump(mode="json"), train__max_steps=cap)
-        assert prepare(folder, recipes.validate(again), 1, None, CPU).state["step"] == 3
+        assert prepare(folder, recipes.validate(again), 1, 1, None, CPU).state["step"] == 3
     folder.recipe.write_text(folder.recipe.read_text().replace("base_lr: 0.", "base_lr: 1."))
     with pytest.raises(RequestError, match="step-00000003 was made by another recipe than .*recipe.yaml is now"):
-        prepare(folder, recipes.load_resolved(folder.recipe), 1, None, CPU)
+        prepare(folder, recipes.load_resolved(folder.recipe), 1, 1, None, CPU)
