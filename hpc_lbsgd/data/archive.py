@@ -70,7 +70,7 @@ def whole(file: BinaryIO, path: str, size: int) -> Iterator[tuple[tarfile.TarFil
                 if info.isreg() and not any(part.startswith(".") for part in PurePosixPath(info.name).parts):
                     yield tar, info
             at = tar.offset
-    except (tarfile.TarError, ValueError) as problem:  # ValueError: numbers in a header that are none
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError) as problem:  # numbers that are none, or absurd
         raise RequestError(f"{path}: not a whole, uncompressed tar file ({problem})") from None
     if size < at + 2 * BLOCK:
         raise RequestError(f"{path}: ends at byte {size} without a tar's two end blocks: cut, or still being written")

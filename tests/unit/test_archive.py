@@ -109,8 +109,15 @@ def test_members_that_mean_harm_are_refused(tree, tmp_path, name, changes, says,
     assert not (tmp_path / "set.arrow").exists()
 
 
-def test_what_is_not_a_whole_tar_is_said(tree, tmp_path):
-    (tmp_path / "set.tar").write_bytes(b"not a tar at all" * 100)
+@pytest.mark.parametrize("record", [None, b"99999999999999999999999 path=a/1.jpg\n"])
+def test_what_is_not_a_whole_tar_is_said(tmp_path, record):
+    """record: of an extended header, whose length is absurd."""
+    if record:
+        with tarfile.open(tmp_path / "set.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            add(tar, "PaxHeader", record, type=tarfile.XHDTYPE)
+            add(tar, "a/1.jpg", b"x")
+    else:
+        (tmp_path / "set.tar").write_bytes(b"not a tar at all" * 100)
     with pytest.raises(RequestError, match="not a whole, uncompressed tar"):
         archive.index(tmp_path / "set.tar")
 
