@@ -134,5 +134,6 @@ def _failures(records: list[dict]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    text = re.sub(r"/tmp/\S*?/(?=run\b|checkpoints\b|packed\b|staged\b|images\b|disk\b)", "", text)[:180]
+    text = re.sub(r"/tmp/\S*?/(?=run\b|checkpoints\b|packed\b|staged\b|images\b|disk\b)", "", text)
+    text = re.sub(r"/\S+/(?=\w+\.cc:)", "", text)[:180]  # where somebody compiled torch
     return text.replace("|", "\\|").replace("<", "&lt;")
