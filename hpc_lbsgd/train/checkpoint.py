@@ -55,6 +55,7 @@ class State:
     noise: list[Measurement] = field(default_factory=list)  # the last ones
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 by file name
     rules: int = 1  # those it was trained by (RULES); the first ones were not written down
+    finished: bool = False  # a callback has ended the run early
 
 
 STATE = TypeAdapter(State)

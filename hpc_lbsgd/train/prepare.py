@@ -94,6 +94,10 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, cores: int, amend: di
                 f"data.train = {recipe.data.train}: not the data that {folder.path} was trained on; "
                 "resume with the same data, or start a new run"
             )
+    if state and state.finished and amend:
+        state.finished = False
+    elif state and state.finished:
+        notes.append(f"a callback finished this run at step {state.step}; --amend KEY=VALUE goes on with it")
     start_gone = bool(state and recipe.model.init_from and not Path(recipe.model.init_from).exists())
     if start_gone:
         what = "gone; the checkpoint has all, but that this start computes what the first one did is not checked"

@@ -136,7 +136,7 @@ class Trainer:
         """
         partners = crosscheck.checkers(self.hosts)
         passes = Passes(self.recipe, self.engine.rank, self.engine.size, partners)
-        while self.state.step < self.schedule.steps:
+        while self.state.step < self.schedule.steps and not self.state.finished:
             start, end = self.state.step, self.schedule.steps
             if self.adaptive:
                 end = min(end, self.schedule.first_step(self.schedule.at(start).epoch + 1))
@@ -197,6 +197,8 @@ class Trainer:
         last, best = done == self.schedule.steps, False
         if self.eval_set and (last or (epoch_ends and (point.epoch + 1) % self.recipe.train.eval_epochs == 0)):
             best = self._evaluate(point.epoch + 1)
+        if outcome.stop and self.recipe.train.callbacks:
+            self.state.finished = self.engine.share(self.journal.asked())[1]
         if last or best or outcome.stop or outcome.checkpoint or self._saves(done):
             self._save()
         return outcome.stop and not last

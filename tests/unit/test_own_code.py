@@ -296,6 +296,12 @@ def test_a_run_with_all_of_it_ends_early_as_done_and_services_get_what_tensorboa
               for name, value in values.items() if isinstance(value, float)]  # fmt: skip
     assert sorted(logged) == sorted(scalars_of(run / "tensorboard"))
     assert json.loads((run / "loggers.json").read_text()) == {"wandb": "abc", "mlflow": "1"}
+    env = {"SAID": str(said), "PYTHONPATH": path}
+    again = command("train", "r.yaml", "--run", "run", "--resume", cwd=tmp_path, env=env)
+    assert again.returncode == 0 and "finished this run at step 11; --amend" in again.stderr, again.stderr
+    assert [r["steps"] for r in records(run, "end")] == [11]  # a later job of a chain has nothing to do
+    on = command("train", "r.yaml", "--run", "run", "--resume", "--amend", "optim.base_lr=0.01", cwd=tmp_path, env=env)
+    assert on.returncode == 0 and records(run, "end")[-1]["steps"] == 21, on.stderr
 
 
 def scalars_of(folder):
