@@ -14,10 +14,11 @@ from hpc_lbsgd.signals import say
 from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train.callbacks import Callbacks, View
 from hpc_lbsgd.train.display import Display
+from hpc_lbsgd.train.environment import software_facts
 from hpc_lbsgd.train.laps import Laps
 from hpc_lbsgd.train.loggers import Loggers, TensorBoard
 from hpc_lbsgd.train.parts import Parts
-from hpc_lbsgd.train.prepare import Prepared, software_facts
+from hpc_lbsgd.train.prepare import Prepared
 from hpc_lbsgd.train.services import Services
 from hpc_lbsgd.train.step import Outcome
 

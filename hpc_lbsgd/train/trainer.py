@@ -20,12 +20,13 @@ from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.signals import ENDING, say
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import checkpoint, crosscheck, decide, metrics, sets, verdict
+from hpc_lbsgd.train.environment import environment_facts
 from hpc_lbsgd.train.evaluate import evaluate
 from hpc_lbsgd.train.interval import Interval
 from hpc_lbsgd.train.journal import Journal
 from hpc_lbsgd.train.laps import Laps
 from hpc_lbsgd.train.parts import build, recompute
-from hpc_lbsgd.train.prepare import Prepared, data_fingerprint, environment_facts
+from hpc_lbsgd.train.prepare import Prepared, data_fingerprint
 from hpc_lbsgd.train.replica import weights_sha256
 from hpc_lbsgd.train.slow import SlowRanks
 from hpc_lbsgd.train.step import Outcome, Passes, Stepper
@@ -163,9 +164,8 @@ class Trainer:
 
     def _settles(self, number: int) -> bool:
         """Whether something follows a step, before the next one, that is known beforehand."""
-        return (
-            self._ends_epoch(self.schedule.at(number)) or self._saves(number + 1) or bool(self.recipe.train.callbacks)
-        )
+        known = self._ends_epoch(self.schedule.at(number)) or self._saves(number + 1)
+        return known or bool(self.recipe.train.callbacks)
 
     def _saves(self, done: int) -> bool:
         every = self.recipe.checkpoint.steps
@@ -358,8 +358,7 @@ class Trainer:
 
     def _on_stuck(self, message: str) -> None:
         """From the writer's deadline: rank 0 alone writes."""
-        where = f"rank {self.engine.rank} on {socket.gethostname()}"
-        self._on_stall(f"{where}: {message}", True, [])
+        self._on_stall(f"rank {self.engine.rank} on {socket.gethostname()}: {message}", True, [])
 
     # ---------------------------------------------------------------- end
 
@@ -368,8 +367,7 @@ class Trainer:
         self.watchdog.enter("sum", self.state.step)
         self.replica.check_others()
         self.replica.check_equal("end")
-        finished = self._refuse_fault()
-        stopped = stopped and not finished
+        stopped = not self._refuse_fault() and stopped
         if self.lead:  # the others wait for what callbacks do
             self.watchdog.enter("closing", self.state.step)
         digest = weights_sha256(self.replica.model) if self.lead else None

@@ -311,7 +311,7 @@ def test_watch_tells_a_job_that_is_gone_from_a_controller_that_is_away(tmp_path,
 
 def test_a_task_of_an_array_is_written_down_as_itself(monkeypatch):
     """The array's last task has the array's number, by which squeue means all of them."""
-    from hpc_lbsgd.train.prepare import software_facts
+    from hpc_lbsgd.train.environment import software_facts
 
     for name, value in (("JOB_ID", "7"), ("ARRAY_JOB_ID", "7"), ("ARRAY_TASK_ID", "3")):
         monkeypatch.setenv(f"SLURM_{name}", value)

@@ -2,7 +2,7 @@
 
 from conftest import changed, command, write_recipe
 
-from hpc_lbsgd.train.prepare import settings_of
+from hpc_lbsgd.train.environment import settings_of
 
 SECRETS = {
     "GITHUB_TOKEN": "s3cret-a", "AWS_SECRET_ACCESS_KEY": "s3cret-b", "DB_PASSWORD": "s3cret-c",
