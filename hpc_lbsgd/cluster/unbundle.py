@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hpc_lbsgd.cluster.bundle import BEFORE_SUM, BLOCK, Bundle, digest, read
+from hpc_lbsgd.cluster.bundle import BEFORE_SUM, BLOCK, Bundle, digest, files_below, read
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.private import check_room, identity, make_private
 from hpc_lbsgd.recipe import STAGE_DIR, expanded
@@ -54,7 +54,7 @@ def unbundle(path: Path, stage_dir: str) -> tuple[Path, bool]:
     what = read(path)
     if not os.access(what.base, os.X_OK):
         raise RunError(f"{path} needs Python {what.python} at {what.base}, which this node lacks")
-    target = Path(stage_dir).absolute() / f"{os.geteuid()}-bundle-{what.checksum[:16]}"
+    target = Path(os.path.abspath(stage_dir)) / f"{os.geteuid()}-bundle-{what.checksum[:16]}"
     environment = target / "env"
     try:
         make_private(target, KEY)
@@ -81,20 +81,20 @@ def is_whole(target: Path) -> bool:
 
 
 def listing(root: Path) -> str:
-    """A digest of what files there are, and of their identities; without those that Python adds."""
+    """A digest of what files and links there are, and of their identities; without those that Python adds. The same
+    by whatever path this folder is reached."""
     found = digest()
-    for folder, below, files in os.walk(root):
-        below[:] = sorted(name for name in below if name != "__pycache__")
-        for name in sorted(files):
-            path = os.path.join(folder, name)
-            found.update(os.fsencode(path) + repr(identity(path)).encode())
+    for name, path in sorted(files_below(root)):
+        if "__pycache__" not in path.parts:
+            found.update(os.fsencode(name) + repr(identity(path)).encode())
     return found.hexdigest()
 
 
 def unpack(path: Path, what: Bundle, target: Path) -> None:
     half, environment = target / ".unpacking", target / "env"
-    for old in (half, environment):
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(half, ignore_errors=True)
+    if not is_running(target):
+        shutil.rmtree(environment, ignore_errors=True)
     check_room(target, what.bytes, KEY)
     half.mkdir()
     try:
@@ -107,10 +107,22 @@ def unpack(path: Path, what: Bundle, target: Path) -> None:
         if said:
             raise RunError(f"{KEY}: cannot unpack to {target}: {said}")
         subprocess.run(["sync", "-f", half], capture_output=True)  # not after a power cut a file without its bytes
-        os.rename(half, environment)
+        settle(half, environment)
     finally:
         shutil.rmtree(half, ignore_errors=True)
     write_atomically(target / "staged.json", json.dumps({"files": listing(environment), "bundle": str(path)}))
+
+
+def settle(half: Path, environment: Path) -> None:
+    """Let what was unpacked appear. What another job's processes run from is mended file by file: they import from it
+    to their end."""
+    if not environment.exists():
+        os.rename(half, environment)
+        return
+    for name, path in files_below(half):
+        there = environment / name
+        there.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, there)
 
 
 def extract(path: Path, folder: Path) -> tuple[str, str]:

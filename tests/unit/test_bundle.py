@@ -227,3 +227,29 @@ def test_who_submits_from_another_environment_by_now_is_told(env, packed, monkey
     assert bundle.out_of_date(str(packed)) is None
     monkeypatch.setattr(bundle, "packages", lambda: "another")
     assert "what pip has installed is another one since" in bundle.out_of_date(str(packed))
+
+
+def test_what_a_job_runs_from_is_mended_under_it_and_never_taken_away(packed, tmp_path):
+    """Two jobs share a node, and something in the environment is another one by the start of the second."""
+    python, _ = unbundle.unbundle(packed, tmp_path)
+    packages = next(python.parents[1].glob("lib/python3*/site-packages"))
+    held = subprocess.Popen([python, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        kept = [(path, path.stat().st_ino) for path in (packages, packages / "mine")]
+        HARM["another"](packages / "mine" / "__init__.py")
+        (packages / "its own cache").touch()
+        assert unbundle.unbundle(packed, tmp_path) == (python, True)
+        assert [(path, path.stat().st_ino) for path, _ in kept] == kept
+        assert (packages / "mine" / "__init__.py").read_text() == "x = 5\n" and (packages / "its own cache").exists()
+        assert unbundle.unbundle(packed, tmp_path) == (python, False)
+    finally:
+        held.communicate(b"\n")
+
+
+def test_a_link_to_a_folder_that_is_gone_is_missed_and_another_way_to_the_disk_is_none(packed, tmp_path):
+    python, _ = unbundle.unbundle(packed, tmp_path / "disk")
+    (tmp_path / "link").symlink_to("disk")
+    assert not unbundle.unbundle(packed, tmp_path / "link")[1]
+    (python.parents[1] / "to folder").unlink()
+    assert unbundle.unbundle(packed, tmp_path / "disk") == (python, True)
+    assert unbundle.unbundle(packed, tmp_path / "link" / ".." / "disk") == (python, False)
