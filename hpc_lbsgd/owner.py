@@ -41,13 +41,15 @@ def space() -> str:
 
 def started(pid: int) -> int | None:
     """When a process of this host began, in ticks since boot; None: it is gone, or dead and not yet buried. Raises
-    PermissionError where it is another user's, and /proc hides those (hidepid)."""
+    PermissionError where it is there and cannot be looked at, as another user's where /proc hides those (hidepid)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        with contextlib.suppress(ProcessLookupError):
+        try:
             os.kill(pid, 0)
-        return None
+        except ProcessLookupError:
+            return None
+        raise PermissionError(f"process {pid}") from None
     return None if fields[0] in "ZX" else int(fields[19])
 
 

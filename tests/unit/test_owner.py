@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,18 @@ def test_a_process_that_proc_hides_may_be_at_work(monkeypatch):
 
     monkeypatch.setattr(os, "kill", kill)
     assert owner.alive(other) is None
+
+
+def test_a_process_of_which_nothing_can_be_read_is_not_gone(monkeypatch):
+    """Nothing more can be opened here, or /proc hides what is ours, too."""
+    mine, space = owner.this_process(), owner.space()
+
+    def read_text(path):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(owner, "space", lambda: space)
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert owner.alive(mine) is None
 
 
 def test_a_second_is_refused_by_name_and_nothing_changes(tmp_path):
