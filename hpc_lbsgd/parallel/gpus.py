@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 DRIVER = Path("/proc/driver/nvidia/version")
-HIDDEN = ("", "-1", "NoDevFiles")  # how CUDA_VISIBLE_DEVICES says: none
+SEEN = re.compile(r"\s*\+?\d|GPU-|MIG-")  # what CUDA_VISIBLE_DEVICES begins with; CUDA takes all else for none
 
 
 def lost(driver: Path = DRIVER) -> str | None:
@@ -15,7 +16,7 @@ def lost(driver: Path = DRIVER) -> str | None:
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given in HIDDEN:
+    if given is not None and not SEEN.match(given):  # "", -1, none; Slurm's NoDevFiles
         return None
     built = f"torch {torch.__version__}, built for " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs")
     if driver.exists():
@@ -28,6 +29,6 @@ def lost(driver: Path = DRIVER) -> str | None:
         return None
     return (
         f"a GPU was given to the job (CUDA_VISIBLE_DEVICES={given}), but this node has no NVIDIA driver, and {built}, "
-        "finds none: have the node repaired, or leave it out; to train on CPUs ask for none (gpus_per_node: 0 in the "
-        "site file, or CUDA_VISIBLE_DEVICES=)"
+        "finds none: have the node repaired, or leave it out; to train on CPUs, and where that variable is left over, set "
+        "it to nothing: CUDA_VISIBLE_DEVICES= (in a site file: environment: {CUDA_VISIBLE_DEVICES: ''})"
     )

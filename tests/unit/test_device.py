@@ -51,5 +51,11 @@ def test_a_gpu_node_does_not_train_on_its_cpu_in_silence(gpus, tmp_path, monkeyp
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02\nGCC version: 12\n")
     with pytest.raises(RequestError, match=r"NVIDIA GPUs, and torch .* cannot use them \(driver: NVRM .*470.57.02\)"):
         job.choose_device(World(0, 1, 0, 1))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as a person says it who wants the CPU
-    assert job.choose_device(World(0, 1, 0, 1)).type == "cpu"
+    for none in ("", " ", "-1", "-1,0", "none", "void", "NoDevFiles"):  # CUDA takes each of them for that
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert job.choose_device(World(0, 1, 0, 1)).type == "cpu"
+    driver.unlink()
+    for some in ("0,-1", "GPU-8932f937-d72c", "MIG-GPU-8932f937-d72c/1/0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", some)
+        with pytest.raises(RequestError, match="a GPU was given to the job"):
+            job.choose_device(World(0, 1, 0, 1))
