@@ -65,7 +65,11 @@ def unbundle(path: Path, stage_dir: str) -> tuple[Path, bool]:
             if fresh:
                 remove_unused(target)
                 unpack(path, what, target)
-    except OSError as problem:
+    except (OSError, RunError) as problem:
+        if os.path.exists(path) and read(path) != what:
+            return unbundle(path, stage_dir)  # it was packed anew meanwhile
+        if isinstance(problem, RunError):
+            raise
         raise RunError(f"{KEY}: cannot write {target}: {problem.strerror or problem}") from None
     python = environment / "bin" / "python"
     check_python(python, what)

@@ -64,7 +64,7 @@ def test_ranks_have_their_python_on_their_nodes_disk_and_the_next_job_finds_it(
         ranks = 2 if launcher == "srun" else 1
         more = {"options": [f"--nodelist={','.join(nodes)}"], "ranks_per_node": ranks, "python": python}
         own = site(folder, launcher, bundle=str(bundle), stage_dir="/tmp/$USER-disk", launcher=launcher, **more)
-        env = {"PYTHONPATH": "", "USER": "me", "PATH": f"{Path(sys.executable).parent}:{lab.env['PATH']}"}
+        env = {"PYTHONPATH": str(folder), "USER": "me", "PATH": f"{Path(sys.executable).parent}:{lab.env['PATH']}"}
         words = ["submit", path, "--run", folder / launcher, "--nodes", 2, "--site", own]
         said = lab.call(python, "-m", "hpc_lbsgd.cli", *words, cwd=folder, env=env)
         number = re.search(r"Submitted batch job (\d+)", said.stderr)[1]

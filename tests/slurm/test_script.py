@@ -153,6 +153,8 @@ def test_nodes_are_measured_before_the_first_step(measure, keys, ends, started, 
 
 
 UNPACKED = "for n in n1 n2 n4; do echo $n.cluster.org unpacked '/disk/my env/bin/python'; done"
+ANEW = "[ -e once ] || { touch once; echo n9 there '/disk/old env/bin/python'; }; " + UNPACKED  # while they unpack it
+ANEW += "; [ -s once ] && echo n9 unpacked '/disk/my env/bin/python'; echo 1 >once"
 ALL = f"{UNPACKED}; echo n9 there '/disk/my env/bin/python'"
 
 
@@ -167,13 +169,15 @@ ALL = f"{UNPACKED}; echo n9 there '/disk/my env/bin/python'"
         ("echo n9: no room >&2; exit 1", {}, "e.tar; the cause is above", None),
         ("exit 1", {"lost": True}, "e.tar: n9; queued again without n9", None),  # srun starts nothing then
         (ALL.replace("n9 there '/disk", "n9 there '/disc"), {}, "not the same folder on all nodes", None),
+        (ANEW, {}, "done: run", "--nodelist=n1,n2,n9,n4 "),
     ],
 )
 def test_ranks_start_from_the_bundle_where_it_was_unpacked(unpack, keys, ends, started, tmp_path):
     said, starts, asked = elastic(tmp_path, DONE, unpack=unpack, **{"lost": False, **keys})
     assert ends in said and [started in line for line in starts] == [True] * bool(started), said
     assert all(" /disk/my env/bin/python -m hpc_lbsgd.cli train " in line for line in starts), starts
-    (line,) = (line for line in asked if "stage-bundle" in line)
+    line, *again = (line for line in asked if "stage-bundle" in line)
+    assert again == [line] * (unpack == ANEW or "not the same" in ends)
     assert " --nodes=4 --ntasks=4 --ntasks-per-node=1 " in line and line.endswith(f"stage-bundle {tmp_path}/e.tar")
     assert any(" --release " in line for line in asked) is ("queued again" not in ends)
 

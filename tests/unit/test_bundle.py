@@ -253,3 +253,22 @@ def test_a_link_to_a_folder_that_is_gone_is_missed_and_another_way_to_the_disk_i
     (python.parents[1] / "to folder").unlink()
     assert unbundle.unbundle(packed, tmp_path / "disk") == (python, True)
     assert unbundle.unbundle(packed, tmp_path / "link" / ".." / "disk") == (python, False)
+
+
+def test_one_that_is_packed_anew_while_a_node_unpacks_it_is_unpacked_as_it_is_then(packed, tmp_path, monkeypatch):
+    target = tmp_path / "x.tar"
+    target.write_bytes(packed.read_bytes())
+    extract = unbundle.extract
+
+    def meanwhile(path, folder):
+        monkeypatch.setattr(unbundle, "extract", extract)
+        anew = target.with_name("anew")
+        anew.write_bytes(packed.read_bytes())
+        with open(anew, "r+b") as file:
+            file.write(replace(bundle.read(packed), commit="another").head())
+        anew.replace(target)
+        return "of the one before", ""
+
+    monkeypatch.setattr(unbundle, "extract", meanwhile)
+    python, fresh = unbundle.unbundle(target, tmp_path / "disk")
+    assert fresh and bundle.read(target).checksum[:16] in str(python)

@@ -56,8 +56,11 @@ there='command -v "$0" >/dev/null || { echo "$(hostname): no $(readlink -m "$0")
 there+='; exec "$0" "$@"'
 unpack() {
     local node how path found fresh=0 begun=$SECONDS
-    code=0
-    found=$(each_node bash -c "$there" "$python" -m hpc_lbsgd.cli stage-bundle "$bundle") || code=$?
+    for _ in 1 2; do # again where some nodes have it as it was, and some as it was packed anew meanwhile
+        code=0
+        found=$(each_node bash -c "$there" "$python" -m hpc_lbsgd.cli stage-bundle "$bundle") || code=$?
+        (($(awk '/^[^ ]+ (unpacked|there) / {$1 = $2 = ""; print}' <<<"$found" | sort -u | wc -l) > 1)) || break
+    done
     while read -r node how path; do
         [[ $how == unpacked || $how == there ]] || continue
         ready+=("${node%%.*}")
@@ -73,6 +76,14 @@ unpack() {
     done
     echo "$bundle: unpacked on $fresh nodes, there before on $((${#ready[@]} - fresh)), in $((SECONDS - begun)) s" >&2
     export PYTHONSAFEPATH=1 # the program is the packed one, also where another lies in this folder
+    [[ ! -x $ranks_python ]] || without_another
+}
+without_another() { # nor in one that PYTHONPATH names
+    local folder kept=
+    while IFS= read -rd: folder; do
+        [[ ! $folder || -e $folder/hpc_lbsgd/__init__.py ]] || kept+=${kept:+:}$folder
+    done <<<"${PYTHONPATH-}:"
+    export PYTHONPATH=$kept
 }
 if [[ $bundle ]]; then
     unpack
