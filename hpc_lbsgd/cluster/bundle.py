@@ -155,6 +155,19 @@ def files_below(root: Path):
             yield path.relative_to(root).as_posix(), path
 
 
+def outside() -> list[str]:
+    """Folders from which this Python imports and which are not packed: --system-site-packages, `pip -e`."""
+    here, stdlib = Path(sys.prefix).resolve(), Path(sysconfig.get_path("stdlib")).resolve()
+    own = (Path.cwd(), Path(hpc_lbsgd.__file__).resolve().parents[1])
+    folders = dict.fromkeys(Path(entry).resolve() for entry in sys.path if os.path.isdir(entry))
+    return [
+        str(folder)
+        for folder in folders
+        if not (folder in own or folder.is_relative_to(here))
+        and (folder.name.endswith("-packages") or not folder.is_relative_to(stdlib))
+    ]
+
+
 def packages() -> str:
     """Digest of the names and versions of what pip has installed."""
     found = sorted(path.name for path in Path(sysconfig.get_path("purelib")).glob("*.dist-info"))

@@ -92,15 +92,17 @@ def bundle(args) -> int:
 
     from hpc_lbsgd.cluster import bundle as bundles
 
-    what = bundles.pack(args.file)
+    what, outside = bundles.pack(args.file), bundles.outside()
     facts = {"file": str(args.file), "checksum": what.checksum, "files": what.files, "bytes": what.bytes,
-             "python": what.python, "base": what.base}  # fmt: skip
+             "python": what.python, "base": what.base, "outside": outside}  # fmt: skip
     print(
         json.dumps(facts)
         if args.json
         else f"{args.file}: {what.files} files, {what.bytes / 1e9:.1f} GB on a node's disk; nodes must have Python "
         f"{what.python} at {what.base}\nin the site file: bundle: {args.file.absolute()}"
     )
+    if outside and not args.json:
+        print("not packed, and read from where they are by each rank: " + ", ".join(outside))
     return EXIT_DONE
 
 

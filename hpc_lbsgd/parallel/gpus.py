@@ -29,6 +29,6 @@ def lost(driver: Path = DRIVER) -> str | None:
         return None
     return (
         f"a GPU was given to the job (CUDA_VISIBLE_DEVICES={given}), but this node has no NVIDIA driver, and {built}, "
-        "finds none: have the node repaired, or leave it out; to train on CPUs, and where that variable is left over, set "
-        "it to nothing: CUDA_VISIBLE_DEVICES= (in a site file: environment: {CUDA_VISIBLE_DEVICES: ''})"
+        "finds none: have the node repaired, or leave it out; to train on CPUs, also where that variable is left over, "
+        "set it to nothing: CUDA_VISIBLE_DEVICES= (in a site file: environment: {CUDA_VISIBLE_DEVICES: ''})"
     )

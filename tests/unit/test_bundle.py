@@ -53,7 +53,9 @@ def packed(env, tmp_path_factory):
     target = tmp_path_factory.mktemp("packed") / f"{NAME}.tar"
     result = pack(env, target)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["checksum"] == bundle.read(target).checksum
+    said = json.loads(result.stdout)
+    assert said["checksum"] == bundle.read(target).checksum
+    assert said["outside"] == [path for path in sys.path if path.endswith("site-packages")]  # by others.pth
     return target
 
 
