@@ -28,6 +28,17 @@ def make_private(target: Path, key: str) -> None:
     target.chmod(0o700)
 
 
+def refuse_exchangeable(target: Path, key: str) -> None:
+    """Refuses a folder in whose place everybody could put another one at any time: for what is executed from there."""
+    for above in Path(os.path.realpath(target)).parents:
+        mode = above.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise RunError(
+                f"{key}: everybody can rename what lies in {above} (mode {stat.S_IMODE(mode):o}, without the sticky "
+                f"bit), and put a program of theirs there: name another {key}, or have the bit set (chmod +t)"
+            )
+
+
 def check_room(target: Path, needed: int, key: str) -> None:
     """Refuses what the disk has no room for. needed: bytes."""
     free = shutil.disk_usage(target).free

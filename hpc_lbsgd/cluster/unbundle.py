@@ -23,7 +23,7 @@ from pathlib import Path
 
 from hpc_lbsgd.cluster.bundle import BEFORE_SUM, BLOCK, Bundle, digest, files_below, read
 from hpc_lbsgd.errors import RequestError, RunError
-from hpc_lbsgd.private import check_room, identity, make_private
+from hpc_lbsgd.private import check_room, identity, make_private, refuse_exchangeable
 from hpc_lbsgd.recipe import STAGE_DIR, expanded
 from hpc_lbsgd.records import write_atomically
 from hpc_lbsgd.schedulers import known
@@ -58,6 +58,7 @@ def unbundle(path: Path, stage_dir: str) -> tuple[Path, bool]:
     environment = target / "env"
     try:
         make_private(target, KEY)
+        refuse_exchangeable(target, KEY)
         with open(target / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             os.utime(lock.fileno())

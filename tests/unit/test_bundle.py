@@ -204,6 +204,18 @@ def test_a_folder_of_another_user_is_not_believed(packed, tmp_path):
         unbundle.unbundle(packed, tmp_path)
 
 
+def test_no_job_runs_from_where_everybody_can_put_another_program(packed, tmp_path):
+    """The folder is the user's alone, its name is not."""
+    disk = tmp_path / "disk"
+    (disk / "me").mkdir(parents=True)
+    disk.chmod(0o777)
+    with pytest.raises(RunError, match=f"stage_dir: everybody can rename what lies in {disk} .mode 777, without"):
+        unbundle.unbundle(packed, disk / "me")
+    assert not list(disk.glob("me/*/env"))
+    disk.chmod(0o1777)
+    assert unbundle.unbundle(packed, disk / "me")[1]
+
+
 def test_unpacking_removes_what_nobody_has_used_for_a_day(packed, tmp_path):
     python, _ = unbundle.unbundle(packed, tmp_path)
     kept, unused, running = (tmp_path / f"{os.geteuid()}-bundle-{name}" for name in ("kept", "unused", "running"))
