@@ -118,7 +118,7 @@ def test_submit_looks_at_the_bundle(tmp_path, bundle, monkeypatch):
     monkeypatch.setenv("DISK", str(tmp_path))
 
     def prepared(name):
-        own = site(tmp_path, name, bundle=f"$DISK/{name}.tar", stage_dir="/local")
+        own = site(tmp_path, name, ranks_per_node=1, bundle=f"$DISK/{name}.tar", stage_dir="/local")
         return prepare("goyal-resnet50", [], str(own), Request(run=str(tmp_path / "run")))
 
     for name, content in (("none", b"x" * 9000), ("cut", bundle.read_bytes()[:-10_000])):
