@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 class Store(ThreadingHTTPServer):
     """`served`: how often each (path, first byte, last byte) was sent whole. `faults`: what is done to the next
-    requests for a path, one each: "503", "cut", "short", "wrong", "slow"."""
+    requests for a path, one each: "503", "cut", "short", "wrong", "slow", "more"."""
 
     daemon_threads, request_queue_size = True, 128
 
@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
             first, last = map(int, asked.removeprefix("bytes=").split("-"))
             if first >= size:
                 return self.status(416)
-            last = min(last, size - 1)
+            last = size - 1 if fault == "more" else min(last, size - 1)
         with open(file, "rb") as content:
             content.seek(first)
             body = content.read(last + 1 - first)

@@ -29,6 +29,8 @@ class Fsspec:
             self.system, self.root = fsspec.core.url_to_fs(base)
         except (ImportError, ValueError) as problem:
             raise RequestError(f"{base}: fsspec cannot open it here ({problem})") from None
+        except Exception as problem:  # of any package: some connect here
+            raise RequestError(f"{base}: fsspec cannot open it here ({type(problem).__name__})") from None
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         return self._asked(lambda path: self.system.cat_file(path, start=start, end=stop), name)

@@ -11,12 +11,15 @@ import re
 import threading
 import urllib.request
 from pathlib import Path
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from hpc_lbsgd.data.reach import Facts, Missing, NoRanges, Unreachable
+from hpc_lbsgd.errors import RunError
 
 TIMEOUT_S = 30.0  # without a byte
 REDIRECTS = 5
+SAID = 1 << 16  # bytes of an answer that has none of a file
+AS_IT_IS = "!#$%&'()*+,/:;=?@[]~"  # in the path of an address: what is encoded already stays
 REDIRECTED, GONE, REFUSED = (301, 302, 303, 307, 308), (404, 410), (401, 403)
 AGAIN = (http.client.RemoteDisconnected, ConnectionError)  # of a connection that was kept: the server closed it
 
@@ -50,21 +53,39 @@ class Http:
             try:
                 response = self._response(method, url, headers)
                 if response.status in REDIRECTED:
-                    response.read()
-                    url = urljoin(url, response.headers.get("Location", ""))
+                    self._read(response, SAID)
+                    url = self._followed(name, url, response.headers.get("Location", ""))
                     continue
                 return response.status, response.headers, self._body(name, method, response, wanted)
+            except (http.client.InvalidURL, ValueError):  # there may be a secret in what it says
+                raise RunError(f"{self.base}/{name}: it, a proxy or a redirection is no address to be asked") from None
             except (http.client.HTTPException, OSError) as problem:
                 self._kept.connections = {}
                 raise Unreachable(f"{type(problem).__name__}: {problem}") from None
         raise Unreachable(f"redirected more than {REDIRECTS} times")
+
+    def _followed(self, name: str, url: str, location: str) -> str:
+        to = urljoin(url, location)
+        old, new = urlsplit(url).scheme, urlsplit(to).scheme
+        if new not in ("http", "https") or (old, new) == ("https", "http"):
+            raise RunError(f"{self.base}/{name}: redirected from {old} to {new}, which is not followed")
+        return to
+
+    def _read(self, response: http.client.HTTPResponse, most: int) -> bytes:
+        """What was sent, up to so many bytes; with more on its way the connection is of no use."""
+        body = response.read(most + 1)
+        if len(body) <= most and response.length:
+            raise http.client.IncompleteRead(body, response.length)
+        if len(body) > most:
+            self._kept.connections = {}
+        return body[:most]
 
     def _body(self, name: str, method: str, response: http.client.HTTPResponse, wanted: int) -> bytes:
         status = response.status
         if status == 200 and method == "GET" and response.length != wanted:
             self._kept.connections = {}  # the whole file is under way
             raise NoRanges(name)
-        body = response.read()
+        body = self._read(response, wanted if status in (200, 206) else SAID)
         if status in GONE:
             raise Missing(f"not there (status {status})")
         if status in REFUSED:
@@ -82,10 +103,12 @@ class Http:
             connection = connections.pop(key, None) if reused else None
             if reused and connection is None:
                 continue
-            connection, whole = connection or connected(*key), proxied(*key) and parts.scheme == "http"
-            path = url if whole else (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection = connection or connected(*key)
+            proxy = proxied(*key) if parts.scheme == "http" else None  # of https it sees no request
+            path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), AS_IT_IS)
+            path, known = (f"http://{parts.netloc}{path}", allowed(proxy)) if proxy else (path, {})
             try:
-                connection.request(method, path, headers=headers | authorization(parts.hostname))
+                connection.request(method, path, headers=headers | authorization(parts.hostname) | known)
                 response = connection.getresponse()
             except AGAIN:
                 if reused:
@@ -96,18 +119,31 @@ class Http:
         raise AssertionError
 
 
-def proxied(scheme: str, netloc: str) -> str | None:
-    return None if urllib.request.proxy_bypass(netloc) else urllib.request.getproxies().get(scheme)
+def proxied(scheme: str, netloc: str) -> SplitResult | None:
+    found = None if urllib.request.proxy_bypass(netloc) else urllib.request.getproxies().get(scheme)
+    return urlsplit(found if "://" in found else f"http://{found}") if found else None
 
 
 def connected(scheme: str, netloc: str) -> http.client.HTTPConnection:
     kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-    if proxy := proxied(scheme, netloc):
-        connection = kind(urlsplit(proxy).netloc, timeout=TIMEOUT_S)
-        if scheme == "https":
-            connection.set_tunnel(netloc)
-        return connection
-    return kind(netloc, timeout=TIMEOUT_S)
+    proxy = proxied(scheme, netloc)
+    if not proxy:
+        return kind(netloc, timeout=TIMEOUT_S)
+    connection = kind(proxy.hostname or "", proxy.port or 80, timeout=TIMEOUT_S)
+    if scheme == "https":
+        connection.set_tunnel(netloc, headers=allowed(proxy))
+    return connection
+
+
+def allowed(proxy: SplitResult) -> dict[str, str]:
+    """What a proxy with a user in its address asks for."""
+    if proxy.username is None:
+        return {}
+    return {"Proxy-Authorization": basic(unquote(proxy.username), unquote(proxy.password or ""))}
+
+
+def basic(user: str, password: str) -> str:
+    return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
 
 
 def authorization(host: str | None) -> dict[str, str]:
@@ -116,7 +152,4 @@ def authorization(host: str | None) -> dict[str, str]:
         found = netrc.netrc(os.environ.get("NETRC") or str(Path("~/.netrc").expanduser())).hosts.get(host)
     except (OSError, RuntimeError, netrc.NetrcParseError):
         return {}
-    if not found:
-        return {}
-    word = base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode()
-    return {"Authorization": f"Basic {word}"}
+    return {"Authorization": basic(found[0], found[2])} if found else {}

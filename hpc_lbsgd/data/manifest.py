@@ -28,7 +28,7 @@ from hpc_lbsgd.data import columns, elsewhere, fields, sound
 from hpc_lbsgd.data.decode import decoders
 from hpc_lbsgd.data.names import escaped, is_utf8, read_excluded, unescaped
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.urls import is_url
+from hpc_lbsgd.urls import checked, is_url
 
 FILE_NAME = "manifest.arrow"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
@@ -93,7 +93,7 @@ class Manifest:
             sound.check_columns(self.table, PACKED_SCHEMA if self.header.get("shards") else SCHEMA)
             root = self.header["root"]
             self.remote = is_url(root)  # shards lie elsewhere
-            self.root = root if self.remote else (self.path.parent / root).resolve()
+            self.root = checked(root, "root") if self.remote else (self.path.parent / root).resolve()
             self.classes: list[str] = self.header["classes"]
             self.own_fields = fields.of_schema(self.table.schema, self.header.get("masks", {}))
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as problem:
