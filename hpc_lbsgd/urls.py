@@ -13,8 +13,8 @@ def is_url(path: str | os.PathLike[str] | None) -> bool:
 
 
 def checked(url: str, key: str) -> str:
-    """`url`, its scheme in small letters, without a slash at its end. Raises ValueError, which does not repeat it, where
-    a secret may be in it: it would be in records, messages and the list of processes."""
+    """`url`, its scheme in small letters, no slash at its end. Raises ValueError, which does not repeat it, where a
+    secret may be in it: it would be in records, messages and the list of processes."""
     scheme, _, place = url.partition("://")
     if "::" in scheme or "::" in place.replace("[::", "["):  # in brackets: of a host, by number
         raise ValueError(f"{key}: an address within an address (::): give that of the folder itself")

@@ -27,6 +27,7 @@ import numpy as np
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.reach import tell
 from hpc_lbsgd.data.stage import KEY
+from hpc_lbsgd.errors import RunError
 from hpc_lbsgd.private import make_private
 
 Key = tuple[int, int]  # sample, number of its file
@@ -36,6 +37,7 @@ SUFFIX = "-samples"
 NEVER = float("inf")
 IN_TURN = 1 << 40  # beyond all epochs
 FREE = 0.9  # share of what is free that is taken where nobody says how much
+TIDIED = 1000  # entries of a heap that are no longer so, from which on it is made anew
 ABANDONED_S = 600  # since something half-written was written to
 
 
@@ -98,8 +100,13 @@ class Kept:
     def read(self, key: Key) -> bytes | None:
         try:
             return self._path(key).read_bytes()
+        except FileNotFoundError:
+            with self._lock:
+                if key in self._copies and not self._path(key).exists():  # another job, or who cleans up, removed it
+                    self._drop(key)
         except OSError:
-            return None
+            pass
+        return None
 
     def drop(self, key: Key) -> None:
         with self._lock:
@@ -111,14 +118,17 @@ class Kept:
             if not self._writes or key in self._copies:
                 return
             size = on_disk(len(content))
-            if not self._make_room(size, needed):
+            if not self._make_room(size, needed) or not self._writes:
                 return
             try:
                 self._write(key, content)
                 self._add(key, size, needed)
             except OSError as problem:
-                self._writes = False
-                tell(f"machine.stage_dir: {self.folder}: {problem.strerror or problem}; no more samples are kept there")
+                self._keep_no_more(problem)
+
+    def _keep_no_more(self, problem: OSError) -> None:
+        self._writes = False
+        tell(f"{KEY}: {self.folder}: {problem.strerror or problem}; no more samples are kept there")
 
     def _make_room(self, size: int, needed: float) -> bool:
         """For so many bytes that are needed then; False where all else is needed sooner."""
@@ -140,8 +150,9 @@ class Kept:
                     fcntl.lockf(self._fetched, fcntl.LOCK_EX, 1, sample)
             yield
         finally:
-            for sample in held:
-                fcntl.lockf(self._fetched, fcntl.LOCK_UN, 1, sample)
+            with contextlib.suppress(OSError):  # a file system without locks
+                for sample in held:
+                    fcntl.lockf(self._fetched, fcntl.LOCK_UN, 1, sample)
 
     def _path(self, key: Key) -> Path:
         return self.folder / str(key[0] // PER_FOLDER) / f"{key[0]}.{key[1]}"
@@ -163,6 +174,13 @@ class Kept:
         heapq.heappush(self._last, (-needed, key))
         if needed < NEVER:
             heapq.heappush(self._first, (needed, key))
+        known = self._copies.items()
+        if len(self._last) > 2 * len(known) + TIDIED:
+            self._last = [(-time, key) for key, (time, _) in known]
+            heapq.heapify(self._last)
+        if len(self._first) > 2 * len(known) + TIDIED:
+            self._first = [(time, key) for key, (time, _) in known if time < NEVER]
+            heapq.heapify(self._first)
 
     def _needed_last(self) -> Key | None:
         while self._last:
@@ -174,7 +192,10 @@ class Kept:
 
     def _drop(self, key: Key) -> None:
         self.used -= self._copies.pop(key, (0.0, 0))[1]
-        self._path(key).unlink(missing_ok=True)
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as problem:
+            self._keep_no_more(problem)
 
     def __del__(self):
         for descriptor in (getattr(self, "_in_use", None), getattr(self, "_fetched", None)):
@@ -189,9 +210,21 @@ def on_disk(size: int) -> int:
 # ---------------------------------------------------------------- the sets of a run
 
 
-def in_part(manifest: Manifest, stage_gb: float | None) -> bool:
-    """Whether of this set samples are kept; else all of it is staged, where it can be."""
-    return manifest.remote or bool(manifest.shards and stage_gb and size_of(manifest) > stage_gb * 1e9)
+def in_part(sets: Sequence[Manifest | object], stage_gb: float | None) -> list[bool]:
+    """Of which of these sets samples are kept. Others are staged, where they can be: all of them within the bound, or
+    none."""
+    packed = [isinstance(s, Manifest) and bool(s.shards) for s in sets]
+    total = sum(size_of(s) for s, shards in zip(sets, packed, strict=True) if shards)
+    whole = stage_gb is None or total <= stage_gb * 1e9
+    return [shards and (s.remote or not whole) for s, shards in zip(sets, packed, strict=True)]
+
+
+def left(sets: Sequence[Manifest | object], stage_gb: float | None) -> float | None:
+    """What is left of the bound beside sets that are staged."""
+    if stage_gb is None:
+        return None
+    parts = zip(sets, in_part(sets, stage_gb), strict=True)
+    return stage_gb - sum(size_of(s) for s, part in parts if isinstance(s, Manifest) and not part) / 1e9
 
 
 def size_of(manifest: Manifest) -> int:
@@ -207,11 +240,14 @@ def begin(sets: Sequence[Manifest], top: Path, stage_gb: float | None, rank: int
     total = sum(map(size_of, sets))
     for manifest in sets:
         folder = folder_of(manifest, top)
-        make_private(folder, KEY)
         share = size_of(manifest) / total / ranks
-        free = FREE * shutil.disk_usage(folder).free
-        manifest.kept = Kept(folder, (stage_gb * 1e9 if stage_gb else free) * share, rank, ranks)
-        if not stage_gb:
+        try:
+            make_private(folder, KEY)
+            free = FREE * shutil.disk_usage(folder).free
+            manifest.kept = Kept(folder, (stage_gb * 1e9 if stage_gb is not None else free) * share, rank, ranks)
+        except OSError as problem:
+            raise RunError(f"{KEY}: cannot write {folder}: {problem.strerror or problem}") from None
+        if stage_gb is None:
             manifest.kept.room_bytes += manifest.kept.used
 
 

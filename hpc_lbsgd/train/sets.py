@@ -27,9 +27,10 @@ def open_all(recipe: Recipe, paths: Sequence[str | None], engine) -> list:
     folder = together(engine, lambda: stage_folder(recipe))
     if not folder:
         return found
-    in_part = [isinstance(s, Manifest) and kept.in_part(s, recipe.machine.stage_gb) for s in found]
+    in_part = kept.in_part(found, recipe.machine.stage_gb)
+    room_gb = kept.left(found, recipe.machine.stage_gb)
     rest = staged([None if part else s for s, part in zip(found, in_part, strict=True)], folder, engine)
-    keep([s for s, part in zip(found, in_part, strict=True) if part], Path(folder), recipe.machine.stage_gb, engine)
+    keep([s for s, part in zip(found, in_part, strict=True) if part], Path(folder), room_gb, engine)
     return [s if part else other for s, part, other in zip(found, in_part, rest, strict=True)]
 
 

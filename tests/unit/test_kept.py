@@ -163,6 +163,61 @@ def test_a_full_disk_ends_keeping_and_nothing_else(packed, tmp_path, monkeypatch
     assert capfd.readouterr().err.count("No space left on device; no more samples are kept") == 1
 
 
+def test_what_is_known_of_copies_does_not_grow_with_epochs(tmp_path):
+    """A run of hundreds of epochs: of copies that stay, and of copies that come and go."""
+    s = Schedule(100, 4, [Stage(0, 5, 0.1, 0.9)], 400, "partial", Warmup(0, 0.1))
+    for room in (200, 20):
+        copies, following = Kept(tmp_path / f"{room}", room * BLOCK, 0, 1), NextUse(s, 3, np.arange(4) == 0)
+        copies.foresee(following, 0)
+        sizes = []
+        for epoch in range(300):
+            mine = Permutation(100, 3, epoch)[:][np.arange(100) // 4 % 4 == 0]
+            for sample, needed in zip(mine.tolist(), following(epoch, mine).tolist(), strict=True):
+                copies.advance(following(epoch - 1, np.array([sample]))[0])
+                copies.keep((sample, 0), b"x", needed)
+            sizes.append(len(copies._last) + len(copies._first))
+        assert max(sizes[200:]) <= max(sizes[:100]) + 100, room
+
+
+def test_a_copy_that_cannot_be_removed_ends_keeping_and_nothing_else(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("hpc_lbsgd.data.reach.TOLD_S", 0.0)
+    (tmp_path / "k" / "0" / "0.0").mkdir(parents=True)  # as where a file system became read-only
+    copies = Kept(tmp_path / "k", 2 * BLOCK, 0, 1)
+    copies.foresee(lambda epoch, samples: 100.0 - samples, 0)
+    for sample in range(1, 4):
+        copies.keep((sample, 0), b"x", 100.0 - sample)
+    assert "no more samples are kept" in capfd.readouterr().err
+    copies.drop((0, 0))
+
+
+def test_a_copy_that_somebody_removed_is_kept_anew(tmp_path):
+    copies = Kept(tmp_path / "k", 2 * BLOCK, 0, 1)
+    copies.keep((1, 0), b"x", 1.0)
+    next((tmp_path / "k" / "0").iterdir()).unlink()  # by who cleans /tmp, or another job with less room
+    assert copies.read((1, 0)) is None
+    copies.keep((1, 0), b"x", 1.0)
+    assert copies.read((1, 0)) == b"x" and copies.used == BLOCK
+
+
+def test_a_place_that_is_none_is_refused_with_one_message(packed, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=f"cannot write {tmp_path}/file/.*(Not a directory|File exists)"):
+        kept.begin([packed], tmp_path / "file", 1.0, 0, 1)
+
+
+def test_the_bound_is_of_all_sets_of_a_job(packed):
+    size = kept.size_of(packed) / 1e9
+    assert kept.in_part([packed, None, packed], 1.5 * size) == [True, False, True]
+    assert kept.in_part([packed, None, packed], 2.5 * size) == [False, False, False]
+    assert kept.in_part([packed], None) == [False]
+    with store(packed.root) as afar:
+        remote = manifest.Manifest(find(afar.url))
+        assert kept.in_part([remote, packed], None) == [True, False]
+        assert kept.in_part([remote, packed], 1.5 * size) == [True, True]
+        assert kept.in_part([remote, packed], 2.5 * size) == [True, False]
+        assert kept.left([remote, packed], 2.5 * size) == pytest.approx(1.5 * size)
+
+
 def test_sets_that_no_job_uses_make_room(packed, tmp_path):
     with store(packed.root) as afar:
         m = begun(afar, tmp_path, None)
@@ -187,7 +242,6 @@ def test_a_folder_of_another_user_is_not_believed(packed, tmp_path):
 
 def test_a_packed_set_on_a_slow_disk_is_kept_in_part_too(packed, tmp_path):
     m = manifest.Manifest(packed.path)
-    assert kept.in_part(m, 1e-6) and not kept.in_part(m, 1.0) and not kept.in_part(m, None)
     kept.begin([m], tmp_path, 40 * BLOCK / 1e9, 0, 1)
     m.kept.foresee(NextUse(schedule(), 3, np.array([True])), 0)
     assert torch.equal(epochs(m)[0], epochs(manifest.Manifest(packed.path))[0])
