@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -182,47 +182,42 @@ class Remote(Packed):
         return found
 
     def _asked(self, run: list[Piece]) -> list[np.ndarray | Exception]:
-        """By one request; what that does not give, by one each."""
-        first = run[0].start
+        """By one request. What is wrong in it may be of whoever stands between: that is asked for again, all of it at
+        once, for a shard that was replaced has no piece that is right."""
+        found: dict[Key, np.ndarray | Exception] = {}
+        shard, reasons = run[0].shard, {}
+
+        def ask() -> None:
+            rest = [piece for piece in run if piece.key not in found]
+            first, stop = rest[0].start, max(piece.stop for piece in rest)
+            name = self.manifest.shards[shard]["name"]
+            content = self.reach.read(name, first, stop) if stop > first else b""  # no range is of no bytes
+            for piece in rest:
+                part, size = content[piece.start - first : piece.stop - first], piece.stop - piece.start  # a copy
+                if self._right(piece, part):
+                    found[piece.key] = np.frombuffer(part, np.uint8)
+                else:
+                    short = f"{len(part)} bytes of {size}"
+                    reasons[piece.key] = "not the bytes that were indexed" if len(part) == size else short
+            if len(found) < len(run):
+                raise Wrong(next(reasons[piece.key] for piece in rest if piece.key not in found))
+
         try:
-            content = self._range(run[0].shard, first, run[-1].stop)
-        except Missing:
-            return [self._alone(piece) for piece in run]
+            patiently(ask, self.manifest.shard_place(shard))
+        except Missing as problem:
+            return [SampleError(piece.key[0], f"cannot read {self._where(piece)}: {problem}") for piece in run]
+        except Wrong:
+            told = self._changed(shard)
+            for piece in run:
+                if piece.key not in found:
+                    why = f"{self._where(piece)}: {reasons[piece.key]}; {told}"
+                    found[piece.key] = ChangedError(piece.key[0], why)
         except RunError as problem:
             return [problem] * len(run)
-        parts = [content[piece.start - first : piece.stop - first] for piece in run]  # copies: none keeps all
-        return [np.frombuffer(part, np.uint8) if self._right(piece, part) else self._alone(piece)
-                for piece, part in zip(run, parts, strict=True)]  # fmt: skip
+        return [found[piece.key] for piece in run]
 
-    def _alone(self, piece: Piece) -> np.ndarray | Exception:
-        """Wrong bytes may be of whoever stands between: they are asked for again."""
-        sample, name = piece.key[0], self.names[piece.key[1]]
-
-        def right(content: bytes) -> None:
-            if len(content) < piece.stop - piece.start:
-                raise Wrong(f"{len(content)} bytes of {piece.stop - piece.start}")
-            if not self._right(piece, content):
-                raise Wrong("not the bytes that were indexed")
-
-        try:
-            return np.frombuffer(self._range(*piece[:3], right), np.uint8)
-        except Missing as problem:
-            return SampleError(sample, f"cannot read {self.manifest.file(sample, name)}: {problem}")
-        except Wrong as problem:
-            told = self._changed(piece.shard)
-            return ChangedError(sample, f"{self.manifest.file(sample, name)}: {problem}; {told}")
-        except RunError as problem:
-            return problem
-
-    def _range(self, shard: int, start: int, stop: int, check: Callable[[bytes], None] = lambda content: None) -> bytes:
-        name = self.manifest.shards[shard]["name"]
-
-        def ask() -> bytes:
-            content = self.reach.read(name, start, stop)
-            check(content)
-            return content
-
-        return patiently(ask, self.manifest.shard_place(shard))
+    def _where(self, piece: Piece) -> str:
+        return self.manifest.file(piece.key[0], self.names[piece.key[1]])
 
     def _right(self, piece: Piece, content: bytes) -> bool:
         name = self.names[piece.key[1]]

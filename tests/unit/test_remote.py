@@ -15,8 +15,9 @@ from hpc_lbsgd.data import http, loader, manifest, pack, reach, verify
 from hpc_lbsgd.data import show as shows
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.find import find
+from hpc_lbsgd.data.packed import ChangedError
 from hpc_lbsgd.data.remote import Piece, runs
-from hpc_lbsgd.data.storage import Request
+from hpc_lbsgd.data.storage import Request, open_storage
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.recipe import Data
 
@@ -93,7 +94,7 @@ def test_what_fails_now_and_then_is_asked_for_again(packed, impatient, monkeypat
         afar.faults = {f"/{m.shards[0]['name']}": [fault, fault], f"/{m.shards[1]['name']}": [fault]}
         assert torch.equal(images(m), images(local(packed / "tar")))
         assert not any(afar.faults.values())
-    if fault in ("503", "cut", "slow"):  # others show in a sample alone, and come right at the second time
+    if fault in ("503", "cut", "slow"):  # of others the shard's last request may be the one
         assert f"{m.shards[0]['name']}" in (said := capfd.readouterr().err) and "trying again" in said
 
 
@@ -126,6 +127,22 @@ def test_a_shard_that_changed_is_named_and_no_sample_of_it_is_wrong(moving, impa
         file.write(b"\0" * 512)
     with pytest.raises(RequestError, match=rf"{m.shards[1]['name']}: \d+ bytes, the manifest says"):
         m.check_files()
+
+
+def test_a_shard_that_was_replaced_is_told_after_a_few_requests(moving, impatient):
+    """Not after a few for each of its samples: with a second or two between them that would take hours."""
+    afar, m = moving
+    path, mine = afar.root / m.shards[0]["name"], np.flatnonzero(m.shard_of == 0)
+    content = bytearray(path.read_bytes())
+    for sample in mine:
+        content[int(m.offsets[sample])] ^= 1
+    path.write_bytes(content)
+    before, storage = len(afar.seen), open_storage(m)
+    storage.expect(storage.pieces(mine.tolist(), [None]), 1)
+    for sample in mine.tolist():
+        with pytest.raises(ChangedError, match=rf"{m.key(sample)}: not the bytes"):
+            storage.content(sample)
+    assert len(afar.seen) - before < 8 < len(mine)
 
 
 def test_a_shard_that_went_is_named(moving, impatient):
