@@ -84,6 +84,7 @@ class Remote(Packed):
         self.names: list[str | None] = [None, *sorted(manifest.files)]  # by the number in a key
         self.outstanding = 0  # bytes that are expected, and not asked for yet
         self._expected: dict[Key, Expected] = {}
+        self._given_up: set[int] = set()
         self._lock, self._work = threading.Lock(), SimpleQueue()
 
     # ------------------------------------------------------------ ahead of time
@@ -105,6 +106,8 @@ class Remote(Packed):
                 if piece.key in self._expected:
                     self._expected[piece.key].times += 1
                     continue
+                if piece.key[0] in self._given_up:
+                    continue
                 self._expected[piece.key] = Expected(piece.stop - piece.start)
                 self.outstanding += piece.stop - piece.start
                 new[piece.key] = piece
@@ -118,6 +121,13 @@ class Remote(Packed):
             self._threads = [threading.Thread(target=serve, args=(self._work,), daemon=True) for _ in range(FETCHERS)]
             for thread in self._threads:
                 thread.start()
+
+    def give_up(self, sample: int) -> None:
+        """Others stand in for this sample from now on: it is not going to be asked for again."""
+        with self._lock:
+            self._given_up.add(sample)
+            for key in [key for key in self._expected if key[0] == sample]:
+                self.outstanding -= self._expected.pop(key).bytes
 
     def forget(self) -> None:
         """What was expected is not going to be asked for."""

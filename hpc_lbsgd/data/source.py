@@ -15,6 +15,7 @@ from hpc_lbsgd.data.fields import FILES, IMAGE, NOWHERE, refuse_unknown
 from hpc_lbsgd.data.finish import cut
 from hpc_lbsgd.data.manifest import Manifest, checksum
 from hpc_lbsgd.data.order import stream_key
+from hpc_lbsgd.data.remote import Remote
 from hpc_lbsgd.data.storage import Request, SampleError, open_storage
 from hpc_lbsgd.data.targets import Inputs, Target, Targets, one_or_all
 from hpc_lbsgd.errors import RequestError, RunError
@@ -141,6 +142,8 @@ class Source:
         if self.data.on_bad_image == "error" or not self.train:
             raise problem
         self._bad.add(problem.sample)
+        if isinstance(self.storage, Remote):
+            self.storage.give_up(problem.sample)
         if len(self._bad) == len(self.manifest):
             raise problem
 

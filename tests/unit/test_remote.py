@@ -145,6 +145,20 @@ def test_a_shard_that_was_replaced_is_told_after_a_few_requests(moving, impatien
     assert len(afar.seen) - before < 8 < len(mine)
 
 
+def test_what_is_fetched_ahead_of_samples_that_are_skipped_goes(moving, impatient):
+    """They are never asked for again: what was fetched of them would stay, and be read-ahead's bound in the end."""
+    afar, m = moving
+    path, bad = afar.root / m.shards[1]["name"], np.flatnonzero(m.shard_of == 1)[:5]
+    content = bytearray(path.read_bytes())
+    for sample in bad:
+        content[int(m.offsets[sample])] ^= 1
+    path.write_bytes(content)
+    made = loader.create(SKIP, m, 5, True, 16, 2, 2, False, torch.device("cpu"))
+    found = [batch.replaced for batch in made.batches(iter([r._replace(epoch=e) for e in range(4) for r in REQUESTS]))]
+    assert sum(found) >= 4 * len(bad)
+    assert not made.storage.outstanding and not made.storage._expected
+
+
 def test_a_shard_that_went_is_named(moving, impatient):
     afar, m = moving
     (afar.root / m.shards[2]["name"]).unlink()
