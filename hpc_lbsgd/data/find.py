@@ -67,7 +67,11 @@ def fetched(url: str, folder: Path | None = None) -> Path:
         raise RequestError(f"{base}/{name}: not there, or not for you; a set that is read from afar has its manifest")
     if not copied(base, EXCLUDE, folder / EXCLUDE):
         (folder / EXCLUDE).unlink(missing_ok=True)
-    manifest = Manifest(there)
+    try:
+        manifest = Manifest(there)
+        manifest.check_content(at_any_size=True)  # it may have been replaced while it came
+    except RequestError as problem:
+        raise RequestError(f"{base}/{name}: as it came here: {problem}") from None
     if not manifest.shards:
         raise RequestError(f"{base}/{name}: lists single image files; what is read from afar is packed (data pack)")
     root = manifest.header["root"]

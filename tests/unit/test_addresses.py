@@ -83,6 +83,23 @@ def test_any_folder_and_any_name_can_be_asked_for(packed, tmp_path, folder):
         assert contents(m) == contents(packed)
 
 
+def test_a_manifest_that_was_replaced_while_it_came_is_refused_at_any_size(packed, tmp_path, monkeypatch):
+    """Half of one and half of another would be wrong labels, and a start does not look at all rows of a large set."""
+    monkeypatch.setattr(manifest, "ROWS_CHECKED_AT_START", 0)
+    monkeypatch.setattr(manifest, "STRETCH", 1)
+    shutil.copytree(packed.root, tmp_path / "set")
+    labels = packed.labels.astype("<i4").tobytes()
+    content = (tmp_path / "set" / "manifest.arrow").read_bytes()
+    at = content.index(labels)
+    (tmp_path / "set" / "manifest.arrow").write_bytes(content[:at] + labels[::-1] + content[at + len(labels) :])
+    with store(tmp_path / "set") as afar:
+        with pytest.raises(RequestError, match=f"^{afar.url}/manifest.arrow: .*damaged"):
+            find(afar.url)
+        (tmp_path / "set" / "manifest.arrow").write_bytes(content[:at])
+        with pytest.raises(RequestError, match=f"^{afar.url}/manifest.arrow: .*not a manifest"):
+            find(afar.url)
+
+
 def test_odd_names_of_shards(packed, tmp_path):
     (tmp_path / "t").mkdir()
     names = [b"a b.tar", b"c#d?e&f=%2e%2e.tar", "é+.tar".encode()]
