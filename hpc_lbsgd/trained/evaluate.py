@@ -16,7 +16,7 @@ from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import world as worlds
 from hpc_lbsgd.parallel.agree import together
 from hpc_lbsgd.parallel.engine import Engine
-from hpc_lbsgd.train import metrics
+from hpc_lbsgd.train import metrics, sets
 from hpc_lbsgd.train.evaluate import evaluate as measure
 from hpc_lbsgd.train.job import meet
 from hpc_lbsgd.train.parts import make_loaders
@@ -48,6 +48,7 @@ def evaluate(run: str, data: str | None, at: str, plain: bool) -> dict | None:
         found.device = device
         found.model.to(device)
         recipe, chosen = together(engine, lambda: open_set(found, data))
+        sets.refuse_other(chosen.fingerprint, engine)  # each rank has looked for itself: it may be replaced meanwhile
         memory_format = torch.channels_last if found.channels_last else torch.contiguous_format
         _, loader = together(engine, lambda: make_loaders(recipe, chosen, chosen, memory_format, engine, device))
         result = measure(found, loader, len(chosen), recipe.machine.eval_batch, metrics.of_recipe(recipe.train))

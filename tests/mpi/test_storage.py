@@ -4,10 +4,11 @@ images or not, across a resume."""
 import shutil
 
 import pytest
-from conftest import changed, command, records, train_many
-from store import store
+from conftest import changed, command, mpirun, records, train_many, write_images
+from store import Store, store
 
 from hpc_lbsgd.data import manifest, pack
+from hpc_lbsgd.data import tree as trees
 
 RANKS = (1, 3)
 EXACT = {"determinism": "any-ranks", "train__max_steps": None, "train__epochs": 2, "batch__workers": 5}
@@ -72,6 +73,27 @@ def test_a_set_afar_goes_on_and_is_kept_within_its_bound(runs, recipes, afar, tm
                    "--set", f"machine.stage_dir={afar.root / 'kept'}", "--set", "machine.stage_gb=null")  # fmt: skip
     assert done.returncode == 0 and hash_of(runs["half", 3]) == hash_of(runs["folder", 1]), done.stderr
     assert afar.bytes_sent - before <= 2  # of all that the node has, nothing is fetched again
+
+
+def test_ranks_that_see_different_sets_do_not_evaluate_together(runs, afar, tmp_path, monkeypatch):
+    """Each asks the server for itself, and the set may be replaced in between."""
+    for seed in (0, 1):
+        index = trees.index(write_images(tmp_path / f"d{seed}", 40, 8, seed=seed), processes=1).path
+        pack.pack(index, afar.root / f"seen-{seed}", pack.Encoding(), 5, 1)
+    fault, asked = Store.fault, []
+
+    def in_turn(self, path):
+        if path == "/seen/manifest.arrow":
+            (afar.root / "seen").unlink(missing_ok=True)
+            (afar.root / "seen").symlink_to(f"seen-{len(asked) % 2}")
+            asked.append(path)
+        return fault(self, path)
+
+    (afar.root / "seen").symlink_to("seen-0")
+    monkeypatch.setattr(Store, "fault", in_turn)
+    refused = mpirun(2, "-m", "hpc_lbsgd.cli", "evaluate", runs["folder", 1], f"{afar.url}/seen")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr and len(asked) == 2, refused.stderr
+    assert "data" in refused.stderr and "copy the data there again" in refused.stderr
 
 
 def test_stand_ins_are_the_same_on_any_number_of_ranks(runs):
