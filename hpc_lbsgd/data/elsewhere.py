@@ -25,6 +25,9 @@ class Fsspec:
     def __init__(self, base: str):
         import fsspec
 
+        if base.startswith("file://"):  # any name is a folder's there, with :: in it too
+            self.system, self.root = fsspec.filesystem("file"), base.removeprefix("file://")
+            return
         try:
             self.system, self.root = fsspec.core.url_to_fs(base)
         except (ImportError, ValueError) as problem:

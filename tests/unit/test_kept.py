@@ -1,6 +1,7 @@
 """What a node keeps of a remote set: within its bound, what is needed soonest, and never anything wrong."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -240,9 +241,11 @@ def test_a_folder_of_another_user_is_not_believed(packed, tmp_path):
         kept.begin([packed], tmp_path, 1.0, 0, 1)
 
 
-def test_a_packed_set_on_a_slow_disk_is_kept_in_part_too(packed, tmp_path):
-    m = manifest.Manifest(packed.path)
-    kept.begin([m], tmp_path, 40 * BLOCK / 1e9, 0, 1)
+@pytest.mark.parametrize("name", ["set", "a::b #?%20 [x]*"])
+def test_a_packed_set_on_a_slow_disk_is_kept_in_part_too(packed, tmp_path, name):
+    shutil.copytree(packed.root, tmp_path / name)
+    m = manifest.Manifest(tmp_path / name / "manifest.arrow")
+    kept.begin([m], tmp_path / "stage", 40 * BLOCK / 1e9, 0, 1)
     m.kept.foresee(NextUse(schedule(), 3, np.array([True])), 0)
     assert torch.equal(epochs(m)[0], epochs(manifest.Manifest(packed.path))[0])
-    assert 0 < on_disk(tmp_path)[0] <= 40 * BLOCK
+    assert 0 < on_disk(tmp_path / "stage")[0] <= 40 * BLOCK
