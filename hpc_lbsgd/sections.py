@@ -343,8 +343,8 @@ class Machine(Section):
     """node-local folder, such as $SLURM_TMPDIR; each node copies a packed set there once and reads it from there
     (default: the site's, for sets that are packed). Of a remote set it keeps samples there that it has read"""
     stage_gb: Positive | None = None
-    """of a remote set, and of a packed one that is larger: at most so much of it on a node, as it is needed (default:
-    nine tenths of what is free)"""
+    """of a run's packed sets at most so much on a node: of remote ones, and of all where they are larger together, the
+    samples that are needed soonest (default: of remote ones nine tenths of what is free, others whole)"""
     eval_batch: Count = 250
     """images in one evaluation pass"""
     cross_check_steps: Annotated[int, Field(ge=0)] = 100
