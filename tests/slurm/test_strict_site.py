@@ -246,8 +246,8 @@ def test_another_user_does_not_take_what_is_hidden_from_him(site_lab, ada):
             said = "".join(other.communicate())
         assert "in use by process" in said and "has it" not in said, said
         ours.communicate("")
-    staged = [sys.executable, "-c", "from pathlib import Path; from hpc_lbsgd.data.stage import make_private as make; "
-              "make(Path('staged'))"]  # fmt: skip
+    staged = [sys.executable, "-c", "from pathlib import Path; from hpc_lbsgd.private import make_private as make; "
+              "make(Path('staged'), 'machine.stage_dir')"]  # fmt: skip
     site_lab.as_user("ada", *staged, cwd=project)
     refused = site_lab.as_user("eve", *staged, cwd=project, check=False)
     assert f"is not a folder of yours (owner: user {strict_lab.USERS['ada']})" in refused.stderr, refused.stderr
