@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import changed, command, records, write_recipe
@@ -25,6 +26,12 @@ def wait_for(is_so, job, timeout=120):
         assert job.poll() is None, job.stdout.read()
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def stopped(pid):
+    """All its threads are: one that waits for the disk first ends what it writes."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
 
 
 def steps(run):
@@ -56,6 +63,7 @@ def test_a_start_beside_a_running_one_changes_nothing_and_after_kill_9_it_goes_o
     job = start(["train"], recipe, run)
     wait_for(lambda: len(steps(run)) > 3, job)
     os.kill(job.pid, signal.SIGSTOP)
+    wait_for(lambda: stopped(job.pid), job)
     before = {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in run.rglob("*")}
     for words in (["train"], LAUNCH):
         refused = command(*words, recipe, "--run", run, "--resume")
