@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
 from hpc_lbsgd.data.manifest import Manifest
@@ -20,7 +22,7 @@ class ChangedError(SampleError):
     """Its bytes are there, and are not those that were indexed."""
 
 
-class Packed:
+class Packed(ABC):
     """Samples inside shards, at known places."""
 
     def __init__(self, manifest: Manifest):
@@ -35,9 +37,9 @@ class Packed:
             return data[-shape[0] * shape[1] * shape[2] :].reshape(shape)  # behind the header of a .npy file
         return data
 
+    @abstractmethod
     def content(self, sample: int, name: str | None = None) -> np.ndarray:
         """All bytes of the tar member, uint8 (bytes,)."""
-        raise NotImplementedError
 
     def place(self, sample: int, name: str | None = None) -> tuple[int, int, int]:
         """(shard, first byte, bytes) of a sample's image, or of its file of that name."""
