@@ -38,6 +38,10 @@ class Store(ThreadingHTTPServer):
         """Of shards."""
         return sum(n * (stop - start + 1) for (path, start, stop), n in self.served.items() if path.endswith(".tar"))
 
+    def file(self, path: str, send: bool) -> Path:
+        """What is sent, or only told of, for a path."""
+        return self.root / path.lstrip("/")
+
     def fault(self, path: str) -> str | None:
         with self.lock:
             waiting = self.faults.get(path) or self.faults.get("*")
@@ -70,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.status(302, Location=f"{store.redirect}{self.path}?Signature=hidden")
         if store.password and self.headers.get("Authorization") != store.password:
             return self.status(401)
-        file = store.root / path.lstrip("/")
+        file = store.file(path, send)
         if not file.is_file():
             return self.status(404)
         size, tag = file.stat().st_size, f'"{file.stat().st_mtime_ns}"'

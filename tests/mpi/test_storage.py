@@ -1,6 +1,7 @@
 """Where the pictures lie does not matter: folder, tar, raw, staged, afar, kept in part, on any number of ranks, bad
 images or not, across a resume."""
 
+import itertools
 import shutil
 
 import pytest
@@ -80,19 +81,14 @@ def test_ranks_that_see_different_sets_do_not_evaluate_together(runs, afar, tmp_
     for seed in (0, 1):
         index = trees.index(write_images(tmp_path / f"d{seed}", 40, 8, seed=seed), processes=1).path
         pack.pack(index, afar.root / f"seen-{seed}", pack.Encoding(), 5, 1)
-    fault, asked = Store.fault, []
+    file, asked = Store.file, itertools.count()
 
-    def in_turn(self, path):
-        if path == "/seen/manifest.arrow":
-            (afar.root / "seen").unlink(missing_ok=True)
-            (afar.root / "seen").symlink_to(f"seen-{len(asked) % 2}")
-            asked.append(path)
-        return fault(self, path)
+    def in_turn(self, path, send):
+        return file(self, path.replace("/seen/", f"/seen-{next(asked) if send else 0}/"), send)
 
-    (afar.root / "seen").symlink_to("seen-0")
-    monkeypatch.setattr(Store, "fault", in_turn)
+    monkeypatch.setattr(Store, "file", in_turn)
     refused = mpirun(2, "-m", "hpc_lbsgd.cli", "evaluate", runs["folder", 1], f"{afar.url}/seen")
-    assert refused.returncode == 2 and "Traceback" not in refused.stderr and len(asked) == 2, refused.stderr
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr and next(asked) == 2, refused.stderr
     assert "data" in refused.stderr and "copy the data there again" in refused.stderr
 
 
