@@ -82,8 +82,10 @@ def differing(base: str, shards: Sequence[dict]) -> list[str]:
         with ThreadPoolExecutor(LOOKING) as pool:
             problems = [problem for problem in pool.map(look, shards) if problem]
         if not problems:
-            first = shards[0]["name"]
-            patiently(lambda: of.read(first, 0, 1), f"{base}/{first}", AT_START_S)
+            first = f"{base}/{shards[0]['name']}"
+            patiently(lambda: of.read(shards[0]["name"], 0, 1), first, AT_START_S)
+    except Missing as problem:  # it was there a moment ago
+        problems = [f"{first}: {problem}"]
     except RunError as problem:
         raise RequestError(str(problem)) from None
     return problems

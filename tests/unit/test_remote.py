@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import changed, command, write_images, write_recipe
-from store import store
+from store import Store, store
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.cli import main
@@ -165,6 +165,14 @@ def test_a_shard_that_went_is_named(moving, impatient):
     with pytest.raises(RunError, match=rf"cannot read {m.shard_place(2)}:.*: not there"):
         images(m)
     with pytest.raises(RequestError, match=rf"^{afar.url} no longer(.|\n)*{m.shard_place(2)}: not there"):
+        m.check_files()
+
+
+def test_a_shard_that_goes_while_it_is_looked_at_is_named(moving, impatient, monkeypatch):
+    afar, m = moving
+    file = Store.file
+    monkeypatch.setattr(Store, "file", lambda self, path, send: file(self, "gone" if send else path, send))
+    with pytest.raises(RequestError, match=rf"{m.shard_place(0)}: not there"):
         m.check_files()
 
 
