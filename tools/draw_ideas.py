@@ -5,6 +5,7 @@ python tools/draw_ideas.py            # writes docs/pictures/*.png
 
 from __future__ import annotations
 
+import ast
 import random
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from hpc_lbsgd.report.figures import panels, save
 from hpc_lbsgd.theory.schedule import Schedule, Stage, Warmup
 
 OUT = Path(__file__).parents[1] / "docs" / "pictures"
+HOUSE = Path(__file__).parents[1] / "hpc_lbsgd"
+LIBRARIES = [("numpy", "numpy"), ("torch", "torch"), ("horovod", "Horovod"), ("mpi4py", "mpi4py"), ("nvidia", "DALI")]
 N, WORKERS, EACH = 22, 4, 3  # samples, k, n: the second step of the epoch is a tail of 10
 
 
@@ -116,9 +119,82 @@ def sums(path: Path) -> None:
     save(figure, path)
 
 
+def edge(path: Path) -> None:
+    """Which packages import which library, anywhere in them: read from their sources."""
+    met = {name: set() for name in ("theory", "data", "parallel", "train", "cluster")}
+    for package, libraries in met.items():
+        for file in (HOUSE / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+                libraries.update((name.partition(".")[0], file) for name in names)
+    figure, (axis,) = panels(1, (9.5, 2.6))
+    for row, libraries in enumerate(met.values()):
+        for column, (module, _) in enumerate(LIBRARIES):
+            files = sorted(file.stem for name, file in libraries if name == module)
+            if files:
+                text = f"{len(files)} files" if len(files) > 2 else "\n".join(files)
+                box(axis, column, row, 1, text, COLOURS[2 if len(files) <= 2 else 0])
+    axis.set_yticks(range(len(met)), [f"{name}/" for name in met])
+    axis.set_xlim(0, len(LIBRARIES))
+    bare(axis, "")
+    axis.set_xticks([i + 0.5 for i in range(len(LIBRARIES))], [label for _, label in LIBRARIES])
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    save(figure, path)
+
+
+def proof(path: Path) -> None:
+    """When a run's promise is looked at: before, during and after its steps."""
+    every, steps = 100, 400
+    figure, (axis,) = panels(1, (9.5, 1.9))
+    box(axis, -95, 0, 90, "preflight", COLOURS[1])
+    box(axis, 0, 0, steps, "steps", COLOURS[0])
+    for step in range(every, steps, every):
+        axis.plot(step, 0, "v", color=COLOURS[3], markersize=12, markeredgecolor="white")
+    box(axis, 105, 1, 60, "audit", COLOURS[2])
+    box(axis, 205, 1, 60, "audit", COLOURS[2])
+    notes = (
+        (-50, "the model as it is written\nagainst the model as it trains"),
+        (every, f"cross-check, every {every} steps:\nranks against one another"),
+    )
+    for x, text in notes:
+        axis.annotate(text, (x, -0.4), (x, -1.5), ha="center", va="center", fontsize=9, arrowprops={"arrowstyle": "-"})
+    axis.text(280, 1, "afterwards, by anyone: steps again from a checkpoint", va="center", fontsize=9)
+    axis.set_yticks([0, 1], ["the run", "later"])
+    axis.set_ylim(-2.2, 1.6)
+    bare(axis, "")
+    save(figure, path)
+
+
+def files(path: Path) -> None:
+    """What a run writes, and who reads it."""
+    written = ("recipe.yaml", "metrics.jsonl", "status.json", "checkpoints")
+    readers = {
+        "watch, report, compare": (1, 2),
+        "TensorBoard, W&B, MLflow": (1,),
+        "your script": (0, 1, 2, 3),
+        "resume, audit": (0, 1, 3),
+        "evaluate, predict, export": (0, 3),
+    }
+    figure, (axis,) = panels(1, (9.5, 2.6))
+    box(axis, 0, 2, 1.2, "train", COLOURS[0])
+    for row, name in enumerate(written):
+        axis.plot([1.2, 2], [2, row + 0.5], color="grey", linewidth=1)
+        box(axis, 2, row + 0.5, 1.6, name, COLOURS[1])
+    for row, (name, reads) in enumerate(readers.items()):
+        for at in reads:
+            axis.plot([3.6, 4.8], [at + 0.5, row], color="grey", linewidth=1)
+        box(axis, 4.8, row, 2.6, name, COLOURS[2])
+    axis.set_yticks([])
+    axis.set_xlim(0, 7.4)
+    bare(axis, "")
+    save(figure, path)
+
+
 def main() -> None:
     OUT.mkdir(exist_ok=True)
-    for draw in (clock, order, workers, sums):
+    for draw in (clock, order, workers, sums, edge, proof, files):
         draw(OUT / f"{draw.__name__}.png")
         print(OUT / f"{draw.__name__}.png")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import changed, command, mpirun, write_images, write_recipe
 
-from hpc_lbsgd.bench.loader import measure
+from hpc_lbsgd.bench.loader import measure, peers
 from hpc_lbsgd.data import pack
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.recipe import Data
@@ -23,8 +23,21 @@ def test_all_contestants_take_turns(tmp_path):
     assert {r["first_over_this"] for r in rows if r["loader"].startswith("ours, files")} == {1.0}
     assert (tmp_path / "x.png").stat().st_size > 5000
     job = command("bench", "loader", files, "--image-size", "32", "--batch", "8", "--threads", "1", "--rounds", "1",
-                  "--images", "8", "--no-peers")  # fmt: skip
+                  "--images", "8", "--no-peers", "--limit")  # fmt: skip
     assert job.returncode == 0 and "images/s" in job.stdout and "torchvision" not in job.stdout
+    assert "decoder alone, files" in job.stdout
+
+
+def test_sets_whose_folders_have_one_name_are_kept_apart(tmp_path):
+    for place in "ab":
+        trees.index(write_images(tmp_path / place / "d", 12, 32), processes=1)
+    sets = [tmp_path / "a" / "d", tmp_path / "b" / "d"]
+    small = ["--image-size", "32", "--batch", "4", "--threads", "1", "--rounds", "1", "--images", "4"]
+    job = command("bench", "loader", *sets, *small)
+    assert job.returncode == 0 and all(f"ours, files ({path})" in job.stdout for path in sets), job.stderr
+    assert "DALI file reader |" in job.stdout and f"DALI file reader ({sets[1]})" in job.stdout
+    job = command("bench", "loader", sets[0], sets[0], *small)
+    assert job.returncode == 2 and "twice" in job.stderr
 
 
 def test_peers_make_pictures_of_the_same_shape_and_scale(tmp_path):
@@ -32,16 +45,16 @@ def test_peers_make_pictures_of_the_same_shape_and_scale(tmp_path):
     m = trees.index(write_images(tmp_path / "d", 12, 48, suffix=".jpg"), processes=1)
     data = Data(image_size=32)
     for native in (False, True):
-        image, label = measure.Pictures(m, data, native)[3]
+        image, label = peers.Files(m, peers.Picture(data, native))[3]
         assert image.shape == (3, 32, 32) and image.dtype.is_floating_point and abs(float(image.mean())) < 3
         assert label == m.labels[3]
-    for contestant in measure.contestants([str(m.path)], data, 4, peers=True):
+    for contestant in measure.contestants([str(m.path)], data, 4, True, ["webdataset"], tmp_path, True):
         source = contestant.start(1)
         assert [next(source) for _ in range(5)] == [4] * 5
         source.close()
 
 
-@pytest.mark.parametrize("words", [["nowhere"], ["--threads", "0"]])
+@pytest.mark.parametrize("words", [["nowhere"], ["--threads", "0"], ["--formats", "ffcv,zip"]])
 def test_wrong_requests_are_refused(tmp_path, words):
     job = command("bench", "loader", *(words if words[0] == "nowhere" else [tmp_path, *words]))
     assert job.returncode == 2 and "Traceback" not in job.stderr

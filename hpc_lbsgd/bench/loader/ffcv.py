@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hpc_lbsgd.bench.loader.peers import Contestant
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Data
@@ -14,7 +15,7 @@ from hpc_lbsgd.recipe import Data
 CLASSES = {"jpeg": "JPEG q90, 500 px", "raw": "raw, 256 px"}
 
 
-class Files:
+class Decoded:
     """What FFCV's writer reads: a decoded picture and its label."""
 
     def __init__(self, manifest: Manifest):
@@ -36,11 +37,13 @@ def write(manifest: Manifest, kind: str, path: Path) -> None:
         from ffcv.fields import IntField, RGBImageField
         from ffcv.writer import DatasetWriter
     except ImportError as problem:
-        raise RequestError(f"FFCV does not load ({problem}); leave out --ffcv, or install ffcv") from None
+        raise RequestError(f"FFCV does not load ({problem}): pip install ffcv, or leave it out") from None
     sizes = {"jpeg": ("jpg", 500), "raw": ("raw", 256)}
     mode, side = sizes[kind]
     field = RGBImageField(write_mode=mode, max_resolution=side, jpeg_quality=90)
-    DatasetWriter(str(path), {"image": field, "label": IntField()}, num_workers=2).from_indexed_dataset(Files(manifest))
+    DatasetWriter(str(path), {"image": field, "label": IntField()}, num_workers=2).from_indexed_dataset(
+        Decoded(manifest)
+    )
 
 
 def read(path: Path, data: Data, batch: int, threads: int) -> Iterator[int]:
@@ -67,3 +70,13 @@ def read(path: Path, data: Data, batch: int, threads: int) -> Iterator[int]:
     while True:
         for images, _ in loader:
             yield len(images)
+
+
+def contestants(manifest: Manifest, data: Data, batch: int, folder: Path) -> list[Contestant]:
+    """JPEG and raw, written into `folder`."""
+    found = []
+    for kind, name in CLASSES.items():
+        path = folder / f"{kind}.beton"
+        write(manifest, kind, path)
+        found.append(Contestant(f"FFCV, {name}", lambda threads, path=path: read(path, data, batch, threads)))
+    return found

@@ -1,37 +1,28 @@
-"""The loaders that are compared, and the timing of one.
-
-All decode, crop (RandomResizedCrop's distribution), resize, flip and normalise to float32; what differs is who does it
-and in which order samples come.
-"""
+"""Our loader beside those it is compared with, and the timing of one."""
 
 from __future__ import annotations
 
 import itertools
-import os
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from hpc_lbsgd.bench.loader import ffcv
+from hpc_lbsgd.bench.loader import ffcv, streaming, webdataset
+from hpc_lbsgd.bench.loader.peers import Contestant, dali_files, torchvision
 from hpc_lbsgd.data import loader as loaders
 from hpc_lbsgd.data.find import find
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.order import Permutation
+from hpc_lbsgd.data.source import Source
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.recipe import Data, Machine
 
 WARMUP_BATCHES = 4
+FORMATS = {"ffcv": ffcv, "streaming": streaming, "webdataset": webdataset}  # whose files are their own
 CPU = torch.device("cpu")
-
-
-class Contestant(NamedTuple):
-    """A loader under test. start(threads) yields the size of one batch after the other, without end."""
-
-    name: str
-    start: Callable[[int], Iterator[int]]
 
 
 def requests(manifest: Manifest, batch: int) -> Iterator[Request]:
@@ -57,113 +48,56 @@ def ours(name: str, manifest: Manifest, data: Data, batch: int, kind: str, devic
     return Contestant(name, start)
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Files of a manifest as torchvision's ImageFolder would give them. decode: Pillow, or torchvision's own."""
-
-    def __init__(self, manifest: Manifest, data: Data, native: bool):
-        from torchvision.transforms import v2
-
-        self.files = [manifest.file(i) for i in range(len(manifest))]
-        self.labels, self.native = manifest.labels, native
-        steps = [] if native else [v2.PILToTensor()]
-        if data.augment == "resized-crop":
-            steps.append(v2.RandomResizedCrop(data.image_size, data.crop_area, data.crop_aspect, antialias=True))
-        steps += [v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32)]
-        self.transform = v2.Compose([*steps, v2.Normalize(data.mean, data.std)])
-        self.channels = data.channels
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int):
-        if self.native:
-            from torchvision.io import ImageReadMode, decode_image, read_file
-
-            mode = ImageReadMode.GRAY if self.channels == 1 else ImageReadMode.RGB
-            return self.transform(decode_image(read_file(self.files[index]), mode)), int(self.labels[index])
-        from PIL import Image
-
-        with Image.open(self.files[index]) as image:
-            return self.transform(image.convert("L" if self.channels == 1 else "RGB")), int(self.labels[index])
-
-
-def torchvision(name: str, manifest: Manifest, data: Data, batch: int, native: bool) -> Contestant:
-    """torch's DataLoader with a process a thread, as most people load images."""
+def decoder(name: str, manifest: Manifest, data: Data, batch: int) -> Contestant:
+    """Our loader's limit on a CPU: the same windows read and decoded by DALI, neither resized nor normalised."""
 
     def start(threads: int) -> Iterator[int]:
-        # not fork: DALI's threads live in this process, and their locks would be copied as they are
-        made = torch.utils.data.DataLoader(
-            Pictures(manifest, data, native), min(batch, len(manifest)), shuffle=True, num_workers=threads,
-            drop_last=True, persistent_workers=True, multiprocessing_context="forkserver",
-        )  # fmt: skip
-        while True:
-            for images, _ in made:
-                yield len(images)
+        from hpc_lbsgd.data.dali import DaliLoader
+
+        made = DaliLoader(Source(data, manifest, 0, True), batch, threads, 2, True, CPU)
+        for fetched, _ in made.decoded(requests(manifest, batch)):
+            yield len(fetched.contents)
 
     return Contestant(name, start)
 
 
-def dali_files(manifest: Manifest, data: Data, batch: int) -> Contestant:
-    """DALI as its examples use it: its own file reader with the local shuffle buffer, random crops of its own."""
-
-    def start(threads: int) -> Iterator[int]:
-        from nvidia.dali import Pipeline, fn, types
-
-        pipeline = Pipeline(batch_size=min(batch, len(manifest)), num_threads=threads, device_id=None, seed=1)
-        with pipeline:
-            files = [manifest.file(i) for i in range(len(manifest))]
-            encoded, _ = fn.readers.file(
-                files=files, labels=manifest.labels.tolist(), random_shuffle=True, name="files"
-            )
-            output = {"device": "cpu", "output_type": types.GRAY if data.channels == 1 else types.RGB}
-            if data.augment == "resized-crop":
-                images = fn.decoders.image_random_crop(
-                    encoded, random_area=list(data.crop_area), random_aspect_ratio=list(data.crop_aspect), **output
-                )
-                images = fn.resize(images, size=[data.image_size] * 2, antialias=True)
-            else:
-                images = fn.decoders.image(encoded, **output)
-            images = fn.crop_mirror_normalize(
-                images, mirror=fn.random.coin_flip(), mean=data.mean, std=data.std, output_layout="HWC"
-            )
-            pipeline.set_outputs(images)
-        pipeline.build()
-        while True:
-            (out,) = pipeline.run()
-            yield len(out)
-
-    return Contestant("DALI file reader", start)
-
-
-def ffcv_files(manifest: Manifest, data: Data, batch: int, kind: str, folder: Path) -> Contestant:
-    """FFCV on its own file, written here of the same images."""
-    path = folder / f"{len(os.listdir(folder))}.beton"
-    ffcv.write(manifest, kind, path)
-    return Contestant(
-        f"FFCV, {ffcv.CLASSES[kind]}", lambda threads: ffcv.read(path, data, min(batch, len(manifest)), threads)
-    )
-
-
 def contestants(
-    sets: list[str], data: Data, batch: int, peers: bool, ffcv_folder: Path | None = None
+    sets: list[str],
+    data: Data,
+    batch: int,
+    peers: bool,
+    formats: Collection[str] = (),
+    folder: Path | None = None,
+    limit: bool = False,
 ) -> list[Contestant]:
-    """Ours on every set; the peers on those that are image files. `ffcv_folder`: where FFCV may keep its own files."""
+    """Ours on every set, with its decoder's `limit`; the peers on those that are image files. `folder`: where peers of
+    `formats` keep theirs."""
     found = []
-    for path in sets:
+    last, several = [Path(path).name for path in sets], False
+    for path, name in zip(sets, last, strict=True):
+        name = name if last.count(name) == 1 else path
         m = Manifest(find(path))
         m.check_files()
         loaders.check_sizes(data, m, True)
         kind = "raw pixels" if m.raw_channels else "tar" if m.shards else "files"
         kind = f"remote {kind}" if m.remote else kind
-        found.append(ours(f"ours, {kind} ({Path(path).name})", m, data, batch, "dali"))
+        found.append(ours(f"ours, {kind} ({name})", m, data, batch, "dali"))
+        if limit and not m.raw_channels:
+            found.append(decoder(f"decoder alone, {kind} ({name})", m, data, batch))
         if torch.cuda.is_available():
             gpu = torch.device("cuda", 0)
-            found.append(ours(f"ours, {kind} ({Path(path).name}), on the GPU", m, data, batch, "dali", gpu))
+            found.append(ours(f"ours, {kind} ({name}), on the GPU", m, data, batch, "dali", gpu))
         if peers and not m.shards:
-            found.append(dali_files(m, data, batch))
-            found.append(torchvision("torchvision, Pillow", m, data, batch, native=False))
-            found.append(torchvision("torchvision, decode_image", m, data, batch, native=True))
-            found += [ffcv_files(m, data, batch, kind, ffcv_folder) for kind in ffcv.CLASSES if ffcv_folder]
+            others = [
+                dali_files(m, data, batch),
+                torchvision("torchvision, Pillow", m, data, batch, native=False),
+                torchvision("torchvision, decode_image", m, data, batch, native=True),
+            ]
+            for own in formats:
+                written = Path(tempfile.mkdtemp(dir=folder))
+                others += FORMATS[own].contestants(m, data, min(batch, len(m)), written)
+            found += [c._replace(name=f"{c.name} ({name})") for c in others] if several else others
+            several = True
     return found
 
 

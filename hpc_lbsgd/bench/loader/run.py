@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from hpc_lbsgd.bench.core.turns import there_and_back
 from hpc_lbsgd.bench.loader.measure import Contestant, contestants, time_one
 from hpc_lbsgd.data.find import find
 from hpc_lbsgd.data.manifest import Manifest
+from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.recipe import Data
 
 
@@ -52,9 +54,12 @@ def loader(
     rounds: int,
     images: int,
     peers: bool = True,
-    with_ffcv: bool = False,
+    formats: Collection[str] = (),
+    limit: bool = False,
 ) -> dict:
     """All that `bench loader` reports. Ratios are medians of the rounds' own ratios."""
+    if len(set(sets)) < len(sets):
+        raise RequestError(f"{' '.join(sets)}: a set is named twice")
     first = Manifest(find(sets[0]))
     grey = first.raw_channels == 1
     resized = not ((first.widths == first.widths[0]).all() and first.widths[0] == image_size == first.heights[0])
@@ -65,7 +70,7 @@ def loader(
         **({"mean": [127.5], "std": [127.5]} if grey else {}),
     )
     with tempfile.TemporaryDirectory() as folder:
-        found = contestants(sets, data, batch, peers, Path(folder) if with_ffcv else None)
+        found = contestants(sets, data, batch, peers, formats, Path(folder), limit)
         rates = measure(found, threads, rounds, images)
     rows = []
     for rate in rates:
