@@ -100,8 +100,9 @@ docs: setup  ## the manual as a site in site/; warnings are errors
 	@test -x $(BIN)/mkdocs || $(PIP) install -q -c constraints.txt -e '.[docs]' --no-build-isolation
 	$(BIN)/mkdocs build --strict
 
-figures: setup  ## every plot of docs/results again, from the data stored beside it
+figures: setup  ## every plot of docs/results again, from the data stored beside it, and the manual's pictures
 	$(BIN)/python tools/figures.py
+	$(BIN)/python tools/draw_ideas.py
 
 bundle: setup  ## this environment in one file, which jobs unpack on each of their nodes [BUNDLE=environment.tar]
 	@$(BIN)/hpc-lbsgd bundle "$(or $(BUNDLE),environment.tar)"

@@ -1,23 +1,25 @@
 """The pictures of docs/how-it-works.md, drawn from the functions that they are about:
 
-python tools/draw_ideas.py            # writes docs/pictures/*.png
+python tools/draw_ideas.py [FOLDER]      (default: docs/pictures; `make figures`)
 """
 
 from __future__ import annotations
 
 import ast
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.data.order import Permutation, worker_samples, workers_of_rank
 from hpc_lbsgd.report.curves import COLOURS
-from hpc_lbsgd.report.figures import panels, save
+from hpc_lbsgd.report.figures import DPI, panels
 from hpc_lbsgd.theory.schedule import Schedule, Stage, Warmup
 
-OUT = Path(__file__).parents[1] / "docs" / "pictures"
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 HOUSE = Path(__file__).parents[1] / "hpc_lbsgd"
 LIBRARIES = [("numpy", "numpy"), ("torch", "torch"), ("horovod", "Horovod"), ("mpi4py", "mpi4py"), ("nvidia", "DALI")]
 N, WORKERS, EACH = 22, 4, 3  # samples, k, n: the second step of the epoch is a tail of 10
@@ -40,7 +42,7 @@ def bare(axis, title: str) -> None:
     axis.invert_yaxis()
 
 
-def clock(path: Path) -> None:
+def clock() -> Figure:
     """Learning rate and batch by step, as `at` says them."""
     schedule = recipes.read("smith-resnet50").build_schedule(1_281_167)
     steps = np.linspace(0, schedule.steps - 1, 1500).astype(int)
@@ -56,10 +58,10 @@ def clock(path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].yaxis.set_major_formatter("{x:,.0f}")
-    save(figure, path)
+    return figure
 
 
-def order(path: Path) -> None:
+def order() -> Figure:
     """One epoch's permutation, cut into steps and workers."""
     schedule, permutation = small_schedule(), Permutation(N, 0, 0)
     figure, (axis,) = panels(1, (9.5, 1.7))
@@ -70,10 +72,10 @@ def order(path: Path) -> None:
                 box(axis, worker * EACH + i, row, 1, str(sample), COLOURS[worker])
     axis.set_yticks([0, 1], ["step 0", "step 1, a tail"])
     bare(axis, f"{N} samples in the epoch's order; a colour a worker, {EACH} samples each")
-    save(figure, path)
+    return figure
 
 
-def workers(path: Path) -> None:
+def workers() -> Figure:
     """Whose work is done where, on 1, 2 and 3 ranks."""
     figure, axes = panels(3, (9.5, 1.9))
     for axis, ranks in zip(axes, (1, 2, 3), strict=True):
@@ -84,10 +86,10 @@ def workers(path: Path) -> None:
         axis.set_xlim(0, WORKERS)
         axis.set_ylim(-0.6, 2.6)
         bare(axis, f"{ranks} rank{'s' if ranks > 1 else ''}: one pass after another →")
-    save(figure, path)
+    return figure
 
 
-def sums(path: Path) -> None:
+def sums() -> Figure:
     """The sum of the same numbers in many orders: how many different results."""
     rng = np.random.default_rng(0)
     values = (rng.normal(size=64) * 10.0 ** rng.uniform(-4, 0, 64)).astype(np.float32)
@@ -116,10 +118,10 @@ def sums(path: Path) -> None:
         axis.set_xlim(-widest, widest)
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+    return figure
 
 
-def edge(path: Path) -> None:
+def edge() -> Figure:
     """Which packages import which library, anywhere in them: read from their sources."""
     met = {name: set() for name in ("theory", "data", "parallel", "train", "cluster")}
     for package, libraries in met.items():
@@ -133,7 +135,7 @@ def edge(path: Path) -> None:
         for column, (module, _) in enumerate(LIBRARIES):
             files = sorted(file.stem for name, file in libraries if name == module)
             if files:
-                text = f"{len(files)} files" if len(files) > 2 else "\n".join(files)
+                text = f"{len(files)} files" if len(files) > 2 else ", ".join(files)
                 box(axis, column, row, 1, text, COLOURS[2 if len(files) <= 2 else 0])
     axis.set_yticks(range(len(met)), [f"{name}/" for name in met])
     axis.set_xlim(0, len(LIBRARIES))
@@ -141,15 +143,16 @@ def edge(path: Path) -> None:
     axis.set_xticks([i + 0.5 for i in range(len(LIBRARIES))], [label for _, label in LIBRARIES])
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
-    save(figure, path)
+    return figure
 
 
-def proof(path: Path) -> None:
+def proof() -> Figure:
     """When a run's promise is looked at: before, during and after its steps."""
     every, steps = 100, 400
     figure, (axis,) = panels(1, (9.5, 1.9))
     box(axis, -95, 0, 90, "preflight", COLOURS[1])
-    box(axis, 0, 0, steps, "steps", COLOURS[0])
+    box(axis, 0, 0, steps, "", COLOURS[0])
+    axis.text(every / 2, 0, "steps", ha="center", va="center", fontsize=9)
     for step in range(every, steps, every):
         axis.plot(step, 0, "v", color=COLOURS[3], markersize=12, markeredgecolor="white")
     box(axis, 105, 1, 60, "audit", COLOURS[2])
@@ -164,10 +167,10 @@ def proof(path: Path) -> None:
     axis.set_yticks([0, 1], ["the run", "later"])
     axis.set_ylim(-2.2, 1.6)
     bare(axis, "")
-    save(figure, path)
+    return figure
 
 
-def files(path: Path) -> None:
+def files() -> Figure:
     """What a run writes, and who reads it."""
     written = ("recipe.yaml", "metrics.jsonl", "status.json", "checkpoints")
     readers = {
@@ -189,15 +192,17 @@ def files(path: Path) -> None:
     axis.set_yticks([])
     axis.set_xlim(0, 7.4)
     bare(axis, "")
-    save(figure, path)
+    return figure
 
 
-def main() -> None:
-    OUT.mkdir(exist_ok=True)
+def main(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     for draw in (clock, order, workers, sums, edge, proof, files):
-        draw(OUT / f"{draw.__name__}.png")
-        print(OUT / f"{draw.__name__}.png")
+        picture, figure = out / f"{draw.__name__}.png", draw()
+        figure.tight_layout()
+        figure.savefig(picture, dpi=DPI)
+        print(picture)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if sys.argv[1:] else PICTURES)

@@ -15,9 +15,15 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
 PICTURES = sorted(RESULTS.rglob("*.png"))
 
-spec = importlib.util.spec_from_file_location("figures", ROOT / "tools" / "figures.py")
-figures = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(figures)
+
+def tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+figures, draw_ideas = tool("figures"), tool("draw_ideas")
 
 
 @pytest.fixture
@@ -61,3 +67,9 @@ def test_each_plot_has_its_data_and_is_drawn_again_from_it(picture, tmp_path, dr
 
 def test_there_are_as_many_plots_as_data():
     assert len(PICTURES) > 5 and {p.with_suffix(".json") for p in PICTURES} == set(RESULTS.rglob("*.json"))
+
+
+def test_the_manuals_pictures_are_drawn_again(tmp_path, drawn):
+    draw_ideas.main(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in draw_ideas.PICTURES.glob("*.png"))
+    assert not [wrong for figure in drawn for wrong in overlaps(figure)]
