@@ -168,7 +168,7 @@ def add_launch(command) -> None:
     p.add_argument("--np", type=positive, required=True, dest="ranks", metavar="RANKS", help="ranks to start")
     with_hosts(p, FLAVOURS)
     p.add_argument("--dry-run", action="store_true", help="print the command and stop")
-    p.add_argument("job", nargs=argparse.REMAINDER, help="-- train RECIPE ..., or -- preflight RECIPE")
+    p.add_argument("job", nargs=argparse.REMAINDER, help="-- train RECIPE ..., -- preflight RECIPE or -- audit RUN ...")
 
 
 def add_reproduce(command) -> None:
@@ -302,14 +302,17 @@ def reproduce(args) -> int:
 def launch(args) -> int:
     from hpc_lbsgd.cluster import launch as launches
     from hpc_lbsgd.parallel.launchers import Layout
+    from hpc_lbsgd.records import RunFolder
 
     job = args.job[1:] if args.job[:1] == ["--"] else args.job
-    if job[:1] not in (["train"], ["preflight"]):
+    if job[:1] not in (["train"], ["preflight"], ["audit"]):
         raise RequestError(
-            f"launch runs `train` or `preflight`: launch --np {args.ranks} -- train RECIPE ... "
+            f"launch runs `train`, `preflight` or `audit`: launch --np {args.ranks} -- train RECIPE ... "
             f"(got {' '.join(job) or 'nothing'})"
         )
-    inner = parser().parse_args(job)
+    inner = parser().parse_args(job, argparse.Namespace(words=job))
+    if inner.command == "audit":
+        inner.recipe = str(RunFolder(inner.run).recipe)
     listen(inner)
     layout = Layout(args.ranks, args.hosts, args.hostfile, args.oversubscribe)
     return launches.launch(layout, inner, args.dry_run, args.mpi)

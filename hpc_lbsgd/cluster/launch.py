@@ -26,19 +26,17 @@ END_GRACE_S = 30.0  # for a launcher to notice that its ranks have ended
 
 
 def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> int:
-    """Start `train` or `preflight` on all ranks and wait for its end. job: its parsed arguments."""
+    """Start `train`, `preflight` or `audit` on all ranks and wait for its end. job: its parsed arguments; of those that
+    leave no run folder also its `words`."""
     if layout.hosts:
         check_hosts(layout.hosts, layout.ranks)
     if layout.hostfile and not Path(layout.hostfile).is_file():
         raise RequestError(f"--hostfile {layout.hostfile}: no such file")
     recipe = recipes.read(job.recipe, job.settings)  # refuses a wrong recipe here, before any rank starts
     launcher, path = starter(flavour, needs_mpi=recipe.machine.engine == "horovod")
-    program = [sys.executable, "-m", "hpc_lbsgd.cli", job.command, job.recipe]
-    for setting in job.settings:
-        program += ["--set", setting]
-    program += ["--json"] if job.json else []
-    if job.command == "preflight":
-        line = [*launcher.line(path, layout, exported(layout)), *program]
+    program = [sys.executable, "-m", "hpc_lbsgd.cli"]
+    if job.command != "train":
+        line = [*launcher.line(path, layout, exported(layout)), *program, *job.words]
         if dry_run:
             print(shlex.join(line))
             return EXIT_DONE
@@ -52,6 +50,10 @@ def launch(layout: Layout, job, dry_run: bool, flavour: str | None = None) -> in
         return code if code in (EXIT_DONE, EXIT_REQUEST) else EXIT_FAILED
     amend.of_request(job.amend, job.resume)
     folder = choose_run(name_of(job.recipe), job.run, job.resume)
+    program += [job.command, job.recipe]
+    for setting in job.settings:
+        program += ["--set", setting]
+    program += ["--json"] if job.json else []
     program += ["--run", as_word(folder.path)]
     for change in job.amend:
         program += ["--amend", change]

@@ -8,6 +8,6 @@ compare.py     two runs, to the last digit
 commands.py    their command lines
 figures.py     how benchmarks make their plots
 
-May be imported by: bench, reproduce, plan, cluster, cli.
+May be imported by: bench, reproduce, plan, cluster, trained, cli.
 May import: train, amend, recipe, arguments, owner, schedulers, tail, yaml12, records, theory, origin, errors.
 """

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -42,12 +42,14 @@ def train(
     amend: dict | None = None,
     stops: Stops | None = None,
     laps: Laps | None = None,
+    settle: Callable[..., Prepared] = prepare,
+    trainer: Callable[..., Trainer] = Trainer,
 ) -> int:
     """Train `recipe` on all ranks of this job; returns the process's exit code.
 
     name: of the recipe, for the run folder (default: runs/NAME-TIME). resume: as for `choose_run`. as_json: rank 0
     prints how the run ended as one JSON object. stops: listening already (default: from now on). laps: what the start
-    has taken so far. Collective: every rank calls it.
+    has taken so far. settle, trainer: other ones for what is trained otherwise. Collective: every rank calls it.
     """
     laps = laps or Laps()
     if stops is None:
@@ -67,7 +69,7 @@ def train(
         nonlocal chosen, held
         with undisturbed():
             chosen, held = own_run(name, run, resume, lost)
-        return prepare(chosen, recipe, engine.size, engine.cores, amend, device)
+        return settle(chosen, recipe, engine.size, engine.cores, amend, device)
 
     try:
         refuse_shared(engine.gather(place_of(device)))
@@ -75,7 +77,7 @@ def train(
         found = agree(engine, begin)
         folder = RunFolder(found.run)
         laps.end("prepare")
-        code = Trainer(name, found, engine, device, stops, laps).run()
+        code = trainer(name, found, engine, device, stops, laps).run()
         if as_json and engine.rank == 0:
             print(json.dumps({"run": found.run, **folder.status()}), flush=True)
         engine.close()

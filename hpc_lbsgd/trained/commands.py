@@ -1,11 +1,11 @@
-"""`evaluate`, `predict` and `export`: parse, call, print."""
+"""`evaluate`, `predict`, `export` and `audit`: parse, call, print."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from hpc_lbsgd.arguments import positive, with_json
+from hpc_lbsgd.arguments import not_negative, positive, with_json, with_set
 from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED
 from hpc_lbsgd.records import metrics_of
 
@@ -26,6 +26,16 @@ def add(command) -> None:
         required=True,
         metavar="FILE",
         help="FILE.pt: state dict; .safetensors; .pt2: torch.export, model and weights; .onnx",
+    )
+    with_json(p)
+    p = command("audit", audit, help="steps that a run has taken, again: do they come out as they are on record?",
+                example="audit runs/first --steps 5")  # fmt: skip
+    p.add_argument("run", help="run folder; it is read, and nothing else")
+    with_set(p)
+    p.add_argument("--from", type=not_negative, dest="start", metavar="STEP",
+                   help="its checkpoint of this step (default: the newest that steps on record follow)")  # fmt: skip
+    p.add_argument(
+        "--steps", type=positive, default=20, help="at most so many; fewer, to end at a checkpoint (default: 20)"
     )
     with_json(p)
 
@@ -88,3 +98,12 @@ def export(args) -> int:
         how += "" if made["largest_difference"] is None else f"{made['largest_difference']:.1e}"
         print(f"{made['file']}: {found.said()}, {made['bytes'] / 1e6:.1f} MB; read back: {how}")
     return EXIT_DONE
+
+
+def audit(args) -> int:
+    from hpc_lbsgd.train.laps import kept_for_good
+
+    with kept_for_good():
+        from hpc_lbsgd.trained import audit as audits
+
+    return audits.audit(args.run, args.start, args.steps, args.settings, args.json)

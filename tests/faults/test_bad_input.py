@@ -123,7 +123,7 @@ def test_commands_refuse_what_they_cannot_mean(tmp_path):
     refused(command("data", "order", "--samples", "10", "--workers", "3", "--worker", "3"), "--worker 3")
     refused(command("data", "order", "--samples", "10"), "--workers")
     refused(command("data", "index", tmp_path / "nowhere"), "no such folder")
-    refused(command("launch", "--np", "2", "--", "evaluate", "x"), "launch runs `train` or `preflight`")
+    refused(command("launch", "--np", "2", "--", "evaluate", "x"), "launch runs `train`, `preflight` or `audit`")
     refused(command("launch", "--np", "2", "--", "train", "goyal-resnet50", "--set", "seed=-1"), "seed = -1")
     for words in (["plan"], ["plan", "x", "--nodes", "0"], ["plan", "x", "--images-per-s", "-1"], ["frobnicate"]):
         result = command(*words)

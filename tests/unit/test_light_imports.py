@@ -13,6 +13,7 @@ SLOW = ("torch", "torchvision", "horovod", "nvidia", "matplotlib", "mpi4py", "te
 WITH_TORCH = (
     "hpc_lbsgd.api",
     "hpc_lbsgd.train",
+    "hpc_lbsgd.trained.audit",
     "hpc_lbsgd.trained.evaluate",
     "hpc_lbsgd.trained.export",
     "hpc_lbsgd.trained.opened",

@@ -28,6 +28,8 @@ export B --out x.pt
 watch B --once
 report B
 compare B B
+audit B
+launch --np 1 -- audit B
 data order B --worker 0
 data index B
 data verify B

@@ -1,0 +1,217 @@
+"""`audit`: steps that a run has taken are taken again here, and must come out as they are on record. One process, or
+every rank of a launcher.
+
+It is a resume in a copy of the run folder, up to a cap, by a trainer that neither evaluates nor saves. The run's own
+folder is read, and nothing else: whoever has it goes on with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from hpc_lbsgd import amend
+from hpc_lbsgd import recipe as recipes
+from hpc_lbsgd.errors import EXIT_DONE, EXIT_FAILED, RequestError
+from hpc_lbsgd.parallel import world as worlds
+from hpc_lbsgd.parallel.agree import agree
+from hpc_lbsgd.records import RunFolder, read_metrics, whole
+from hpc_lbsgd.report.compare import different, facts_of, first_difference
+from hpc_lbsgd.train import checkpoint, job
+from hpc_lbsgd.train.prepare import Prepared, prepare
+from hpc_lbsgd.train.replica import state_sha256
+from hpc_lbsgd.train.stops import Stops
+from hpc_lbsgd.train.trainer import Trainer
+
+# nobody is told, and what is saved is nobody's
+UNHEARD = ("train.callbacks=[]", "train.loggers=[]", "train.metrics=[]", "checkpoint.steps=null",
+           "checkpoint.minutes=null")  # fmt: skip
+
+
+def audit(run: str, start: int | None, count: int, settings: list[str], as_json: bool) -> int:
+    """Take up to `count` steps of a run again, from its checkpoint of step `start` (default: the newest that steps on
+    record follow); returns the process's exit code: 1 where bits are promised and differ. Collective.
+
+    settings: keys that a resume may change.
+    """
+    folder = RunFolder(Path(run).absolute())
+    if not folder.exists():
+        raise RequestError(f"{run}: no run (no recipe.yaml in it)")
+    recipe = recipes.read(str(folder.recipe), [*settings, *UNHEARD])
+    with contextlib.suppress(OSError):  # another person's, perhaps; the recipe's relative paths alone are from there
+        os.chdir(folder.home() or ".")
+    found, stops = Audit(run, folder, start, count, as_json), AtOnce(False)
+    stops.listen()
+    copy = tempfile.mkdtemp(prefix="hpc-lbsgd-audit-") if worlds.from_environment().rank == 0 else None
+    try:
+        trainer = functools.partial(Auditor, found)
+        return job.train(f"audit of {run}", recipe, copy, stops=stops, settle=found.settle, trainer=trainer)
+    finally:
+        if copy:
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+class AtOnce(Stops):
+    """Nothing has to be saved: what asks for the end ends it, as Ctrl-C does."""
+
+    def _on_signal(self, number: int, frame) -> None:
+        raise KeyboardInterrupt
+
+    def asked(self) -> bool:
+        return False
+
+
+class Auditor(Trainer):
+    def __init__(self, found: Audit, *what):
+        super().__init__(*what)
+        self.audit = found
+        self.state.finished = False  # by a callback; the run went on, for steps follow
+
+    def run(self) -> int:
+        try:
+            return super().run()
+        finally:  # here: where all ranks are ended, nobody comes back to `audit`
+            if self.lead:
+                shutil.rmtree(self.folder.path, ignore_errors=True)
+
+    def _evaluate(self, epochs: int) -> bool:
+        return False
+
+    def _save(self) -> None:
+        pass
+
+    def _say_end(self, stopped: bool, seconds: float) -> None:
+        pass
+
+    def _end(self, stopped: bool, seconds: float) -> int:
+        super()._end(stopped, seconds)
+        self.engine.barrier()  # no heartbeat is written any more
+        return agree(self.engine, lambda: self.audit.judge(self.folder, self.recipe.determinism))
+
+
+class Audit:
+    """Which steps, what is on record of them, and what comes of it. Rank 0 alone knows."""
+
+    def __init__(self, run: str, folder: RunFolder, start: int | None, count: int, as_json: bool):
+        self.run, self.folder, self.start, self.count, self.as_json = run, folder, start, count, as_json
+
+    def settle(self, copy: RunFolder, recipe: recipes.Recipe, *how) -> Prepared:
+        """`prepare`, of a resume in `copy` that ends with the last of the steps. Raises RequestError for what cannot be
+        audited."""
+        try:
+            self._choose()
+            name = checkpoint.name_of(self.first)
+            shutil.copytree(self.folder.checkpoints / name, copy.checkpoints / name)
+            for path in filter(Path.exists, (self.folder.recipe, self.folder.metrics, self.folder.preflight)):
+                shutil.copyfile(path, copy.path / path.name)
+            copy.write_amendments(self.amendments)
+            train = recipe.train.model_copy(update={"max_steps": self.end})
+            return prepare(copy, recipe.model_copy(update={"train": train}), *how)
+        except OSError as problem:  # a run that goes on prunes
+            raise RequestError(f"{self.run}: cannot be read or copied as it is now: {problem}") from None
+        except RequestError as problem:
+            raise RequestError(str(problem).replace(str(copy.path), self.run)) from None
+
+    def _choose(self) -> None:
+        # amendments first: a resume that brings one takes the steps after it back before it writes it down
+        amendments = amend.checked(self.folder.read_amendments(), str(self.folder.amendments))
+        records = list(filter(whole, read_metrics(self.folder.metrics)))
+        steps = {r["step"]: r for r in records if r["kind"] == "step"}
+        there = checkpoint.steps_there(self.folder.checkpoints)
+        self.first = last = self._first(there, steps)
+        late = [at for at, changes in amendments if at > self.first and set(changes) & set(amend.AT_START)]
+        while last in steps and last - self.first < self.count and last not in late:
+            last += 1
+        ends = {r["step"]: r.get("weights_sha256") for r in records if r["kind"] == "end"}
+        saved = [s for s in there if self.first < s <= last and checkpoint.is_whole(self._path(s))]
+        self.end = max([*saved, *(s for s in ends if self.first < s <= last)], default=last)
+        self.weights = {"end": ends[self.end]} if ends.get(self.end) else {}
+        if self.end in saved:
+            self.weights["checkpoint"] = state_sha256(checkpoint.read(self._path(self.end) / checkpoint.WEIGHTS))
+        self.steps = {step: steps[step] for step in range(self.first, self.end)}
+        self.amendments = [[at, changes] for at, changes in amendments if at < self.end]
+        starts = [r for r in records if r["kind"] == "start"]
+        until = [*(r["step"] for r in starts[1:]), math.inf]
+        self.starts = [r for r, to in zip(starts, until, strict=False) if r["step"] < self.end and to > self.first]
+
+    def _path(self, step: int) -> Path:
+        return self.folder.checkpoints / checkpoint.name_of(step)
+
+    def _first(self, there: list[int], steps: dict[int, dict]) -> int:
+        for step in reversed(there):
+            if step in steps and self.start in (None, step) and checkpoint.is_whole(self._path(step)):
+                return step
+        which = "" if self.start is None else f"--from {self.start}: "
+        raise RequestError(
+            f"{which}{self.run} has no whole checkpoint {'' if self.start is None else 'of it '}that steps on record "
+            f"follow (checkpoints: {', '.join(map(str, there)) or 'none'}; the last step on record is "
+            f"{max(steps, default='none')})"
+        )
+
+    def judge(self, copy: RunFolder, determinism: str) -> int:
+        """Print what came of it; returns the exit code."""
+        records = list(filter(whole, read_metrics(copy.metrics)))
+        taken = {r["step"]: r for r in records if r["kind"] == "step"}
+        here = [r for r in records if r["kind"] == "start"][-1]
+        first = first_difference(self.steps, {step: taken.get(step, {}) for step in self.steps})
+        weights = {who: digest == records[-1]["weights_sha256"] for who, digest in self.weights.items()}
+        found = {
+            "run": self.run,
+            "from": self.first,
+            "to": self.end,
+            "ranks": here["ranks"],
+            "determinism": determinism,
+            "promised": promised(determinism, self.starts, here),
+            "equal": first is None and all(weights.values()),
+            "first_difference": first,
+            "largest_relative_difference": max(apart(r, taken.get(step, {})) for step, r in self.steps.items()),
+            "weights": weights,
+            "start": different(facts_of(self.folder, self.starts), facts_of(copy, records)),
+        }
+        print(json.dumps(found) if self.as_json else show(found), flush=True)
+        return EXIT_DONE if found["equal"] or not found["promised"] else EXIT_FAILED
+
+
+def promised(determinism: str, starts: list[dict], here: dict) -> bool:
+    """Whether the same bits are to come out as of those starts: never on a device of another kind."""
+    kinds = {re.sub(r":\d+", "", str(r.get("device"))) for r in (*starts, here)}  # without the number of a rank's GPU
+    same_ranks = {r["ranks"] for r in starts} == {here["ranks"]}
+    return len(kinds) == 1 and (determinism == "any-ranks" or (determinism == "same-ranks" and same_ranks))
+
+
+def apart(a: dict, b: dict) -> float:
+    """How far two losses are from one another, as a share of the larger."""
+    x, y = a.get("loss"), b.get("loss")
+    return abs(x - y) / max(abs(x), abs(y)) if type(x) is type(y) is float and x != y else 0.0
+
+
+def show(found: dict) -> str:
+    """For people."""
+    end, first, ranks = found["to"], found["first_difference"], found["ranks"]
+    what = f"{found['run']}: steps {found['from']} to {end - 1}, taken again on {ranks} rank{'s' * (ranks > 1)}"
+    if found["equal"]:
+        more = f", and so are the weights after {end} steps" if found["weights"] else ""
+        return f"{what}: the same as on record to the last digit{more}"
+    if not found["promised"]:
+        what += (
+            f": losses differ by at most {found['largest_relative_difference']:.2g} of the larger. Shown, not judged: "
+            f"with determinism: {found['determinism']} the same bits are not promised here"
+        )
+    lines = [what if first else f"{what}: the same as on record"]
+    if first:
+        lines.append(f"  step {first['step']} is the first that is not as on record (on record  |  here)")
+        lines += [f"    {key:30s} {json.dumps(a)}  |  {json.dumps(b)}" for key, (a, b) in first["what"].items()]
+    lines += [
+        f"  weights after {end} steps: {'' if equal else 'not '}those of the run's {who}"
+        for who, equal in found["weights"].items()
+    ]
+    return "\n".join(
+        lines + [f"  {key:32s} {json.dumps(a)}  |  {json.dumps(b)}" for key, (a, b) in found["start"].items()]
+    )
