@@ -36,10 +36,10 @@ UNHEARD = ("train.callbacks=[]", "train.loggers=[]", "train.metrics=[]", "checkp
 
 
 def audit(run: str, start: int | None, count: int, settings: list[str], as_json: bool) -> int:
-    """Take up to `count` steps of a run again, from its checkpoint of step `start` (default: the newest that steps on
-    record follow); returns the process's exit code: 1 where bits are promised and differ. Collective.
+    """Take up to `count` steps of a run again, from its checkpoint of step `start` (0: from its start; default: the
+    newest that steps on record follow); returns the process's exit code: 1 where bits are promised and differ.
 
-    settings: keys that a resume may change.
+    settings: keys that a resume may change. Collective.
     """
     folder = RunFolder(Path(run).absolute())
     if not folder.exists():
@@ -107,8 +107,8 @@ class Audit:
         audited."""
         try:
             self._choose()
-            name = checkpoint.name_of(self.first)
-            shutil.copytree(self.folder.checkpoints / name, copy.checkpoints / name)
+            if self.first:
+                shutil.copytree(self._path(self.first), copy.checkpoints / self._path(self.first).name)
             for path in filter(Path.exists, (self.folder.recipe, self.folder.metrics, self.folder.preflight)):
                 shutil.copyfile(path, copy.path / path.name)
             copy.write_amendments(self.amendments)
@@ -145,14 +145,16 @@ class Audit:
         return self.folder.checkpoints / checkpoint.name_of(step)
 
     def _first(self, there: list[int], steps: dict[int, dict]) -> int:
+        if self.start == 0 and 0 in steps:
+            return 0  # nothing is needed but the recipe
         for step in reversed(there):
             if step in steps and self.start in (None, step) and checkpoint.is_whole(self._path(step)):
                 return step
-        which = "" if self.start is None else f"--from {self.start}: "
+        which = self.run if self.start is None else f"--from {self.start}: {self.run}"
         raise RequestError(
-            f"{which}{self.run} has no whole checkpoint {'' if self.start is None else 'of it '}that steps on record "
-            f"follow (checkpoints: {', '.join(map(str, there)) or 'none'}; the last step on record is "
-            f"{max(steps, default='none')})"
+            f"{which} has no {'' if self.start is None else 'such '}whole checkpoint that steps on record follow "
+            f"(checkpoints: {', '.join(map(str, there)) or 'none'}; last step: {max(steps, default='none')}); --from 0 "
+            "begins where the run did"
         )
 
     def judge(self, copy: RunFolder, determinism: str) -> int:

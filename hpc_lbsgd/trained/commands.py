@@ -33,7 +33,7 @@ def add(command) -> None:
     p.add_argument("run", help="run folder; it is read, and nothing else")
     with_set(p)
     p.add_argument("--from", type=not_negative, dest="start", metavar="STEP",
-                   help="its checkpoint of this step (default: the newest that steps on record follow)")  # fmt: skip
+                   help="checkpoint of this step; 0: its start (default: the newest that steps follow)")  # fmt: skip
     p.add_argument(
         "--steps", type=positive, default=20, help="at most so many; fewer, to end at a checkpoint (default: 20)"
     )
