@@ -1,7 +1,7 @@
-"""Run alone or under mpirun: several commands one after another in the same ranks, which share one engine.
+"""Run by a test: several commands one after another in one process, which share one engine.
 
 several.py JOBS.json FOLDER     [[words of a command], ...]; temporary files go to FOLDER. Prints a list of [exit
-                                code, stdout, stderr] of rank 0
+                                code, stdout, stderr]
 """
 
 import io
@@ -37,14 +37,17 @@ def main(jobs, temporary):
     engines.create = once
     for words in json.loads(Path(jobs).read_text()):
         streams = sys.stdout, sys.stderr = [io.TextIOWrapper(io.BytesIO()) for _ in real]
-        code = cli.main(words)
-        sys.stdout, sys.stderr = real
+        try:
+            code = cli.main(words)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stdout, sys.stderr = real
         os.chdir(here)
         for stream in streams:
             stream.flush()
         said.append([code, *(stream.buffer.getvalue().decode() for stream in streams)])
-    if made[0].rank == 0:
-        print(json.dumps(said))
+    print(json.dumps(said))
     close()
 
 
