@@ -214,6 +214,7 @@ def show(found: dict) -> str:
         f"  weights after {end} steps: {'' if equal else 'not '}those of the run's {who}"
         for who, equal in found["weights"].items()
     ]
-    return "\n".join(
-        lines + [f"  {key:32s} {json.dumps(a)}  |  {json.dumps(b)}" for key, (a, b) in found["start"].items()]
-    )
+    if found["start"]:
+        lines.append("  what ran otherwise (on record  |  here)")
+        lines += [f"    {key:30s} {json.dumps(a)}  |  {json.dumps(b)}" for key, (a, b) in found["start"].items()]
+    return "\n".join(lines)
