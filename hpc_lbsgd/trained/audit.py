@@ -14,7 +14,9 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from hpc_lbsgd import amend
@@ -49,13 +51,19 @@ def audit(run: str, start: int | None, count: int, settings: list[str], as_json:
         os.chdir(folder.home() or ".")
     found, stops = Audit(run, folder, start, count, as_json), AtOnce(False)
     stops.listen()
-    copy = tempfile.mkdtemp(prefix="hpc-lbsgd-audit-") if worlds.from_environment().rank == 0 else None
-    try:
+    with temporary_folder() if worlds.from_environment().rank == 0 else contextlib.nullcontext() as copy:
         trainer = functools.partial(Auditor, found)
         return job.train(f"audit of {run}", recipe, copy, stops=stops, settle=found.settle, trainer=trainer)
-    finally:
-        if copy:
-            shutil.rmtree(copy, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[str]:
+    """Removed by a process beside this one as soon as this one is through, or is no more: where MPI ends all ranks,
+    none of them can."""
+    path = tempfile.mkdtemp(prefix="hpc-lbsgd-audit-")
+    remove = ["/bin/sh", "-c", 'cat > /dev/null; rm -rf -- "$0"', path]
+    with subprocess.Popen(remove, stdin=subprocess.PIPE, start_new_session=True):  # its end closes that, and waits
+        yield path
 
 
 class AtOnce(Stops):
@@ -73,13 +81,6 @@ class Auditor(Trainer):
         super().__init__(*what)
         self.audit = found
         self.state.finished = False  # by a callback; the run went on, for steps follow
-
-    def run(self) -> int:
-        try:
-            return super().run()
-        finally:  # here: where all ranks are ended, nobody comes back to `audit`
-            if self.lead:
-                shutil.rmtree(self.folder.path, ignore_errors=True)
 
     def _evaluate(self, epochs: int) -> bool:
         return False
