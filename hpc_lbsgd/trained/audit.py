@@ -107,18 +107,24 @@ class Audit:
         """`prepare`, of a resume in `copy` that ends with the last of the steps. Raises RequestError for what cannot be
         audited."""
         try:
-            self._choose()
-            if self.first:
-                shutil.copytree(self._path(self.first), copy.checkpoints / self._path(self.first).name)
-            for path in filter(Path.exists, (self.folder.recipe, self.folder.metrics, self.folder.preflight)):
-                shutil.copyfile(path, copy.path / path.name)
-            copy.write_amendments(self.amendments)
+            self.copy_to(copy)
             train = recipe.train.model_copy(update={"max_steps": self.end})
             return prepare(copy, recipe.model_copy(update={"train": train}), *how)
         except OSError as problem:  # a run that goes on prunes
             raise RequestError(f"{self.run}: cannot be read or copied as it is now: {problem}") from None
         except RequestError as problem:
             raise RequestError(str(problem).replace(str(copy.path), self.run)) from None
+
+    def copy_to(self, copy: RunFolder) -> None:
+        """What the steps follow from. Contents alone: who may not write the run's files is to remove these."""
+        self._choose()
+        files = [self.folder.recipe, self.folder.metrics, self.folder.preflight]
+        files += self._path(self.first).iterdir() if self.first else []
+        for path in filter(Path.is_file, files):
+            target = copy.path / path.relative_to(self.folder.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        copy.write_amendments(self.amendments)
 
     def _choose(self) -> None:
         # amendments first: a resume that brings one takes the steps after it back before it writes it down

@@ -4,6 +4,7 @@ import json
 import re
 import secrets
 import shutil
+import stat
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import alone, changed, command, records, train_many
 
 from hpc_lbsgd import owner
 from hpc_lbsgd.lease import Lease
+from hpc_lbsgd.records import RunFolder
 from hpc_lbsgd.train import checkpoint
 from hpc_lbsgd.train.replica import state_sha256
 from hpc_lbsgd.trained import audit
@@ -154,6 +156,9 @@ def test_what_came_out_on_two_ranks_comes_out_on_any_and_what_does_not_is_named(
     assert "losses differ by at most" in off and "Shown, not judged" in off and "ranks" in off
     assert (across["to"], across["equal"], after["to"], after["equal"]) == (15, True, 15, True)
     assert seen(held) == before
+    audit.Audit("", RunFolder(held), None, 20, False).copy_to(RunFolder(tmp_path / "copy"))
+    copied = list((tmp_path / "copy").rglob("*"))  # root may remove what others may not
+    assert len(copied) > 6 and all(path.stat().st_mode & stat.S_IWUSR for path in copied)
 
 
 def test_ranks_audit_as_launch_starts_them(runs, tmp_path, monkeypatch):
