@@ -26,8 +26,11 @@ class Images:
 
     def __init__(self, source: str | os.PathLike, encoding: Encoding):
         self.path, self.encoding = find(source), encoding
-        if Manifest(self.path).own:
+        m = Manifest(self.path)
+        if m.own:
             raise RequestError(f"{source}: is a packed set of your own already")
+        m.check_labels(all_of_them=True)
+        m.check_content(at_any_size=True)  # a pack's own digest would vouch for what is damaged here
 
     def request(self) -> dict:
         return {"source": Manifest(self.path).fingerprint, "encoding": asdict(self.encoding)}
