@@ -22,7 +22,7 @@ from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.beside import Beside, Fields, Member, checked, examined, json_in, looked_at, table_of
 from hpc_lbsgd.data.fields import CLASS, IMAGE
 from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, listed
-from hpc_lbsgd.data.names import read_excluded
+from hpc_lbsgd.data.names import EXCLUDE, read_excluded
 from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.data.tree import usable
 from hpc_lbsgd.errors import RequestError
@@ -263,6 +263,8 @@ def index(
     rows, keys = checked([by_sample[i] for i in chosen], chosen, seen), [member.name for member in chosen_members]
     shown = [f"{paths[member.shard]}:{member.name}" for member in chosen_members]
     good = usable(keys, rows, shown, out.parent if exclude else None)
+    if gone := len(samples) - len(good):
+        found.left_out[f"images that {EXCLUDE} names"] = gone
     kept, their_names = [chosen[i] for i in good], [shown[i] for i in good]
     more, classes_in = table_of(found.fields, found.kinds, kept, seen, their_names, floats)
     manifests.write(
