@@ -325,3 +325,14 @@ def test_what_exclude_txt_leaves_out_is_said_by_index(image, tmp_path):
     write_images(tmp_path / "d", 4, 8)
     (tmp_path / "d" / "exclude.txt").write_text("class-0/0000.png\n")
     assert trees.index(tmp_path / "d", processes=1).header["left_out"] == {"images that exclude.txt names": 1}
+
+
+def test_an_image_with_two_classes_is_refused(image, tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.png").write_bytes(image)
+    table = tmp_path / "labels.csv"
+    table.write_text("a.png,cat\na.png,cat\n")
+    assert trees.index(tmp_path / "d", processes=1, table=table).classes == ["cat"]
+    table.write_text("a.png,cat\nb.png,cat\na.png,dog\n")
+    with pytest.raises(RequestError, match="labels.csv: a.png has two classes, 'cat' and 'dog'"):
+        trees.index(tmp_path / "d", processes=1, table=table)
