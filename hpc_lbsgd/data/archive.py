@@ -91,6 +91,8 @@ def check(path: str, info: tarfile.TarInfo) -> None:
         raise RequestError(f"{path}: member {info.name!r} points outside the archive")
     if info.issym() or info.islnk():
         raise RequestError(f"{path}: member {info.name!r} is a link to {info.linkname!r}")
+    if info.size < 0:  # tarfile would go back, and come by here for ever
+        raise RequestError(f"{path}: member {info.name!r} says that it has {info.size} bytes")
     if info.issparse():
         raise RequestError(f"{path}: member {info.name!r} is stored with holes (tar -S): its bytes do not lie together")
     if not (info.isreg() or info.isdir()):
