@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
@@ -59,8 +60,11 @@ def examine(root: str, paths: list[str], kind: str) -> list[Seen | str]:
 
 def content_of(path: str) -> bytes | str:
     try:
-        if (size := os.stat(path).st_size) > LARGEST:
-            return too_large(size)
+        there = os.stat(path)
+        if not stat.S_ISREG(there.st_mode):  # a pipe would be waited for, a device may never end
+            return "is not a regular file"
+        if there.st_size > LARGEST:
+            return too_large(there.st_size)
         with open(path, "rb") as file:
             return file.read()
     except OSError as problem:

@@ -336,3 +336,16 @@ def test_an_image_with_two_classes_is_refused(image, tmp_path):
     table.write_text("a.png,cat\nb.png,cat\na.png,dog\n")
     with pytest.raises(RequestError, match="labels.csv: a.png has two classes, 'cat' and 'dog'"):
         trees.index(tmp_path / "d", processes=1, table=table)
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(image, tmp_path):
+    folder = tmp_path / "d" / "cat"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(image)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "endless.png").symlink_to("/dev/zero")
+    found = verify.verify(tmp_path / "d", processes=1)
+    assert {(f.path, f.kind) for f in found.unusable} == {(f"cat/{n}.png", "missing") for n in ("pipe", "endless")}
+    with pytest.raises(RequestError, match="2 of 3 images cannot be read.*\n.*endless.png: is not a regular file"):
+        trees.index(tmp_path / "d", processes=1)
+    assert len(trees.index(tmp_path / "d", processes=1, exclude=True)) == 1
