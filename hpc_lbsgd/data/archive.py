@@ -205,7 +205,7 @@ def distinct(samples: list[Sample], paths: list[Path]) -> list[Sample]:
 def label_in(data: bytes, suffix: str, others: Collection[str] = ()) -> str | None:
     """A class's name or number in a file beside an image; None where there is none. others: fields of JSON that are
     none."""
-    text = data.decode("utf-8", errors="replace").strip()
+    text = data.decode("utf-8-sig", errors="surrogateescape").strip()  # as names of folders, which may be classes too
     if suffix == ".json":
         try:
             content = json.loads(text)

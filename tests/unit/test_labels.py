@@ -349,3 +349,17 @@ def test_what_is_no_file_is_named_and_not_waited_for(image, tmp_path):
     with pytest.raises(RequestError, match="2 of 3 images cannot be read.*\n.*endless.png: is not a regular file"):
         trees.index(tmp_path / "d", processes=1)
     assert len(trees.index(tmp_path / "d", processes=1, exclude=True)) == 1
+
+
+def test_classes_in_other_encodings_stay_apart(image, tmp_path):
+    files = {
+        "a.png": image,
+        "a.cls": b"caf\xe9",
+        "b.png": image,
+        "b.cls": b"caf\xe8",
+        "c.png": image,
+        "c.cls": b"\xef\xbb\xbftea",
+    }
+    m = archive.index(tar_of(tmp_path / "set.tar", files), processes=1)
+    assert m.classes == sorted([os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8"), "tea"])  # as folders of those names
+    assert sorted(m.labels.tolist()) == [0, 1, 2]
