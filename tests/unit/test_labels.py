@@ -12,6 +12,7 @@ from test_archive import add
 
 from hpc_lbsgd.data import archive, labels, manifest, pack, verify
 from hpc_lbsgd.data import tree as trees
+from hpc_lbsgd.data.find import find
 from hpc_lbsgd.data.loader import open_set
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.storage import open_storage
@@ -363,3 +364,13 @@ def test_classes_in_other_encodings_stay_apart(image, tmp_path):
     m = archive.index(tar_of(tmp_path / "set.tar", files), processes=1)
     assert m.classes == sorted([os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8"), "tea"])  # as folders of those names
     assert sorted(m.labels.tolist()) == [0, 1, 2]
+
+
+def test_an_archive_beside_an_index_does_no_harm(image, tmp_path):
+    write_images(tmp_path / "d", 4, 8)
+    m = trees.index(tmp_path / "d", processes=1)
+    (tmp_path / "d" / "devkit.tar.gz").write_bytes(b"of something else")
+    assert find(tmp_path / "d") == m.path
+    m.path.unlink()
+    with pytest.raises(RequestError, match="devkit.tar.gz is compressed"):
+        find(tmp_path / "d")
