@@ -31,6 +31,7 @@ MASK = "mask"  # column of a mask's path, or the end of its name behind a _
 INT, FLOAT = re.compile(r"[+-]?[0-9]{1,40}"), re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # halves of characters, which stand for no byte of a file's name
+LONGEST_CELL = 2**30  # characters; texts have a limit of their own
 WORDS = {"": None, "true": True, "false": False}
 
 
@@ -66,6 +67,7 @@ def read(path: Path) -> Table:
 
 
 def read_csv(path: Path, delimiter: str = ",") -> dict[str, list]:
+    csv.field_size_limit(LONGEST_CELL)
     # names of files may have any bytes
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, strict=True)

@@ -240,3 +240,12 @@ print(float(m.values("at")[at].sum() + m.values("x")[at].sum()), own() - before)
     total, kilobytes = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
     at = np.arange(0, n, 1000)
     assert float(total) == (8.0 * at[:, None] + np.arange(8)).sum() + at.sum() and int(kilobytes) < 4000
+
+
+def test_texts_of_a_csv_may_be_as_long_as_others(images, tmp_path):
+    long = "word " * 40_000
+    write(tmp_path / "t.csv", f'path,t\n{images[0]},"{long}"\n')
+    assert index(tmp_path / "t.csv", wanted=["t:text"]).values("t")[0] == long
+    write(tmp_path / "t.csv", f'path,t\n{images[0]},"{long * 6}"\n')
+    with pytest.raises(RequestError, match="is a text of 1200000 bytes, 1048576 are allowed"):
+        index(tmp_path / "t.csv", wanted=["t:text"])
