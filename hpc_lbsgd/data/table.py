@@ -106,7 +106,14 @@ def read_parquet(path: Path) -> dict[str, list]:
     from pyarrow import parquet
 
     found = parquet.ParquetFile(path).read()
-    return by_name((name, column.to_pylist()) for name, column in zip(found.column_names, found.columns, strict=True))
+    return by_name((name, held_by(column)) for name, column in zip(found.column_names, found.columns, strict=True))
+
+
+def held_by(column: pa.ChunkedArray) -> list:
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):  # times that Python has no type for
+        return column.cast(pa.string()).to_pylist()
 
 
 def by_name(pairs: Iterable[tuple[str, object]]) -> dict:

@@ -249,3 +249,10 @@ def test_texts_of_a_csv_may_be_as_long_as_others(images, tmp_path):
     write(tmp_path / "t.csv", f'path,t\n{images[0]},"{long * 6}"\n')
     with pytest.raises(RequestError, match="is a text of 1200000 bytes, 1048576 are allowed"):
         index(tmp_path / "t.csv", wanted=["t:text"])
+
+
+def test_times_that_python_has_no_type_for_are_in_nobodys_way(images, tmp_path):
+    times = {"ns": pa.array([1_700_000_000_123_456_789], pa.timestamp("ns")), "far": pa.array([2**30], pa.date32())}
+    parquet.write_table(pa.table({"path": images[:1], "x": [1.5], **times}), tmp_path / "t.parquet")
+    m = index(tmp_path / "t.parquet")
+    assert list(m.own_fields) == ["x"] and sum("no number" in what for what in m.header["left_out"]) == 2
