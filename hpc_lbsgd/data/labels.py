@@ -177,6 +177,11 @@ def number(labels: Sequence[str], numbers: bool, listing: Path | None = None) ->
     """(names of the classes, label of each sample). numbers: what looks like a number is one, and is kept; names then
     come from `listing`, a line each, where it is there."""
     texts = set(labels)
+    for text in texts:
+        try:
+            text.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise RequestError(f"a class is {text!r}: half of a character, which no file can have in it") from None
     count = sum(bool(NUMBER.fullmatch(t)) for t in texts)
     if not numbers or not count:
         names = sorted(texts)

@@ -212,7 +212,7 @@ def below(top: str, table: Table, name: str, row: int, value: object) -> str:
     """A path below a folder, whose own ends with a slash."""
     text = os.fsdecode(value) if isinstance(value, bytes) else value
     if not isinstance(text, str) or not text.strip() or "\0" in text or LONE.search(text):
-        raise table.wrong(name, row, f"is {value!r}, no path")
+        raise table.wrong(name, row, f"is {repr(value)[:100]}, no path")
     path = os.path.normpath(os.path.join(top, text))
     if not path.startswith(top):
         raise table.wrong(name, row, f"is {printable(text)}: not below {top}; say where paths start with --root")
@@ -245,7 +245,9 @@ def classes_in(table: Table, name: str) -> list[str] | None:
     empty = next((row for row, value in enumerate(values) if value is None), None)
     if empty is not None:
         raise table.wrong(name, empty, "has no value")
-    return [text.strip() for text in table.columns[name]] if table.texts else [str(v) for v in values]
+    if table.texts:
+        return [text.strip() for text in table.columns[name]]
+    return [os.fsdecode(v) if isinstance(v, bytes) else str(v) for v in values]
 
 
 def fields_of(

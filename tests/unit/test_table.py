@@ -256,3 +256,16 @@ def test_times_that_python_has_no_type_for_are_in_nobodys_way(images, tmp_path):
     parquet.write_table(pa.table({"path": images[:1], "x": [1.5], **times}), tmp_path / "t.parquet")
     m = index(tmp_path / "t.parquet")
     assert list(m.own_fields) == ["x"] and sum("no number" in what for what in m.header["left_out"]) == 2
+
+
+def test_classes_that_are_bytes_or_half_a_character_and_paths_that_are_images(images, tmp_path):
+    columns = {"path": images[:2], "class": [b"eel", "r\u00e4y".encode()]}
+    parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
+    assert index(tmp_path / "t.parquet").classes == ["eel", "r\u00e4y"]
+    rows = [{"path": name, "class": text} for name, text in zip(images, ("eel", "\ud800"), strict=False)]
+    with pytest.raises(RequestError, match=r"a class is '.ud800': half of a character"):
+        index(write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows))))
+    parquet.write_table(pa.table({"image": [{"bytes": bytes(100_000), "path": "a.png"}]}), tmp_path / "u.parquet")
+    with pytest.raises(RequestError, match="no path") as refused:
+        index(tmp_path / "u.parquet")
+    assert len(str(refused.value)) < 500
