@@ -22,7 +22,7 @@ from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.beside import Beside, Fields, Member, checked, examined, json_in, looked_at, table_of
 from hpc_lbsgd.data.fields import CLASS, IMAGE
 from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, listed
-from hpc_lbsgd.data.names import read_excluded
+from hpc_lbsgd.data.names import EXCLUDE, read_excluded
 from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.data.tree import usable
 from hpc_lbsgd.errors import RequestError
@@ -91,6 +91,8 @@ def check(path: str, info: tarfile.TarInfo) -> None:
         raise RequestError(f"{path}: member {info.name!r} points outside the archive")
     if info.issym() or info.islnk():
         raise RequestError(f"{path}: member {info.name!r} is a link to {info.linkname!r}")
+    if info.size < 0:  # tarfile would go back, and come by here for ever
+        raise RequestError(f"{path}: member {info.name!r} says that it has {info.size} bytes")
     if info.issparse():
         raise RequestError(f"{path}: member {info.name!r} is stored with holes (tar -S): its bytes do not lie together")
     if not (info.isreg() or info.isdir()):
@@ -203,7 +205,7 @@ def distinct(samples: list[Sample], paths: list[Path]) -> list[Sample]:
 def label_in(data: bytes, suffix: str, others: Collection[str] = ()) -> str | None:
     """A class's name or number in a file beside an image; None where there is none. others: fields of JSON that are
     none."""
-    text = data.decode("utf-8", errors="replace").strip()
+    text = data.decode("utf-8-sig", errors="surrogateescape").strip()  # as names of folders, which may be classes too
     if suffix == ".json":
         try:
             content = json.loads(text)
@@ -263,6 +265,8 @@ def index(
     rows, keys = checked([by_sample[i] for i in chosen], chosen, seen), [member.name for member in chosen_members]
     shown = [f"{paths[member.shard]}:{member.name}" for member in chosen_members]
     good = usable(keys, rows, shown, out.parent if exclude else None)
+    if gone := len(samples) - len(good):
+        found.left_out[f"images that {EXCLUDE} names"] = gone
     kept, their_names = [chosen[i] for i in good], [shown[i] for i in good]
     more, classes_in = table_of(found.fields, found.kinds, kept, seen, their_names, floats)
     manifests.write(

@@ -99,8 +99,11 @@ class Beside:
             kind = self.kinds.get(name, "")
             if suffix and (kind in ("image", "bytes") or (kind in (None, "mask") and suffix in masks.SUFFIXES)):
                 self._keep(name, image)
-            elif suffix and image.key in keys:
-                left_out[f"{image.field} beside an image"] += 1
+            elif suffix:
+                left_out[f"{image.field} {'beside an' if image.key in keys else 'without its'} image"] += 1
+        for name, mine in (*self.members.items(), *self.texts.items()):
+            if orphans := len(mine.keys() - keys.keys()):
+                left_out[f"{name} without its image"] += orphans
         for name, mine in self.members.items():
             missing = [i.name for i in inputs if i.key not in mine]
             if missing:

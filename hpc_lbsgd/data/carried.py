@@ -46,7 +46,7 @@ class Carried:
                 except ValueError as problem:
                     raise SampleError(sample, f"{m.file(sample, name)}: cannot be decoded ({problem})") from None
             facts.append((len(data), checksum(data)))
-            yield f".{name}{suffix if SUFFIX.fullmatch(suffix) else '.bin'}", data
+            yield f".{name}{member_suffix(suffix)}", data
         said = fields.row_of(self.columns, sample - self.first)
         whole = (0, 0, int(m.widths[sample]), int(m.heights[sample]))
         for name in m.boxes if changed else ():
@@ -66,6 +66,11 @@ class Carried:
             kind = self.m.own_fields[name].kind
             found[kind, name] = [(*fact, at) for fact, at in zip(facts, offsets, strict=True)]
         return files.placed(table, found)
+
+
+def member_suffix(suffix: str) -> str:
+    """Of a file in a shard: a table may name files whose own is none, is too long, or is that of a class."""
+    return suffix if SUFFIX.fullmatch(suffix) and suffix not in (".cls", ".json") else ".bin"
 
 
 def suffix_of(encoding: Encoding) -> str:

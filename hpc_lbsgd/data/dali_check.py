@@ -1,15 +1,16 @@
-"""What DALI says of an image, for those who ask before a run: can it be decoded, and to which size."""
+"""What DALI says of an image, for those who ask before a run: can it be decoded, and to what."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from hpc_lbsgd.data.orientation import TAG
 
+Found = TypeVar("Found")
 BATCH = 32  # images that it is asked about at a time
 
 
@@ -22,9 +23,10 @@ def version() -> str | None:
     return nvidia.dali.__version__
 
 
-def sizes(contents: Sequence[bytes]) -> list[tuple[int, int] | str]:
-    """(width, height) of each image, or why it cannot be decoded."""
-    return [size for start in range(0, len(contents), BATCH) for size in _sizes(contents[start : start + BATCH])]
+def seen(contents: Sequence[bytes], look: Callable[[np.ndarray], Found]) -> list[Found | str]:
+    """`look` of the pixels (H, W, 3) of each image, or why it cannot be decoded."""
+    parts = (contents[start : start + BATCH] for start in range(0, len(contents), BATCH))
+    return [found for part in parts for found in _seen(part, look)]
 
 
 def unturned(content: np.ndarray) -> np.ndarray:
@@ -77,19 +79,19 @@ def pipeline() -> tuple[Any, Feed]:
     return made, feed
 
 
-def _sizes(contents: Sequence[bytes]) -> list[tuple[int, int] | str]:
+def _seen(contents: Sequence[bytes], look: Callable[[np.ndarray], Found]) -> list[Found | str]:
     """The same for one batch; halves of it where it fails, for DALI does not say which image it was."""
     made, feed = pipeline()
     feed.batch = [unturned(np.frombuffer(data, np.uint8)) for data in contents]
     try:
         (images,) = made.run()
-        return [(shape[1], shape[0]) for shape in images.shape()]
+        return [look(np.asarray(images.at(i))) for i in range(len(images))]
     except RuntimeError as problem:
         pipeline.cache_clear()  # it is broken now
         if len(contents) == 1:
             return [reason(problem)]
         half = len(contents) // 2
-        return _sizes(contents[:half]) + _sizes(contents[half:])
+        return _seen(contents[:half], look) + _seen(contents[half:], look)
 
 
 def reason(problem: RuntimeError) -> str:

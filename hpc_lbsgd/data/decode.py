@@ -18,6 +18,7 @@ from hpc_lbsgd.data import dali_check
 from hpc_lbsgd.data.orientation import MIRROR_X, MIRROR_Y, SIDEWAYS, TAG
 
 PILLOW, DALI = "pillow", "dali"
+APART = 24  # of 255, in a part of an image: no two ways of rounding are so far from one another
 WIDE = ("I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of 16-bit grey
 
 
@@ -29,6 +30,7 @@ class Facts(NamedTuple):
     format: str  # JPEG, PNG ...
     mode: str  # RGB, L, CMYK, I;16 ... (Pillow's names)
     orientation: int  # EXIF's, 1 to 8: how it is to be turned
+    glance: bytes  # its colours, as `glance` has them
 
 
 @cache
@@ -50,13 +52,37 @@ def decode_all(contents: Sequence[bytes]) -> list[Facts | str]:
             found.append(str(problem))
     if DALI in decoders():
         asked = [i for i, facts in enumerate(found) if isinstance(facts, Facts)]
-        for i, size in zip(asked, dali_check.sizes([contents[i] for i in asked]), strict=True):
-            facts = found[i]
-            if isinstance(size, str):
-                found[i] = f"DALI cannot decode it ({size}), though Pillow can"
-            elif size != (facts.width, facts.height):
-                found[i] = f"is {facts.width}x{facts.height} for Pillow and {size[0]}x{size[1]} for DALI"
+        for i, other in zip(asked, dali_check.seen([contents[i] for i in asked], size_and_glance), strict=True):
+            if problem := apart(found[i], other):
+                found[i] = problem
     return found
+
+
+def size_and_glance(decoded: np.ndarray) -> tuple[int, int, bytes]:
+    """Of pixels (H, W, 3)."""
+    from PIL import Image
+
+    return decoded.shape[1], decoded.shape[0], glance(Image.fromarray(decoded))
+
+
+def glance(image) -> bytes:
+    """The mean colours of 4 x 4 parts of an image: enough to tell another picture."""
+    from PIL import Image
+
+    return image.convert("RGB").resize((4, 4), Image.Resampling.BOX).tobytes()
+
+
+def apart(facts: Facts, dalis: tuple[int, int, bytes] | str) -> str | None:
+    """What is wrong with an image that DALI sees otherwise than Pillow."""
+    if isinstance(dalis, str):
+        return f"DALI cannot decode it ({dalis}), though Pillow can"
+    width, height, colours = dalis
+    if (width, height) != (facts.width, facts.height):
+        return f"is {facts.width}x{facts.height} for Pillow and {width}x{height} for DALI"
+    ours, theirs = (np.frombuffer(some, np.uint8).astype(int) for some in (facts.glance, colours))
+    if (most := np.abs(ours - theirs).max()) > APART:
+        return f"is another picture for Pillow than for DALI ({most} of 255 levels apart): save it as PNG or JPEG"
+    return None
 
 
 # ---------------------------------------------------------------- Pillow
@@ -76,7 +102,7 @@ def decode(data: bytes) -> Facts:
         with Image.open(io.BytesIO(data)) as image:
             kind, mode = image.format, image.mode
             stored, orientation = as_stored(image)
-            return Facts(stored.width, stored.height, kind, mode, orientation)
+            return Facts(stored.width, stored.height, kind, mode, orientation, glance(stored))
     except Exception as problem:  # Pillow raises many kinds; each means: not usable as an image
         raise ValueError(told(problem)) from None
 

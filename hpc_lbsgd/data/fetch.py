@@ -102,7 +102,10 @@ def idx_reader(prefix: str, expected: int) -> Reader:
             found = [path for path in found if path.exists()]
             if not found:
                 raise RequestError(f"--source {files}: no {prefix}-{kind} or {prefix}-{kind}.gz in it")
-            arrays.append(read_idx(found[0]))
+            try:
+                arrays.append(read_idx(found[0]))
+            except (OSError, EOFError, ValueError, IndexError, zlib.error) as problem:
+                raise RequestError(f"--source {found[0]}: not in MNIST's format ({problem})") from None
         images, labels = arrays
         if len(images) != expected or len(labels) != expected:
             raise RequestError(

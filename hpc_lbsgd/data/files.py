@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
@@ -59,8 +60,11 @@ def examine(root: str, paths: list[str], kind: str) -> list[Seen | str]:
 
 def content_of(path: str) -> bytes | str:
     try:
-        if (size := os.stat(path).st_size) > LARGEST:
-            return too_large(size)
+        there = os.stat(path)
+        if not stat.S_ISREG(there.st_mode):  # a pipe would be waited for, a device may never end
+            return "is not a regular file"
+        if there.st_size > LARGEST:
+            return too_large(there.st_size)
         with open(path, "rb") as file:
             return file.read()
     except OSError as problem:
@@ -81,7 +85,10 @@ def examine_in_tar(path: str, places: list[tuple[int, int]], kind: str) -> list[
     with open(path, "rb") as file:
 
         def content(offset: int, size: int) -> bytes | str:
-            return too_large(size) if size > LARGEST else os.pread(file.fileno(), size, offset)
+            if size > LARGEST:
+                return too_large(size)
+            file.seek(offset)
+            return file.read(size)  # to its end, where a network file system gives a part
 
         for start in range(0, len(places), AT_A_TIME):
             found += looked_at(kind, (content(*place) for place in places[start : start + AT_A_TIME]))

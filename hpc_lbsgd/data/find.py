@@ -23,13 +23,13 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.xz", ".txz", ".tar.b
 def find(path: str | os.PathLike, folder: Path | None = None) -> Path:
     """The manifest file that `path` (a manifest, or a folder that has one, or the address of either) means; refuses
     what is neither. What lies elsewhere is copied to `folder` (default: one that goes when this process ends)."""
+    if not urls.is_url(path) and (Path(path) / FILE_NAME).exists():
+        return Path(path) / FILE_NAME
     refuse_compressed(path)
     if urls.is_url(path):
         return fetched(path, folder)
     path = Path(path)
     if path.is_dir():
-        if (path / FILE_NAME).exists():
-            return path / FILE_NAME
         raise RequestError(f"{path} has no {FILE_NAME}; make one with: hpc-lbsgd data index {path}")
     if not path.exists():
         raise RequestError(f"{path}: no such folder or manifest")

@@ -150,7 +150,7 @@ def read_lines(path: Path, option: str = "--labels") -> list[str]:
 def read_table(path: Path, lines: list[str]) -> dict[str, str]:
     """NAME,CLASS or NAME CLASS a line; columns of boxes are ignored, and so is a heading. A comma or a tab ends a name
     where the line has one, and a class may then have spaces."""
-    table = {}
+    table: dict[str, str] = {}
     for line in lines:
         if "," in line:
             try:
@@ -161,7 +161,9 @@ def read_table(path: Path, lines: list[str]) -> dict[str, str]:
             row = line.split("\t") if "\t" in line else line.split(maxsplit=1)
         if len(row) >= 2 and row[1].strip():
             boxed = WITH_BOXES.fullmatch(row[1].strip())
-            table[row[0].strip()] = boxed[1] if boxed else row[1].strip()
+            name, label = row[0].strip(), boxed[1] if boxed else row[1].strip()
+            if table.setdefault(name, label) != label:
+                raise RequestError(f"--labels {path}: {name} has two classes, {table[name]!r} and {label!r}")
     return table
 
 
@@ -175,6 +177,11 @@ def number(labels: Sequence[str], numbers: bool, listing: Path | None = None) ->
     """(names of the classes, label of each sample). numbers: what looks like a number is one, and is kept; names then
     come from `listing`, a line each, where it is there."""
     texts = set(labels)
+    for text in texts:
+        try:
+            text.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise RequestError(f"a class is {text!r}: half of a character, which no file can have in it") from None
     count = sum(bool(NUMBER.fullmatch(t)) for t in texts)
     if not numbers or not count:
         names = sorted(texts)

@@ -13,7 +13,8 @@ import numpy as np
 from hpc_lbsgd.data.decode import told
 from hpc_lbsgd.data.orientation import turned
 
-SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # formats that lose nothing
+SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "BMP", "TIFF")  # Pillow's names of the same: they lose nothing
 
 
 def pixels(data) -> np.ndarray:
@@ -23,6 +24,12 @@ def pixels(data) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.format not in FORMATS:
+                raise ValueError(f"is {image.format}, and a mask is one of {', '.join(FORMATS)}")
+            if any(str(tile.args).find(f"L;{bits}") >= 0 for tile in image.tile for bits in (2, 4)):
+                raise ValueError(
+                    "has grey of 2 or 4 bits, which is scaled to 8: save it with 8 bits, or with a palette"
+                )
             if image.mode not in ("1", "L", "P"):
                 raise ValueError(f"has pixels of mode {image.mode}, where a mask has one number of 8 bits")
             if image.format == "TIFF" and image.getexif().get(0x0112, 1) != 1:

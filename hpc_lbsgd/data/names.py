@@ -33,7 +33,7 @@ def unescaped(stored: str) -> str:
 def read_excluded(folder: Path) -> set[str]:
     """Paths that `exclude.txt` in a folder names; none where it is not there."""
     try:
-        lines = (folder / EXCLUDE).read_text("utf-8", "surrogateescape").split("\n")
+        lines = (folder / EXCLUDE).read_text("utf-8-sig", "surrogateescape").split("\n")
     except FileNotFoundError:
         return set()
     return {unquoted(line) for line in lines if line.strip()}
@@ -43,6 +43,8 @@ def add_excluded(folder: Path, found: Iterable[tuple[str, str]]) -> Path:
     """Add (path, reason) to `exclude.txt`: manifests beside it leave those rows out from now on."""
     path = folder / EXCLUDE
     before = path.read_text("utf-8", "surrogateescape") if path.exists() else ""
+    if before and not before.endswith("\n"):  # as some editors leave a file: the next name would be glued to the last
+        before += "\n"
     known = read_excluded(folder)
     new = [f"{quoted(name)}\t{' '.join(reason.split())}\n" for name, reason in found if name not in known]
     write_atomically(path, (before + "".join(new)).encode("utf-8", "surrogateescape"))

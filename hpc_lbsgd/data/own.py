@@ -141,7 +141,8 @@ class Own:
                 content = found[name]
                 at = put(f"{stem}.{name}.bin", content)
                 kept.append((f"{stem}.{name}.bin", (0, 0, len(content), checksum(content), 0), at))
-            known = self.classes and isinstance(label, np.ndarray) and label.shape == () and label.dtype.kind in "iu"
+            known = isinstance(label, np.ndarray) and label.shape == () and label.dtype.kind in "iu"
+            known = known and 0 <= label < len(self.classes)  # others are for the loss, which may ignore them
             row = (f"{stem}.npy", int(label) if known else 0, 0, 0, len(data), checksum(data), None, number, offset)
             for field, value in zip(PACKED_SCHEMA.names, row, strict=True):
                 rows[field].append(value)

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data import shards
-from hpc_lbsgd.data.carried import Carried, suffix_of
+from hpc_lbsgd.data.carried import Carried, member_suffix, suffix_of
 from hpc_lbsgd.data.encode import Encoding, encode
 from hpc_lbsgd.data.find import find
 from hpc_lbsgd.data.manifest import PACKED_SCHEMA, Manifest, checksum
@@ -26,8 +26,11 @@ class Images:
 
     def __init__(self, source: str | os.PathLike, encoding: Encoding):
         self.path, self.encoding = find(source), encoding
-        if Manifest(self.path).own:
+        m = Manifest(self.path)
+        if m.own:
             raise RequestError(f"{source}: is a packed set of your own already")
+        m.check_labels(all_of_them=True)
+        m.check_content(at_any_size=True)  # a pack's own digest would vouch for what is damaged here
 
     def request(self) -> dict:
         return {"source": Manifest(self.path).fingerprint, "encoding": asdict(self.encoding)}
@@ -69,7 +72,7 @@ class Images:
                     raise SampleError(sample, f"{m.file(sample)}: cannot be decoded ({problem})") from None
                 suffix = suffix_of(encoding)
             label = int(m.labels[sample])
-            offset = put(f"{sample:09d}{suffix.lower()}", data)
+            offset = put(f"{sample:09d}{member_suffix(suffix.lower())}", data)
             if m.classes:
                 put(f"{sample:09d}.cls", str(label).encode())
             for end, beside in carried.files(sample, width, height):

@@ -22,7 +22,7 @@ from hpc_lbsgd.data.pool import in_order
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.records import write_atomically
 
-VERSION = 1  # of what rows mean; another one makes all pieces stale
+VERSION = 2  # of what rows mean; another one makes all pieces stale
 
 
 class Unread(str):

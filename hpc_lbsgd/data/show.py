@@ -198,7 +198,7 @@ def png(shown: Shown) -> bytes:
     width, height = size_of(shown)
     figure = Figure(figsize=(width, height + 3.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[height, 3.2])
-    top.suptitle(f"{plain(str(shown.manifest.path))}\n{headline(shown)}", fontsize=9)
+    top.suptitle(f"{plain(str(shown.manifest.path))}\n{plain(headline(shown))}", fontsize=9)
     sheet(top, shown)
     charts(bottom, shown.manifest)
     return encoded(figure)

@@ -31,6 +31,7 @@ MASK = "mask"  # column of a mask's path, or the end of its name behind a _
 INT, FLOAT = re.compile(r"[+-]?[0-9]{1,40}"), re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # halves of characters, which stand for no byte of a file's name
+LONGEST_CELL = 2**30  # characters; texts have a limit of their own
 WORDS = {"": None, "true": True, "false": False}
 
 
@@ -66,6 +67,7 @@ def read(path: Path) -> Table:
 
 
 def read_csv(path: Path, delimiter: str = ",") -> dict[str, list]:
+    csv.field_size_limit(LONGEST_CELL)
     # names of files may have any bytes
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, strict=True)
@@ -104,7 +106,14 @@ def read_parquet(path: Path) -> dict[str, list]:
     from pyarrow import parquet
 
     found = parquet.ParquetFile(path).read()
-    return by_name((name, column.to_pylist()) for name, column in zip(found.column_names, found.columns, strict=True))
+    return by_name((name, held_by(column)) for name, column in zip(found.column_names, found.columns, strict=True))
+
+
+def held_by(column: pa.ChunkedArray) -> list:
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):  # times that Python has no type for
+        return column.cast(pa.string()).to_pylist()
 
 
 def by_name(pairs: Iterable[tuple[str, object]]) -> dict:
@@ -203,7 +212,7 @@ def below(top: str, table: Table, name: str, row: int, value: object) -> str:
     """A path below a folder, whose own ends with a slash."""
     text = os.fsdecode(value) if isinstance(value, bytes) else value
     if not isinstance(text, str) or not text.strip() or "\0" in text or LONE.search(text):
-        raise table.wrong(name, row, f"is {value!r}, no path")
+        raise table.wrong(name, row, f"is {repr(value)[:100]}, no path")
     path = os.path.normpath(os.path.join(top, text))
     if not path.startswith(top):
         raise table.wrong(name, row, f"is {printable(text)}: not below {top}; say where paths start with --root")
@@ -236,7 +245,9 @@ def classes_in(table: Table, name: str) -> list[str] | None:
     empty = next((row for row, value in enumerate(values) if value is None), None)
     if empty is not None:
         raise table.wrong(name, empty, "has no value")
-    return [text.strip() for text in table.columns[name]] if table.texts else [str(v) for v in values]
+    if table.texts:
+        return [text.strip() for text in table.columns[name]]
+    return [os.fsdecode(v) if isinstance(v, bytes) else str(v) for v in values]
 
 
 def fields_of(

@@ -14,7 +14,7 @@ import pyarrow as pa
 from hpc_lbsgd.data import files, labels, parts
 from hpc_lbsgd.data.fields import IMAGE
 from hpc_lbsgd.data.manifest import CHUNK, FILE_NAME, SUFFIXES, Manifest, Row, listed, with_columns, write
-from hpc_lbsgd.data.names import add_excluded, read_excluded
+from hpc_lbsgd.data.names import EXCLUDE, add_excluded, read_excluded
 from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.errors import RequestError
 
@@ -160,6 +160,8 @@ def index_files(
     for (kind, name), mine in seen.items():
         rows = [files.beside(kind, name, *pair) for pair in zip(rows, mine, strict=True)]
     good = usable(paths, rows, [str(root / path) for path in paths], beside if exclude else None)
+    if gone := len(found.paths) - len(good):
+        found.left_out[f"images that {EXCLUDE} names"] = gone
     columns = ([values[i] for i in good] for values in (paths, numbers, rows))
     more, masks = found.more and found.more.take([chosen[i] for i in good]), {}
     for (kind, name), mine in seen.items():

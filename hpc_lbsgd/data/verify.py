@@ -12,7 +12,7 @@ from typing import NamedTuple
 from hpc_lbsgd.data import archive, names, tree
 from hpc_lbsgd.data.decode import Facts, decode_all
 from hpc_lbsgd.data.elsewhere import blocks, reach
-from hpc_lbsgd.data.files import AT_A_TIME, looked_at
+from hpc_lbsgd.data.files import AT_A_TIME, content_of, looked_at
 from hpc_lbsgd.data.find import find, is_plain_folder
 from hpc_lbsgd.data.manifest import CHUNK, Manifest, checksum
 from hpc_lbsgd.data.packed import ChangedError
@@ -105,10 +105,8 @@ def look_at_files(root: str, paths: list[str]) -> list[Seen]:
     """Files of a tree that was not indexed."""
 
     def read(path: str, _: int) -> bytes | Seen:
-        try:
-            return Path(root, path).read_bytes()
-        except OSError as problem:
-            return Seen(path, [("missing", problem.strerror or str(problem))], None, False)
+        content = content_of(os.path.join(root, path))
+        return Seen(path, [("missing", content)], None, False) if isinstance(content, str) else content
 
     return look_at_all([(path, i, None) for i, path in enumerate(paths)], read)
 

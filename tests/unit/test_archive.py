@@ -206,3 +206,24 @@ def test_what_a_tar_or_its_folder_hides_is_refused(tree, tmp_path):
     subprocess.run(["tar", "-S", "-cf", tmp_path / "holes.tar", "-C", tmp_path, "holes.bmp"], check=True)
     with pytest.raises(RequestError, match="stored with holes"):
         archive.index(tmp_path / "holes.tar")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_member_that_would_be_read_for_ever_is_refused(tree, tmp_path, nested):
+    """Its size is less than nothing: what follows it would be itself."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        add(tar, "a/1.jpg", bytes_of(tree, 0))
+        add(tar, "notes.dat", b"")
+    content = bytearray(buffer.getvalue())
+    at = content.index(b"notes.dat")
+    header = content[at : at + 512]
+    header[124:136], header[148:156] = (-512).to_bytes(12, "big", signed=True), b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    content[at : at + 512] = header
+    with tarfile.open(tmp_path / "set.tar", "w") as outer:
+        add(outer, "inner.tar", bytes(content))
+    if not nested:
+        (tmp_path / "set.tar").write_bytes(content)
+    with pytest.raises(RequestError, match="member 'notes.dat' says that it has -512 bytes"):
+        archive.index(tmp_path / "set.tar", processes=1)

@@ -106,6 +106,7 @@ def test_a_box_that_is_left_out_has_no_area_and_keeps_its_place():
         ([[5, 2, 3, 4]], "second corner is not right of"),
         ([[1, 2, 3, float("nan")]], "not all of it are finite"),
         ([[1, 2, 3, "4"]], "not all of it are finite"),
+        ([[1, 2, 3, 10**400]], "not all of it are finite"),
         ([[1, 2, 3, 4], None], "a box is"),
         (None, r"has no value; an image without any has \[\]"),
     ],

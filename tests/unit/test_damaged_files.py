@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import write_images
@@ -158,3 +159,14 @@ def test_a_bit_of_the_metrics(tmp_path):
     for line in (b"[1]", b"7", b'{"kind": 1}', b'{"kind": "step", "step": "x"}', b"[" * 100_000, b"\xff"):
         folder.metrics.write_bytes(line + b"\n" + content)
         assert list(read_metrics(folder.metrics)) == steps
+
+
+def test_a_damaged_index_is_not_packed(tmp_path):
+    """A pack has a digest of its own, which would vouch for it."""
+    m = tree.index(write_images(tmp_path / "images", 8, 8), processes=1)
+    content, labels = bytearray(m.path.read_bytes()), np.array(m.labels, np.int32).tobytes()
+    content[content.index(labels)] ^= 1  # a label, and still one
+    m.path.write_bytes(content)
+    with pytest.raises(RequestError, match="what is in it is not what was written"):
+        pack.pack(m.path, tmp_path / "packed", pack.Encoding(), 1, 1)
+    assert not (tmp_path / "packed").exists()

@@ -68,6 +68,9 @@ BAD = {
     "cut.jpg": (jpeg()[:-100], "truncated"),
     "cut-with-thumbnail.jpg": (jpeg(exif=b"Exif\0\0" + jpeg()[:300] + b"\xff\xd9")[:-100], "truncated"),
     "stray.jpg": (jpeg()[:2] + b"\x00" + jpeg()[2:], ""),
+    # what is white where not 255 is: Pillow asks, DALI does not
+    "dark.pgm": (b"P5 8 8 15\n" + bytes(range(8)) * 8, "is another picture for Pillow than for DALI"),
+    "dark.ppm": (b"P6 8 8 100\n" + bytes(range(96)) * 2, "is another picture for Pillow than for DALI"),
 }
 
 

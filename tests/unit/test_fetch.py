@@ -77,3 +77,15 @@ def test_a_part_that_another_process_wrote_meanwhile_is_taken(tmp_path):
     images, labels = np.zeros((4, 8, 8), np.uint8), np.arange(4) % 2
     found = [fetch.write_part(tmp_path / "train", ("a", "b"), images, labels) for _ in range(2)]
     assert len(found[0]) == len(found[1]) == 4 and [p.name for p in tmp_path.iterdir()] == ["train"]
+
+
+@pytest.mark.parametrize("content, suffix", [
+    (b"", ""), (b"\0\0", ""), (b"\0\0\x08\x03\0\0\0\x05" + bytes(20), ""), (b"junk", ".gz"),
+    (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", ".gz"),
+])  # fmt: skip
+def test_what_is_not_mnists_format_is_refused_by_name(tmp_path, content, suffix):
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+            (tmp_path / f"{part}-{kind}{suffix}").write_bytes(content)
+    with pytest.raises(RequestError, match="train-images-idx3-ubyte.*: not in MNIST's format"):
+        fetch.fashion_mnist(tmp_path / "out", tmp_path)

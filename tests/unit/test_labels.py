@@ -12,6 +12,7 @@ from test_archive import add
 
 from hpc_lbsgd.data import archive, labels, manifest, pack, verify
 from hpc_lbsgd.data import tree as trees
+from hpc_lbsgd.data.find import find
 from hpc_lbsgd.data.loader import open_set
 from hpc_lbsgd.data.manifest import Manifest
 from hpc_lbsgd.data.storage import open_storage
@@ -312,3 +313,64 @@ def test_a_class_that_is_a_link_to_what_holds_the_set_is_refused(image, tmp_path
     (tmp_path / "elsewhere" / "2.png").write_bytes(image)
     (tmp_path / "d" / "b").symlink_to("../elsewhere")
     assert trees.index(tmp_path / "d", processes=1).classes == ["a", "b"]
+
+
+def test_what_exclude_txt_leaves_out_is_said_by_index(image, tmp_path):
+    """It counts for all manifests beside it, so also for one that has another sample of that name."""
+    files = {"a.png": image, "a.cls": b"0", "b.png": b"junk", "b.cls": b"1"}
+    tar_of(tmp_path / "train.tar", files)
+    tar_of(tmp_path / "val.tar", files | {"b.png": image})
+    for part in ("train", "val"):
+        job = command("data", "index", tmp_path / f"{part}.tar", *(["--exclude"] if part == "train" else []))
+        assert job.returncode == 0 and "1 images that exclude.txt names" in job.stdout, job.stderr
+    write_images(tmp_path / "d", 4, 8)
+    (tmp_path / "d" / "exclude.txt").write_text("class-0/0000.png\n")
+    assert trees.index(tmp_path / "d", processes=1).header["left_out"] == {"images that exclude.txt names": 1}
+
+
+def test_an_image_with_two_classes_is_refused(image, tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.png").write_bytes(image)
+    table = tmp_path / "labels.csv"
+    table.write_text("a.png,cat\na.png,cat\n")
+    assert trees.index(tmp_path / "d", processes=1, table=table).classes == ["cat"]
+    table.write_text("a.png,cat\nb.png,cat\na.png,dog\n")
+    with pytest.raises(RequestError, match="labels.csv: a.png has two classes, 'cat' and 'dog'"):
+        trees.index(tmp_path / "d", processes=1, table=table)
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(image, tmp_path):
+    folder = tmp_path / "d" / "cat"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(image)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "endless.png").symlink_to("/dev/zero")
+    found = verify.verify(tmp_path / "d", processes=1)
+    assert {(f.path, f.kind) for f in found.unusable} == {(f"cat/{n}.png", "missing") for n in ("pipe", "endless")}
+    with pytest.raises(RequestError, match="2 of 3 images cannot be read.*\n.*endless.png: is not a regular file"):
+        trees.index(tmp_path / "d", processes=1)
+    assert len(trees.index(tmp_path / "d", processes=1, exclude=True)) == 1
+
+
+def test_classes_in_other_encodings_stay_apart(image, tmp_path):
+    files = {
+        "a.png": image,
+        "a.cls": b"caf\xe9",
+        "b.png": image,
+        "b.cls": b"caf\xe8",
+        "c.png": image,
+        "c.cls": b"\xef\xbb\xbftea",
+    }
+    m = archive.index(tar_of(tmp_path / "set.tar", files), processes=1)
+    assert m.classes == sorted([os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8"), "tea"])  # as folders of those names
+    assert sorted(m.labels.tolist()) == [0, 1, 2]
+
+
+def test_an_archive_beside_an_index_does_no_harm(image, tmp_path):
+    write_images(tmp_path / "d", 4, 8)
+    m = trees.index(tmp_path / "d", processes=1)
+    (tmp_path / "d" / "devkit.tar.gz").write_bytes(b"of something else")
+    assert find(tmp_path / "d") == m.path
+    m.path.unlink()
+    with pytest.raises(RequestError, match="devkit.tar.gz is compressed"):
+        find(tmp_path / "d")

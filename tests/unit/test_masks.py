@@ -1,5 +1,8 @@
 """Masks: cut, turned, mirrored and scaled as their images, by both loaders, wherever they lie."""
 
+import io
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -202,3 +205,27 @@ def test_scaling_takes_the_nearest_pixel():
     assert np.array_equal(masks.resized(mask, 4, 3), mask)
     assert np.array_equal(masks.resized(mask, 8, 6), mask.repeat(2, 0).repeat(2, 1))
     assert masks.resized(mask, 1, 1).tolist() == [[6]]
+
+
+def test_what_changes_a_masks_numbers_is_refused(tmp_path):
+    """A JPEG makes new ones at edges; grey of 2 or 4 bits becomes another number, and the last one 255."""
+    mask = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 3)
+    out = io.BytesIO()
+    mask.save(out, "JPEG")
+    with pytest.raises(ValueError, match="is JPEG, and a mask is one of PNG, BMP, TIFF"):
+        masks.pixels(out.getvalue())
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    for bits in (2, 4):
+        rows = zlib.compress(b"\0\x1b\x1b\x1b\x1b"[: 1 + bits] * 8)
+        head = chunk(b"IHDR", bytes([0, 0, 0, 8, 0, 0, 0, 8, bits, 0, 0, 0, 0]))
+        png = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+        with pytest.raises(ValueError, match="has grey of 2 or 4 bits"):
+            masks.pixels(png)
+    for kind, options in (("PNG", {"bits": 4}), ("PNG", {}), ("BMP", {}), ("TIFF", {"compression": "tiff_lzw"})):
+        out, palette = io.BytesIO(), mask.copy()
+        palette.putpalette([200, 0, 0, 0, 90, 0, 7, 7, 7])
+        palette.save(out, kind, **options)
+        assert (masks.pixels(out.getvalue()) == np.asarray(mask)).all()

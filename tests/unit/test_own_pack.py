@@ -108,6 +108,15 @@ def broken(index, rng):
     return torch.zeros(1) / 0 if index < 7 else {}["gone"], 0
 
 
+@kind
+def ignored(index, rng):
+    return 1.0, {3: -100, 7: 2**40}.get(index, index % 2)
+
+
+def of_two_classes(part):
+    return Set(ignored, ["a", "b"])
+
+
 def packed(name, out):
     return shards.pack(own.Own(f"test_own_pack:{name}_set", "train"), out, 0.02, 1)
 
@@ -144,6 +153,14 @@ def test_what_cannot_be_packed_is_named(tmp_path, name, says):
     with pytest.raises((RequestError, RunError), match=says):
         packed(name, tmp_path / "p")
     assert not (tmp_path / "p" / manifest.FILE_NAME).exists()
+
+
+def test_labels_that_are_no_class_are_for_the_loss(tmp_path):
+    """Such as -100, which cross-entropy leaves out."""
+    m = shards.pack(own.Own("test_own_pack:of_two_classes", "train"), tmp_path / "p", 1, 1)
+    m.check_files()
+    labels = [own.PackedSet(m).sample(i, 0, 0)[1].item() for i in range(50)]
+    assert labels == [ignored(i, None)[1] for i in range(50)]
 
 
 def test_a_set_whose_code_changed_is_not_taken_for_the_packed_one(tmp_path, monkeypatch):

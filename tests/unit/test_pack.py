@@ -16,7 +16,7 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from hpc_lbsgd.data import loader, manifest, pack, verify
+from hpc_lbsgd.data import loader, manifest, pack, table, verify
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.find import find
 from hpc_lbsgd.data.pack import Encoding
@@ -247,3 +247,19 @@ def test_ranks_share_a_packed_sets_manifest(source, tmp_path):
         assert m.table.column(name).num_chunks == 1, name
     mapped = m.table.column("label").chunk(0).buffers()[1].address
     assert m.labels.ctypes.data == mapped + 4 * m.table.column("label").chunk(0).offset
+
+
+def test_shards_have_names_that_others_read_whatever_files_were_called(source, tmp_path):
+    """A table may name any file; a tar's name has 100 bytes, and KEY.cls is the class."""
+    image = bytes(open_storage(source).read(0))
+    called = ["a.png", "b." + "x" * 150, "c", "d.cls", "e.json", "f.p g"]
+    for name in called:
+        (tmp_path / name).write_bytes(image)
+    (tmp_path / "t.csv").write_text("path,class,x\n" + "".join(f"{name},cat,1\n" for name in called))
+    m = table.index(tmp_path / "t.csv", processes=1)
+    keep = packed(m, tmp_path / "keep")
+    assert keep.fingerprint == m.fingerprint and [keep.key(i) for i in range(6)] == called
+    assert not verify.verify(keep.path, 1).unusable
+    with tarfile.open(keep.root / keep.shards[0]["name"]) as tar:
+        inside = tar.getnames()
+    assert len(inside) == len(set(inside)) == 18 and inside[:6:3] == ["000000000.png", "000000001.bin"]

@@ -197,3 +197,9 @@ def test_a_pack_of_all_waits_for_no_part_and_steps_on_none(tmp_path):
         job.kill()
         job.wait()
     assert len(pack.pack(m.path, out, pack.Encoding(), 0.01, 1)) == 12 and not (out / manifest.PARTS).exists()
+
+
+def test_a_file_system_that_gives_a_part_is_asked_for_the_rest(root, tmp_path, monkeypatch):
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 100), at))
+    assert len(archive.index(tar_of(root, tmp_path / "t.tar"), processes=1)) == 96

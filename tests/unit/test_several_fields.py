@@ -324,3 +324,19 @@ def test_all_of_it_is_shown(places, tmp_path):
     text = show.told(places["keep"], 4)
     assert f"caption {TEXTS[4]!r}" in text and "sound 4 bytes" in text
     assert "fields caption, x, right, sound" in show.page(shown)
+
+
+def test_what_has_no_image_of_its_own_is_counted(tmp_path):
+    """WebDataset's key ends at the first dot: of c.v2.png it is c, which has no image."""
+    Image.new("L", (4, 4)).save(tmp_path / "p.png")
+    png = (tmp_path / "p.png").read_bytes()
+    tar = tar_of(
+        tmp_path / "t.tar", {"a.png": png, "a.txt": b"x", "b.txt": b"y", "c.v2.png": png, "d.raw": b"z", "a.raw": b""}
+    )
+    m = archive.index(tar, processes=1, wanted=["txt:text", "raw:bytes"])
+    assert len(m) == 1
+    assert m.header["left_out"] == {
+        ".v2.png without its image": 1,
+        "txt without its image": 1,
+        "raw without its image": 1,
+    }

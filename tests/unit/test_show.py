@@ -12,7 +12,7 @@ from conftest import SMALL_RECIPE, changed, command, write_images, write_recipe
 from PIL import Image
 
 from hpc_lbsgd.cli import main
-from hpc_lbsgd.data import loader, show
+from hpc_lbsgd.data import loader, show, table
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.storage import Request
 from hpc_lbsgd.recipe import Data
@@ -96,3 +96,13 @@ def test_a_set_with_nothing_left_is_refused(tmp_path, capsys):
     (tmp_path / "d" / "exclude.txt").write_text("class-0/0000.png\nclass-1/0001.png\n")
     assert main(["data", "show", str(tmp_path / "d"), "--png", str(tmp_path / "x.png")]) == 2
     assert "exclude.txt beside it leaves no image" in capsys.readouterr().err
+
+
+def test_fields_may_have_any_names(tmp_path):
+    """matplotlib sets what is between dollar signs as a formula."""
+    m = trees.index(write_images(tmp_path / "d", 4, 8), processes=1)
+    rows = "".join(f"d/{m.key(i)},{i},{i}\n" for i in range(4))
+    (tmp_path / "t.csv").write_text(f"path,a $,b__c__d $\n{rows}")
+    found = table.index(tmp_path / "t.csv", processes=1)
+    show.show(found.path, None, 0, 2, tmp_path / "x.png", None)
+    assert Image.open(tmp_path / "x.png").width > 700

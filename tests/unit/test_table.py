@@ -240,3 +240,32 @@ print(float(m.values("at")[at].sum() + m.values("x")[at].sum()), own() - before)
     total, kilobytes = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
     at = np.arange(0, n, 1000)
     assert float(total) == (8.0 * at[:, None] + np.arange(8)).sum() + at.sum() and int(kilobytes) < 4000
+
+
+def test_texts_of_a_csv_may_be_as_long_as_others(images, tmp_path):
+    long = "word " * 40_000
+    write(tmp_path / "t.csv", f'path,t\n{images[0]},"{long}"\n')
+    assert index(tmp_path / "t.csv", wanted=["t:text"]).values("t")[0] == long
+    write(tmp_path / "t.csv", f'path,t\n{images[0]},"{long * 6}"\n')
+    with pytest.raises(RequestError, match="is a text of 1200000 bytes, 1048576 are allowed"):
+        index(tmp_path / "t.csv", wanted=["t:text"])
+
+
+def test_times_that_python_has_no_type_for_are_in_nobodys_way(images, tmp_path):
+    times = {"ns": pa.array([1_700_000_000_123_456_789], pa.timestamp("ns")), "far": pa.array([2**30], pa.date32())}
+    parquet.write_table(pa.table({"path": images[:1], "x": [1.5], **times}), tmp_path / "t.parquet")
+    m = index(tmp_path / "t.parquet")
+    assert list(m.own_fields) == ["x"] and sum("no number" in what for what in m.header["left_out"]) == 2
+
+
+def test_classes_that_are_bytes_or_half_a_character_and_paths_that_are_images(images, tmp_path):
+    columns = {"path": images[:2], "class": [b"eel", "r\u00e4y".encode()]}
+    parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
+    assert index(tmp_path / "t.parquet").classes == ["eel", "r\u00e4y"]
+    rows = [{"path": name, "class": text} for name, text in zip(images, ("eel", "\ud800"), strict=False)]
+    with pytest.raises(RequestError, match=r"a class is '.ud800': half of a character"):
+        index(write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows))))
+    parquet.write_table(pa.table({"image": [{"bytes": bytes(100_000), "path": "a.png"}]}), tmp_path / "u.parquet")
+    with pytest.raises(RequestError, match="no path") as refused:
+        index(tmp_path / "u.parquet")
+    assert len(str(refused.value)) < 500

@@ -8,7 +8,7 @@ import pytest
 from conftest import command, write_images
 from PIL import Image
 
-from hpc_lbsgd.data import manifest, pack, verify
+from hpc_lbsgd.data import manifest, names, pack, verify
 from hpc_lbsgd.data import tree as trees
 
 
@@ -73,3 +73,14 @@ def test_a_manifest_honours_its_list_and_is_another_set_then(tmp_path):
     assert [now.file(i) for i in range(19)] == [m.file(i) for i in range(20) if i != 4]
     packed = pack.pack(root, tmp_path / "packed", pack.Encoding(), 1.0, 1)
     assert len(packed) == 19 and packed.fingerprint == now.fingerprint
+
+
+@pytest.mark.parametrize("before", [b"class-0/0000.png", b"\xef\xbb\xbfclass-0/0000.png\r\n"])
+def test_a_list_that_a_person_wrote_is_read_and_added_to(tmp_path, before):
+    """Editors leave the last line without its end, or begin the file with a mark."""
+    root = write_images(tmp_path / "d", 8, 16)
+    m = trees.index(root, processes=1)
+    (root / "exclude.txt").write_bytes(before)
+    assert len(manifest.Manifest(m.path)) == 7
+    names.add_excluded(root, [("class-1/0001.png", "corrupt")])
+    assert names.read_excluded(root) >= {"class-1/0001.png"} and len(manifest.Manifest(m.path)) == 6
