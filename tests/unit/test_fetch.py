@@ -1,5 +1,6 @@
 """Sets by name: CIFAR-10 from its authors' archive, and from what is none."""
 
+import gzip
 import io
 import tarfile
 
@@ -77,3 +78,21 @@ def test_a_part_that_another_process_wrote_meanwhile_is_taken(tmp_path):
     images, labels = np.zeros((4, 8, 8), np.uint8), np.arange(4) % 2
     found = [fetch.write_part(tmp_path / "train", ("a", "b"), images, labels) for _ in range(2)]
     assert len(found[0]) == len(found[1]) == 4 and [p.name for p in tmp_path.iterdir()] == ["train"]
+
+
+@pytest.mark.parametrize("name, content", [("x.gz", b""), ("x.gz", None), ("x", b""), ("x", b"\0\0\x08\x03\0\0\0\x02")])
+def test_a_torn_file_of_fashion_mnist_is_named(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(bytes(5000))[:30] if content is None else content)
+    with pytest.raises(RequestError, match=f"{name}: not a whole IDX file"):
+        fetch.read_idx(path)
+
+
+def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetch.tree, "index", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fetch.write_part(tmp_path / "train", ("a", "b"), np.zeros((4, 8, 8), np.uint8), np.arange(4) % 2)
+    assert list(tmp_path.iterdir()) == []
