@@ -25,6 +25,7 @@ from hpc_lbsgd.train.verdict import FLUSHED_STOP, FLUSHED_WARN
 from hpc_lbsgd.train.workers import groups_in_step
 
 FIRST_BUCKET_MB = 1.0  # so that communication starts early
+CHECK_EVERY = 100  # steps; ranks compare their weights
 OUTSIDE = (
     "in training mode outside of run.part it would measure this rank's own samples: call model.eval() first; the model "
     "of another run, as in a GAN, has eval() or a part of its own"
@@ -188,6 +189,7 @@ class Run:
         self._control.finish()
         verdict = Verdict.of(point, self._control.read())
         self._refuse_lost(point, verdict)
+        self._refuse_apart(point.step, point.step == step.shuffle.schedule.steps - 1)
         step.reduced.add(self)
         self._sound, self.step = verdict.finite, point.step + 1
         return verdict
@@ -207,6 +209,13 @@ class Run:
             raise RunError(said, everywhere=True)
         if self.world.rank == 0:
             warnings.warn(said, stacklevel=3)
+
+    def _refuse_apart(self, step: int, last: bool) -> None:
+        """Raise RunError on all ranks where their weights differ: soon after the start, for what a script does on one
+        rank alone (a learning rate, a file that is loaded) shows at once; then now and then, and at the end. Here, for
+        all ranks come to each `reduce` in one order, whoever has parts."""
+        if self.world.size > 1 and (step & (step - 1) == 0 or step % CHECK_EVERY == 0 or last):
+            self.replica.check_equal(f"sum of step {step}")
 
     @property
     def between_steps(self) -> bool:
