@@ -74,7 +74,7 @@ class Run:
         )
         self._watch = Watch(self.replica, world)
         self._shuffles: WeakSet[GlobalShuffle] = WeakSet()  # that all ranks were found to have
-        self._lost_said = 0.0
+        self._lost_said, self._untaken_said = 0.0, False
         self._loaded: int | None = None  # the step that `lb.load` said, until one is begun
         self._step: Step | None = None  # under way
         self._part: Part | None = None  # of the pass under way
@@ -239,6 +239,7 @@ class Run:
         if self in step.reduced:
             raise RunError(f"step {step.step} was reduced already, and is over")
         self._refuse_another_place(step)
+        self._say_untaken()
         self._watch.check()
         point, buckets = step.point, self.replica.buckets
         self._end_sums()
@@ -252,6 +253,18 @@ class Run:
         self._control = Control(point, buckets)
         self._step, self._passes, self._loaded = step, 0, None
         step.begun.add(self)
+
+    def _say_untaken(self) -> None:
+        """Where the step before was summed and not taken: in scripts that accumulate gradients, three of four, say."""
+        if self._step is None or self.between_steps or self not in self._step.reduced or self._untaken_said:
+            return
+        self._untaken_said = True
+        if self.world.rank == 0:
+            warnings.warn(
+                f"step {self._step.step} was reduced, and optimizer.step() did not follow: its gradients are gone, for "
+                "each step begins with gradients of zero. To accumulate over more samples, take more workers",
+                stacklevel=4,
+            )
 
     def _end_sums(self) -> None:
         """Of a step that was given up after they had begun, where nobody else waits for them."""
@@ -307,7 +320,8 @@ class Run:
         self._watch.check_optimizer(optimizer)
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        assert self._step is not None
+        if self._step is None:  # taken by the step of a parent class, inside of this one
+            return
         self.replica.running.update(self.replica.buckets.statistics, self._step.point.share)
         self._step, self._ever_sound = None, True
 
