@@ -27,8 +27,9 @@ from hpc_lbsgd.train.workers import groups_in_step
 FIRST_BUCKET_MB = 1.0  # so that communication starts early
 CHECK_EVERY = 100  # steps; ranks compare their weights
 OUTSIDE = (
-    "in training mode outside of run.part it would measure this rank's own samples: call model.eval() first; the model "
-    "of another run, as in a GAN, has eval() or a part of its own"
+    "in training mode outside of run.part it would measure this rank's own samples, or draw this rank's own mask: go "
+    "forward inside of the part, or call model.eval() first; the model of another run, as in a GAN, has eval() or a "
+    "part of its own"
 )
 
 

@@ -287,6 +287,19 @@ def test_batch_norm_measures_in_parts_alone(plainly):
     assert trained(run) == plainly
 
 
+def test_a_forward_before_its_part_is_refused_for_its_masks():
+    """Without BatchNorm it was taken, with masks of this rank's generator: one rank's were another's nowhere."""
+    torch.manual_seed(3)
+    one, two = (distributed(nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, 4))) for _ in range(2))
+    part = next(next(all_steps()).workers)
+    with pytest.raises(lb.RunError, match=r"1 \(Dropout\): in training mode outside of run.part.*forward inside"):
+        losses_of(one, part)
+    with torch.no_grad():
+        one.model(part.inputs)
+    with two.part(part):
+        two.backward(losses_of(two, part) + one.model(part.inputs).detach().sum(1))
+
+
 def test_copies_of_a_model_are_models(plainly):
     """An average of weights, a whole model in a file: each on its own, and none in the run's way."""
     run, images = distributed(), small_data().tensors[0]
