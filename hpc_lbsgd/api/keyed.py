@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,8 +86,7 @@ def draws(dataset: Any, sample: Sample) -> bool:
 
 def generators() -> tuple[object, ...]:
     """Where torch's, Python's and numpy's global ones stand."""
-    _, keys, *place = np.random.get_state()
-    return bytes(torch.get_rng_state().numpy()), random.getstate(), (keys.tobytes(), *place)
+    return bytes(torch.get_rng_state().numpy()), random.getstate(), pickle.dumps(np.random.get_state())
 
 
 @contextmanager
