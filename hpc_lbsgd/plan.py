@@ -300,9 +300,9 @@ def said_of_prediction(predicted: dict | None) -> list[str]:
 def show(name: str, recipe: Recipe, p: dict) -> str:
     """`plan` for a person."""
     lines = [render(name, p, recipe.with_workers(p["ranks"]))]
-    kind = "assumed" if p["images_per_s_assumed"] else "given"
+    kind = "assumed: an A100's; --images-per-s says yours" if p["images_per_s_assumed"] else "given"
     lines += [
-        f"  nodes          {p['nodes']} of {p['gpus_per_node']} GPUs",
+        f"  nodes          {p['nodes']} of {p['gpus_per_node']} GPUs (--nodes, --gpus-per-node; without GPUs: cores)",
         f"  gradients      {p['parameters'] / 1e6:.1f} M parameters, {p['gradient_bytes'] / 1e6:.1f} MB a step; to "
         f"hide behind backward at {p['images_per_s_per_rank']:.0f} images/s a rank ({kind}): "
         f"{p['required_gbit_per_s']:.1f} Gbit/s a rank",

@@ -44,11 +44,12 @@ def recipe_content(name: str, settings: Iterable[str] = ()) -> dict[str, Any]:
     """Keys and values of a recipe by shipped name or path, machine files and settings in place; not yet checked."""
     path = Path(name)
     where = f"recipe {name}"
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    of_ours = name in shipped()
+    if path.suffix in (".yaml", ".yml") or (path.exists() and not (of_ours and path.is_dir())):
         content = yaml12.mapping_of(path, where)
         if not content:
             raise RequestError(f"{where}: empty; `hpc-lbsgd init DIR` writes a first one")
-    elif name in shipped():
+    elif of_ours:
         content = yaml12.mapping((resources.files("hpc_lbsgd.recipes") / f"{name}.yaml").read_text("utf-8"), where)
     else:
         near = did_you_mean(name, shipped())

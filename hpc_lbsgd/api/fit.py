@@ -27,6 +27,11 @@ def refuse_unfit(model: nn.Module, optimizer: torch.optim.Optimizer, norm_calls:
     """Raise RequestError, with the name, for what cannot be distributed."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise RequestError(f"lb.distribute: {type(optimizer).__name__} is no torch.optim.Optimizer; give what it wraps")
+    if not getattr(type(optimizer).step, "hooked", False):  # by torch.optim.Optimizer's own __init__
+        raise RequestError(
+            f"lb.distribute: {type(optimizer).__name__} steps beside torch's hooks, by which a step is checked and "
+            "BatchNorm's statistics are moved (it did not call torch.optim.Optimizer.__init__); give what it wraps"
+        )
     refuse_closure(optimizer, f"lb.distribute: {type(optimizer).__name__}")
     refuse_sparse(optimizer, f"lb.distribute: {type(optimizer).__name__}")
     wrapped = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -41,6 +46,11 @@ def refuse_unfit(model: nn.Module, optimizer: torch.optim.Optimizer, norm_calls:
         raise RequestError(
             f"lb.distribute: {again} is in another run already, which would sum it too; make the model anew, and "
             "load_state_dict or lb.load what it is to go on from"
+        )
+    if empty := next((name for name, t in (*named.items(), *model.named_buffers()) if t.is_meta), None):
+        raise RequestError(
+            f"lb.distribute: {empty} is on the meta device, without values: model.to_empty(device=world.device), then "
+            "give all of it values"
         )
     types = {p.dtype for p in named.values()}
     if len(types) > 1 or not types <= {torch.float32, torch.float64}:

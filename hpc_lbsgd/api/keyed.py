@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ class Keyed(Dataset[Any]):
     to be drawn inside `run.part`.
     """
 
+    asked_plainly = False  # of any, for a sample without its epoch, since this was last set
+
     def __init__(self, dataset: Any, seed: int = 0):
         self.dataset, self.seed = dataset, seed
 
@@ -45,6 +48,8 @@ class Keyed(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        if not isinstance(index, Sample):
+            Keyed.asked_plainly = True
         with drawn_from(stream_key("sample", self.seed, getattr(index, "epoch", 0), int(index))):
             return self.dataset[int(index)]
 
@@ -62,6 +67,26 @@ def drawn_from(key: int) -> Iterator[None]:
         torch.set_rng_state(of_torch)
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+
+
+def draws(dataset: Any, sample: Sample) -> bool:
+    """Whether a sample is made from a global generator as it happens to stand: what it is then depends on who made
+    others before it. One that is seeded for the sample does not. False where it cannot be made here."""
+    befores, afters = [], []
+    for key in (1, 2):
+        with drawn_from(key):
+            befores.append(generators())
+            try:
+                dataset[sample]
+            except Exception:  # anyone's code; the loader will say it
+                return False
+            afters.append(generators())
+    return any(a != before and a != b for before, a, b in zip(befores[0], *afters, strict=True))
+
+
+def generators() -> tuple[object, ...]:
+    """Where torch's, Python's and numpy's global ones stand."""
+    return bytes(torch.get_rng_state().numpy()), random.getstate(), pickle.dumps(np.random.get_state())
 
 
 @contextmanager

@@ -25,9 +25,11 @@ from hpc_lbsgd.train.verdict import FLUSHED_STOP, FLUSHED_WARN
 from hpc_lbsgd.train.workers import groups_in_step
 
 FIRST_BUCKET_MB = 1.0  # so that communication starts early
+CHECK_EVERY = 100  # steps; ranks compare their weights
 OUTSIDE = (
-    "in training mode outside of run.part it would measure this rank's own samples: call model.eval() first; the model "
-    "of another run, as in a GAN, has eval() or a part of its own"
+    "in training mode outside of run.part it would measure this rank's own samples, or draw this rank's own mask: go "
+    "forward inside of the part, or call model.eval() first; the model of another run, as in a GAN, has eval() or a "
+    "part of its own"
 )
 
 
@@ -73,7 +75,7 @@ class Run:
         )
         self._watch = Watch(self.replica, world)
         self._shuffles: WeakSet[GlobalShuffle] = WeakSet()  # that all ranks were found to have
-        self._lost_said = 0.0
+        self._lost_said, self._untaken_said = 0.0, False
         self._loaded: int | None = None  # the step that `lb.load` said, until one is begun
         self._step: Step | None = None  # under way
         self._part: Part | None = None  # of the pass under way
@@ -188,6 +190,7 @@ class Run:
         self._control.finish()
         verdict = Verdict.of(point, self._control.read())
         self._refuse_lost(point, verdict)
+        self._refuse_apart(point.step, point.step == step.shuffle.schedule.steps - 1)
         step.reduced.add(self)
         self._sound, self.step = verdict.finite, point.step + 1
         return verdict
@@ -207,6 +210,13 @@ class Run:
             raise RunError(said, everywhere=True)
         if self.world.rank == 0:
             warnings.warn(said, stacklevel=3)
+
+    def _refuse_apart(self, step: int, last: bool) -> None:
+        """Raise RunError on all ranks where their weights differ: soon after the start, for what a script does on one
+        rank alone (a learning rate, a file that is loaded) shows at once; then now and then, and at the end. Here, for
+        all ranks come to each `reduce` in one order, whoever has parts."""
+        if self.world.size > 1 and (step & (step - 1) == 0 or step % CHECK_EVERY == 0 or last):
+            self.replica.check_equal(f"sum of step {step}")
 
     @property
     def between_steps(self) -> bool:
@@ -230,6 +240,7 @@ class Run:
         if self in step.reduced:
             raise RunError(f"step {step.step} was reduced already, and is over")
         self._refuse_another_place(step)
+        self._say_untaken()
         self._watch.check()
         point, buckets = step.point, self.replica.buckets
         self._end_sums()
@@ -243,6 +254,18 @@ class Run:
         self._control = Control(point, buckets)
         self._step, self._passes, self._loaded = step, 0, None
         step.begun.add(self)
+
+    def _say_untaken(self) -> None:
+        """Where the step before was summed and not taken: in scripts that accumulate gradients, three of four, say."""
+        if self._step is None or self.between_steps or self not in self._step.reduced or self._untaken_said:
+            return
+        self._untaken_said = True
+        if self.world.rank == 0:
+            warnings.warn(
+                f"step {self._step.step} was reduced, and optimizer.step() did not follow: its gradients are gone, for "
+                "each step begins with gradients of zero. To accumulate over more samples, take more workers",
+                stacklevel=4,
+            )
 
     def _end_sums(self) -> None:
         """Of a step that was given up after they had begun, where nobody else waits for them."""
@@ -298,7 +321,8 @@ class Run:
         self._watch.check_optimizer(optimizer)
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        assert self._step is not None
+        if self._step is None:  # taken by the step of a parent class, inside of this one
+            return
         self.replica.running.update(self.replica.buckets.statistics, self._step.point.share)
         self._step, self._ever_sound = None, True
 

@@ -106,6 +106,24 @@ class Schedule(theory.Schedule):
         super().__init__(samples, samples_per_worker, stages, epochs, last_batch, warmup, max_steps, measure_every)
 
     @staticmethod
-    def of_recipe(name: str, samples: int) -> theory.Schedule:
-        """The schedule of a recipe (a file, or the name of one that is shipped) on N samples."""
-        return recipes.read(name).build_schedule(samples)
+    def of_recipe(name: str, samples: int, workers: int | None = None) -> theory.Schedule:
+        """The schedule of a recipe (a file, or the name of one that is shipped) on N samples.
+
+        workers: k, where the recipe says `per_rank`; a number of yours, for a resume on other ranks keeps it.
+        """
+        recipe = recipes.read(name)
+        if recipe.schedule.kind == "adaptive-batch":
+            raise RequestError(
+                f"lb.Schedule.of_recipe({name!r}): schedule.kind = adaptive-batch is decided by the trainer while it "
+                "runs; a script has the other kinds"
+            )
+        if recipe.batch.workers != "per_rank" and workers not in (None, recipe.batch.workers):
+            raise RequestError(
+                f"lb.Schedule.of_recipe({name!r}, workers={workers}): the recipe has batch.workers = "
+                f"{recipe.batch.workers}"
+            )
+        if recipe.batch.workers == "per_rank" and workers is None:
+            raise RequestError(
+                f"lb.Schedule.of_recipe({name!r}): its batch.workers = per_rank; say how many: workers=8"
+            )
+        return recipe.with_workers(whole("workers", workers or 1)).build_schedule(samples)

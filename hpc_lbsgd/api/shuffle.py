@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from hpc_lbsgd.api.keyed import Keyed, Sample
+from hpc_lbsgd.api.keyed import Keyed, Sample, draws
 from hpc_lbsgd.api.world import begun
 from hpc_lbsgd.data.order import samples_in_order, workers_of_rank
 from hpc_lbsgd.errors import RequestError, RunError
@@ -124,6 +125,7 @@ class GlobalShuffle(Sampler[list[Sample]]):
             raise RequestError(f"lb.GlobalShuffle(rank={self.rank}, size={self.size}): ranks count from 0 to size - 1")
         self.device = world.device if world else torch.device("cpu")
         self.schedule, self.seed, self.start = schedule, seed, start
+        self._through = False  # by a loop, to its end
 
     def workers_at(self, point: Point) -> range:
         """This rank's workers that have samples at a step."""
@@ -147,15 +149,38 @@ class GlobalShuffle(Sampler[list[Sample]]):
         sampler: object = getattr(loader, "batch_sampler", None)
         if sampler is not self:
             raise RequestError("shuffle.steps(loader): make the loader with batch_sampler=shuffle, this one")
-        if inside := wrapped_keyed(loader.dataset):
+        self._look_at(loader)
+        return self.parted(iter(loader))
+
+    def _look_at(self, loader: DataLoader[Any]) -> None:
+        """Refuse an `lb.Keyed` that is not told the epoch, and warn of draws that would follow the ranks. By a first
+        sample, where this process makes them: files that a data set opens here must not be those of its processes."""
+        Keyed.asked_plainly, data, drawn = False, loader.dataset, False
+        inside, world = wrapped_keyed(data), begun()
+        if loader.num_workers == 0 and self.start < self.schedule.steps:
+            drawn = draws(data, Sample(0, self.schedule.at(self.start).epoch))
+            inside = inside or (type(data).__name__ if Keyed.asked_plainly else None)
+        if inside:
             raise RequestError(
                 f"lb.Keyed is inside of {inside}, which hands plain numbers on, without their epoch: each epoch would "
                 f"draw the same. Put it around: lb.Keyed({inside}(...))"
             )
-        return self.parted(iter(loader))
+        if drawn and world and world.determinism == "any-ranks" and world.rank == 0:
+            warnings.warn(
+                f"{type(data).__name__} draws from a global generator where it makes a sample: what it draws depends "
+                "on the process that makes it, and the result on the number of ranks. lb.Keyed(dataset) keys it by "
+                "sample and epoch",
+                stacklevel=3,
+            )
 
     def parted(self, batches: Iterator[Any]) -> Iterator[Step]:
         """The steps of batches that were made in this order, one a part."""
+        if self._through and self.rank == 0:
+            warnings.warn(
+                f"this shuffle has been gone through: its steps are all {self.schedule.epochs} epochs of the schedule, "
+                "and begin again now. No loop of epochs is around them",
+                stacklevel=2,
+            )
         for number in range(self.start, self.schedule.steps):
             point = self.schedule.at(number)
             step = Step(point, self.workers_at(point), batches, self)
@@ -167,6 +192,7 @@ class GlobalShuffle(Sampler[list[Sample]]):
                     f"step {number}: {step.taken} of this rank's {len(step.mine)} parts were taken: go through "
                     "step.workers to its end"
                 )
+        self._through = True
 
 
 def wrapped_keyed(dataset: Any) -> str | None:

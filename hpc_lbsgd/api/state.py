@@ -34,6 +34,7 @@ def save(path: str | os.PathLike[str], run: Run) -> None:
     Raises RunError inside a step, where ranks hold different weights or buffers, and where the model is not the one
     that was distributed; RequestError where `path` cannot be written, or not read again.
     """
+    refuse_turned(path, run, "lb.save(path, run)")
     if not run.between_steps:
         raise RunError("lb.save: inside a step; save after optimizer.step()")
     run.check_model()
@@ -70,6 +71,7 @@ def load(path: str | os.PathLike[str], run: Run) -> int:
 
     Raises RequestError, with the name, where file and model do not fit. Nothing but tensors and numbers is unpickled.
     """
+    refuse_turned(path, run, "lb.load(path, run)")
     if not run.between_steps:
         raise RunError("lb.load: inside a step; load before the loop, or after optimizer.step()")
     run.check_model()
@@ -80,6 +82,14 @@ def load(path: str | os.PathLike[str], run: Run) -> int:
     run.replica.check_equal("load")
     run.resume_at(int(content["step"]))
     return run.step
+
+
+def refuse_turned(path: object, run: object, call: str) -> None:
+    """Raise RequestError for arguments in torch.save's order, or a model in the run's place."""
+    if not isinstance(run, Run) or not isinstance(path, (str, os.PathLike)):
+        raise RequestError(
+            f"{call}: got {type(path).__name__}, {type(run).__name__}; a path, then what lb.distribute gave"
+        )
 
 
 def _read(path: Path, run: Run) -> dict[str, Any]:
@@ -147,7 +157,7 @@ def said_when_alone(run: Run, asker: str) -> Iterator[None]:
     def say() -> None:
         print(
             f"hpc-lbsgd: {asker} on rank {run.world.rank}: waiting for other ranks since {ALONE_S:.0f} s; all ranks "
-            "call it, and rank 0 writes: not `if rank == 0`",
+            "call it, not `if rank == 0`",
             file=sys.stderr,
             flush=True,
         )

@@ -32,11 +32,14 @@ FASHION_PARTS = {"train": ("train", 60_000), "test": ("t10k", 10_000)}
 
 def read_idx(path: Path) -> np.ndarray:
     """An array in the IDX format of MNIST's files (big-endian sizes, uint8 values), gzipped or not."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-        data = f.read()
-    dimensions = data[3]
-    shape = np.frombuffer(data, ">u4", dimensions, offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+            data = f.read()
+        dimensions = data[3]
+        shape = np.frombuffer(data, ">u4", dimensions, offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, zlib.error, IndexError, ValueError) as problem:
+        raise RequestError(f"{path}: not a whole IDX file ({problem})") from None
 
 
 def from_debian(scratch: Path) -> Path | None:
@@ -102,10 +105,7 @@ def idx_reader(prefix: str, expected: int) -> Reader:
             found = [path for path in found if path.exists()]
             if not found:
                 raise RequestError(f"--source {files}: no {prefix}-{kind} or {prefix}-{kind}.gz in it")
-            try:
-                arrays.append(read_idx(found[0]))
-            except (OSError, EOFError, ValueError, IndexError, zlib.error) as problem:
-                raise RequestError(f"--source {found[0]}: not in MNIST's format ({problem})") from None
+            arrays.append(read_idx(found[0]))
         images, labels = arrays
         if len(images) != expected or len(labels) != expected:
             raise RequestError(
@@ -222,18 +222,20 @@ def write_part(target: Path, classes: Sequence[str], images: np.ndarray, labels:
 
     # Written beside its place and renamed: a part that is there is whole.
     building = target.with_name(f".{target.name}.{os.getpid()}")
-    for name in classes:
-        (building / name).mkdir(parents=True)
-    pairs = zip(images, progress.bar(labels, desc=f"writing {target}", unit="image"), strict=True)
-    for i, (image, label) in enumerate(pairs):
-        Image.fromarray(np.ascontiguousarray(image)).save(building / classes[label] / f"{i:05d}.png", compress_level=1)
-    tree.index(building)
     try:
+        for name in classes:
+            (building / name).mkdir(parents=True)
+        pairs = zip(images, progress.bar(labels, desc=f"writing {target}", unit="image"), strict=True)
+        for i, (image, label) in enumerate(pairs):
+            png = building / classes[label] / f"{i:05d}.png"
+            Image.fromarray(np.ascontiguousarray(image)).save(png, compress_level=1)
+        tree.index(building)
         os.replace(building, target)
     except OSError:
-        if not (target / manifest.FILE_NAME).exists():
+        if not (target / manifest.FILE_NAME).exists():  # else another process has fetched the same meanwhile
             raise
-        shutil.rmtree(building)  # another process has fetched the same meanwhile
+    finally:  # Ctrl-C, too, leaves nothing
+        shutil.rmtree(building, ignore_errors=True)
     return manifest.Manifest(target / manifest.FILE_NAME)
 
 

@@ -17,7 +17,7 @@ FACTS = ("engine", "ranks", "device")  # of a start
 
 def compare(a: str, b: str) -> dict:
     """{recipe: {key: [a, b]}, start: {key: [a, b]}, first_difference: {step, what: {key: [a, b]}} or null, steps:
-    [a, b], evaluations: [{step, a, b}], weights: [{step, equal}]}.
+    [a, b], shared_steps, evaluations: [{step, a, b}], weights: [{step, equal}]}.
 
     Records are compared exactly: under `determinism: any-ranks` runs of one recipe differ in nothing.
     """
@@ -32,6 +32,7 @@ def compare(a: str, b: str) -> dict:
         "recipe": different(*(flatten(yaml12.mapping_of(f.recipe, str(f.recipe))) for f in folders)),
         "start": different(*(facts_of(f, found) for f, found in zip(folders, records, strict=True))),
         "steps": [len(found) for found in steps],
+        "shared_steps": len(steps[0].keys() & steps[1].keys()),
         "first_difference": first_difference(*steps),
         "evaluations": evaluations(*records),
         "weights": weights(*folders),
@@ -96,13 +97,12 @@ def show(found: dict) -> str:
             lines += [f"  {name:32s} {said(x)}  |  {said(y)}" for name, (x, y) in found[key].items()]
         else:
             lines.append(f"{title}: the same")
-    shared = min(found["steps"])
-    first = found["first_difference"]
-    if first is None:
-        lines.append(
-            f"steps: all {shared} that both have are the same to the last digit (A has {found['steps'][0]}, B "
-            f"{found['steps'][1]})"
-        )
+    shared, first = found["shared_steps"], found["first_difference"]
+    have = f"(A has {found['steps'][0]}, B {found['steps'][1]})"
+    if not shared:
+        lines.append(f"steps: none that both have: nothing is compared {have}")
+    elif first is None:
+        lines.append(f"steps: all {shared} that both have are the same to the last digit {have}")
     else:
         lines.append(f"steps: the first that differs is step {first['step']}")
         lines += [f"  {name:32s} {said(x)}  |  {said(y)}" for name, (x, y) in first["what"].items()]

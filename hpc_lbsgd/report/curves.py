@@ -215,10 +215,12 @@ def error(runs: Sequence[Facts], ink: str) -> Canvas | None:
     if len(rows) < 2:
         return None
     canvas = Canvas("kn, images", "test error, %", ink=ink)
+    batches = sorted({r[0] for r in rows})
+    one_each = len(batches) == len(rows)  # else recipes differ in more than batch and seed, and no line joins them
     canvas.axis.errorbar([r[0] for r in rows], [100 * r[1] for r in rows], [100 * r[2] for r in rows], color=colour(0),
-                         marker="o", capsize=3)  # fmt: skip
+                         marker="o", linestyle="-" if one_each else "none", capsize=3)  # fmt: skip
     canvas.axis.set_xscale("log", base=2)
-    canvas.axis.set_xticks([r[0] for r in rows], [f"{r[0]:,}" for r in rows], color=ink)
+    canvas.axis.set_xticks(batches, [f"{kn:,}" for kn in batches], color=ink)
     canvas.axis.minorticks_off()
     return canvas
 
@@ -237,5 +239,5 @@ FIGURES: dict[str, tuple[str, str, Figure]] = {
     "scaling": ("Scaling", "The last start of each run, its median rate.", scaling),
     "noise": ("Noise scale against batch", "Below its noise scale a batch is used well; far above it is wasted "
               "(McCandlish et al. 2018).", noise),
-    "error": ("Error by batch", "Runs that differ in their seed share a point.", error),
+    "error": ("Error by batch", "Runs that differ in their seed alone share a point.", error),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from statistics import median
 
 from hpc_lbsgd import yaml12
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.recipe import flatten
 from hpc_lbsgd.records import RunFolder, read_metrics, seconds_of, whole
 
 SECONDS = ("start-up", "data", "compute", "sums", "evaluation", "checkpoint", "other")  # where a run's time goes
@@ -162,14 +164,23 @@ def thin(xs: Sequence[float], ys: Sequence[float | None], most: int = 600) -> tu
     return [sum(x for x, _ in run) / len(run) for run in runs], [sum(y for _, y in run) / len(run) for run in runs]
 
 
+def but_for_the_seed(recipe: dict) -> str:
+    """What runs of one point share: all that decides a result but its seed."""
+    flat = flatten(recipe)
+    kept = {k: v for k, v in flat.items() if k != "seed" and not k.startswith(("machine.", "checkpoint."))}
+    return json.dumps(kept, sort_keys=True)
+
+
 def by_batch(runs: Sequence[Facts]) -> list[tuple[int, float, float, int]]:
-    """(kn at the start, mean final error, its standard deviation over runs, runs) of evaluated runs, by kn."""
-    errors: dict[int, list[float]] = {}
+    """(kn at the start, mean final error, its standard deviation over runs, runs) of evaluated runs, by kn. Runs that
+    differ in their seed alone are one row: another learning rate is no spread."""
+    errors: dict[tuple[int, str], list[float]] = {}
     for run in runs:
         if run.accuracy is not None and run.steps:
-            errors.setdefault(run.steps[0]["global_batch"], []).append(1 - run.accuracy)
+            key = run.steps[0]["global_batch"], but_for_the_seed(run.recipe)
+            errors.setdefault(key, []).append(1 - run.accuracy)
     rows = []
-    for kn, found in sorted(errors.items()):
+    for (kn, _), found in sorted(errors.items()):
         mean = sum(found) / len(found)
         spread = math.sqrt(sum((e - mean) ** 2 for e in found) / (len(found) - 1)) if len(found) > 1 else 0.0
         rows.append((kn, mean, spread, len(found)))

@@ -25,6 +25,7 @@ RECENT = 50  # steps that speed and waits are averaged over
 HISTORY = 2000  # steps that the sparkline shows
 EVENTS = 4  # of the newest
 BARS = "▁▂▃▄▅▆▇█"
+SHORTEST = 4  # columns of a bar
 SILENT_S = 60.0  # without a record: said
 JOB_EVERY_S, JOB_TIMEOUT_S = 30.0, 10.0
 OWNER_EVERY_S = 10.0  # the batch system may have to be asked
@@ -166,6 +167,11 @@ def sparkline(values: list[float], width: int) -> str:
     return "".join(BARS[round((m - low) * scale)] for m in means)
 
 
+def shortened(name: str, columns: int) -> str:
+    """The end of a path, which tells runs apart, where the whole has no room."""
+    return name if len(name) <= columns else f"…{name[-max(columns - 1, 1) :]}"
+
+
 def lines(f: dict, losses: list[float], width: int) -> list[str]:
     """A view of `width` columns."""
 
@@ -176,15 +182,17 @@ def lines(f: dict, losses: list[float], width: int) -> list[str]:
         return "  ".join(p for p in parts if p)
 
     share = f["step"] / f["steps"] if f["steps"] else 0.0
-    bar = max(10, min(40, width - 40))
     silent = f["seconds_since_last_record"] or 0.0
+    state = row(f["status"], f"start {f['attempt'] + 1}" if f["attempt"] else "", some("{} ranks", "ranks"))
+    place = row(
+        f"{share:.0%}",
+        f"step {f['step']}" + (f"/{f['steps']}" if f["steps"] else ""),
+        f"ETA {duration(f['eta_s'])}" if f["eta_s"] is not None else "",
+    )
+    bar = min(40, width - len(place) - len("[] "))  # a narrow terminal has no room for one
     found = [
-        row(f["run"], f["status"], f"start {f['attempt'] + 1}" if f["attempt"] else "", some("{} ranks", "ranks")),
-        row(
-            f"[{'█' * round(bar * share):░<{bar}}] {share:.0%}",
-            f"step {f['step']}" + (f"/{f['steps']}" if f["steps"] else ""),
-            f"ETA {duration(f['eta_s'])}" if f["eta_s"] is not None else "",
-        ),
+        row(shortened(f["run"], width - len(state) - 2), state),
+        (f"[{'█' * round(bar * share):░<{bar}}] " if bar >= SHORTEST else "") + place,
         row(
             f"epoch {f['epoch'] + 1}/{f['epochs']}" if f["epoch"] is not None else "",
             some("lr {:.4g}", "lr"),

@@ -49,7 +49,7 @@ class PassContext:
     whole: bool = False  # all workers of the pass are
     sizes: list[int] = field(default_factory=list)  # theirs: all that compiled layers look at
     layers: list[VirtualLayer] = field(default_factory=list)
-    outside: str | None = None  # why BatchNorm must not measure outside a pass, where that is refused
+    outside: str | None = None  # why layers must not measure or draw outside a pass, where that is refused
     _calls_by_draw: dict[int, list[int] | None] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -330,6 +330,9 @@ class VirtualDropout(VirtualLayer):
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name, for calls that use it
         x, module, context = input, self.module, self.context
         if not module.training or module.p == 0 or not context.spans:
+            stray = module.training and module.p > 0 and context.outside and torch.is_grad_enabled()
+            if stray and not any(c.spans for c in CONTEXTS.values()):  # in another run's part that one's key draws
+                raise RunError(f"{self.name} ({type(module).__name__}): {context.outside}")
             return self.own(x)
         if torch.compiler.is_compiling():
             mask = keyed_mask(x.detach(), context.number, self.place, self.count_call())

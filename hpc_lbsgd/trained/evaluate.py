@@ -52,7 +52,12 @@ def evaluate(run: str, data: str | None, at: str, plain: bool) -> dict | None:
         memory_format = torch.channels_last if found.channels_last else torch.contiguous_format
         _, loader = together(engine, lambda: make_loaders(recipe, chosen, chosen, memory_format, engine, device))
         result = measure(found, loader, len(chosen), recipe.machine.eval_batch, metrics.of_recipe(recipe.train))
-        what = {"run": run, "step": found.step, "averaged": found.averaged, "data": str(data or recipe.data.eval)}
+        what = {
+            "run": run,
+            "step": found.step,
+            "averaged": found.averaged,
+            "data": str(data or recipe.data.eval or recipe.data.dataset),
+        }
         return what | result if engine.rank == 0 else None
     finally:
         engine.close()

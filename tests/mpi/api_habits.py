@@ -43,6 +43,7 @@ def train(case: str) -> str:
             with run.part(part):
                 run.backward(nn.functional.cross_entropy(model(images), part.labels, reduction="none"))
         if run.reduce(step):
+            groups[0]["lr"] = 0.1 / (1 + of_rank(case, "a rate that one rank sets later"))
             optimizer.step()
     return weights_sha256(model)
 
@@ -50,7 +51,7 @@ def train(case: str) -> str:
 CASES = (
     "nothing", "another rate on a rank", "the optimizer's state is rank 0's", "what a script draws between parts",
     "another model on a rank", "another seed of a rank's model", "another seed of a rank's shuffle",
-    "a shuffle made before init",
+    "a shuffle made before init", "a rate that one rank sets later",
 )  # fmt: skip
 for case in CASES:
     try:

@@ -77,3 +77,5 @@ def test_a_failing_callback_is_named_and_the_run_goes_on_elsewhere_to_the_bits_o
     measured = {name: evaluation[name] for name in ("margin", "worst_class", "accuracy", "samples")}
     assert str(measured) in script.stdout and evaluation["accuracy"] > 0.95
     assert {r["global_batch"] for r in records(here / "run", "step")} == {64, 128}
+    asked = json.loads(command("evaluate", "run", "--json", cwd=here).stdout)
+    assert (asked["data"], asked["loss"]) == ("own_code:data", evaluation["loss"])

@@ -163,3 +163,105 @@ def test_a_save_that_no_other_rank_joins_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run.replica, "check_equal", lambda when: said.wait(60))  # as where the others do not come
     lb.save(tmp_path / "state.pt", run)
     assert "lb.save on rank 0: waiting for other ranks" in capsys.readouterr().err
+    said.clear()
+    monkeypatch.setattr(run.replica.engine, "start_sum", lambda *_: said.wait(60))
+    monkeypatch.setattr(run.replica.engine, "wait", lambda handle: None)
+    lb.evaluate(run, small_data(), {})
+    assert "lb.evaluate on rank 0: waiting for other ranks" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- loops and draws that only look right
+
+
+class Drawn(Dataset):
+    """Noise, from torch's generator as it stands, or seeded for each sample."""
+
+    def __init__(self, seeded):
+        self.seeded, self.plain = seeded, small_data()
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        if self.seeded:
+            torch.manual_seed(int(index))
+        image, label = self.plain[int(index)]
+        return image + torch.randn(1, 8, 8), label
+
+
+def test_random_transforms_that_would_follow_the_ranks_are_said(recwarn):
+    said = []
+    for data in (Drawn(False), lb.Keyed(Drawn(False)), Drawn(True), small_data()):
+        shuffle = lb.GlobalShuffle(data, small_schedule())
+        shuffle.steps(DataLoader(data, batch_sampler=shuffle))
+        said.append([str(w.message) for w in recwarn])
+        recwarn.clear()
+    assert [len(words) for words in said] == [1, 0, 0, 0] and "Drawn draws from a global generator" in said[0][0]
+
+
+class Backwards(Dataset):
+    """A wrapper that keeps what is inside under a name of its own."""
+
+    def __init__(self, inside):
+        self.inside = inside
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return self.inside[N - 1 - index]
+
+
+def test_a_keyed_set_that_is_not_told_the_epoch_is_found_under_any_name():
+    data = Backwards(lb.Keyed(Drawn(False)))
+    shuffle = lb.GlobalShuffle(data, small_schedule())
+    with pytest.raises(lb.RequestError, match="lb.Keyed is inside of Backwards"):
+        shuffle.steps(DataLoader(data, batch_sampler=shuffle))
+
+
+def test_a_loop_of_epochs_around_all_epochs_is_said(recwarn):
+    run, data = distributed(), small_data()
+    shuffle = lb.GlobalShuffle(N, small_schedule(epochs=2, warmup_epochs=0))
+    train(run, shuffle, data)
+    assert not recwarn
+    train(run, shuffle, data, steps=1)
+    assert ["No loop of epochs" in str(w.message) for w in recwarn] == [True]
+
+
+def test_arguments_in_torchs_order_are_named(tmp_path):
+    run = distributed()
+    for call in (lb.save, lb.load):
+        with pytest.raises(lb.RequestError, match=f"lb.{call.__name__}.path, run.: got Run, "):
+            call(run, tmp_path / "state.pt")
+
+
+class Named(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"inputs": torch.ones(1, 8, 8), "labels": index}
+
+
+def test_what_an_evaluation_cannot_go_through_is_named():
+    run, data = distributed(), small_data()
+    for wrong, metrics, said in (
+        (DataLoader(data), {}, "DataLoader, dict.: wants a data set"),
+        (data, [len], "TensorDataset, list.: wants a data set"),
+        (Named(), {}, "samples of Named come as dict, not as .inputs, labels."),
+        (ThreeParts(), {}, "come as 3 parts"),
+    ):
+        with pytest.raises(lb.RequestError, match=said):
+            lb.evaluate(run, wrong, metrics)
+
+
+class ThreeParts(Named):
+    def __getitem__(self, index):
+        return torch.ones(1, 8, 8), index, index
+
+
+def test_a_model_without_values_is_named():
+    with torch.device("meta"):
+        empty = torch.nn.Linear(64, 4)
+    with pytest.raises(lb.RequestError, match="weight is on the meta device"):
+        lb.distribute(empty, torch.optim.SGD(empty.parameters(), 0.1))

@@ -287,6 +287,19 @@ def test_batch_norm_measures_in_parts_alone(plainly):
     assert trained(run) == plainly
 
 
+def test_a_forward_before_its_part_is_refused_for_its_masks():
+    """Without BatchNorm it was taken, with masks of this rank's generator: one rank's were another's nowhere."""
+    torch.manual_seed(3)
+    one, two = (distributed(nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, 4))) for _ in range(2))
+    part = next(next(all_steps()).workers)
+    with pytest.raises(lb.RunError, match=r"1 \(Dropout\): in training mode outside of run.part.*forward inside"):
+        losses_of(one, part)
+    with torch.no_grad():
+        one.model(part.inputs)
+    with two.part(part):
+        two.backward(losses_of(two, part) + one.model(part.inputs).detach().sum(1))
+
+
 def test_copies_of_a_model_are_models(plainly):
     """An average of weights, a whole model in a file: each on its own, and none in the run's way."""
     run, images = distributed(), small_data().tensors[0]
@@ -327,3 +340,56 @@ def test_gradients_that_fixed_point_makes_zero_are_not_trained_on():
         run.reduce(step)
     run = distributed(fixed_point_bits=52)
     assert train(run, lb.GlobalShuffle(N, small_schedule(), seed=1), small_data(), steps=1)[0].flushed < 0.01
+
+
+# ---------------------------------------------------------------- optimizers of others
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As timm's Lookahead: an Optimizer by name, which steps another one and has none of torch's hooks."""
+
+    def __init__(self, inner):
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
+        self.inner, self.param_groups, self.defaults, self.state = inner, inner.param_groups, inner.defaults, {}
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class Projected(torch.optim.SGD):
+    """Goes on from its parent's step."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.clamp_(-0.3, 0.3)
+
+
+def test_an_optimizer_that_steps_beside_the_hooks_is_refused():
+    """It left BatchNorm's statistics as they were at the start, without a word."""
+    with pytest.raises(lb.RequestError, match="Wrapper steps beside torch's hooks.*give what it wraps"):
+        distributed(optimizer=lambda model: Wrapper(sgd(model)))
+
+
+def test_a_step_inside_a_step_is_one():
+    run = distributed(optimizer=lambda model: Projected(model.parameters(), 0.1))
+    trained(run)
+    assert run.model[1].num_batches_tracked == 3 and run.model[5].weight.abs().max() <= 0.3 and run.between_steps
+    with pytest.raises(lb.RunError, match="before run.reduce"):
+        run.optimizer.step()
+
+
+def test_gradients_of_steps_that_are_not_taken_are_said_to_be_gone():
+    """A script that accumulates over iterations took every other gradient for nothing."""
+    run = distributed()
+    with pytest.warns(UserWarning, match="step 0 was reduced, and optimizer.step.. did not follow") as said:
+        for step in all_steps():
+            if step.step == 6:
+                break
+            compute(run, step)
+            assert run.reduce(step)
+            if step.step % 2:
+                run.optimizer.step()
+    assert len(said) == 1

@@ -66,3 +66,14 @@ def test_a_schedule_is_the_recipes(tmp_path):
     ):
         with pytest.raises(lb.RequestError, match=said):
             small_schedule(**wrong)
+    kept = tmp_path / "mine.yaml"
+    kept.write_text("batch: {workers: per_rank}\n")
+    assert lb.Schedule.of_recipe(str(kept), 1000, workers=4).at(0).global_batch == 128
+    kept.write_text("batch: {workers: 2}\nschedule: {kind: adaptive-batch}\n")
+    for name, more, said in (
+        ("goyal-resnet50", {}, "per_rank; say how many"),
+        ("smith-cifar10-original", {"workers": 3}, "has batch.workers = 1"),
+        (str(kept), {}, "adaptive-batch is decided by the trainer"),
+    ):
+        with pytest.raises(lb.RequestError, match=said):
+            lb.Schedule.of_recipe(name, 50_000, **more)

@@ -1,5 +1,6 @@
 """Sets by name: CIFAR-10 from its authors' archive, and from what is none."""
 
+import gzip
 import io
 import tarfile
 
@@ -81,11 +82,21 @@ def test_a_part_that_another_process_wrote_meanwhile_is_taken(tmp_path):
 
 @pytest.mark.parametrize("content, suffix", [
     (b"", ""), (b"\0\0", ""), (b"\0\0\x08\x03\0\0\0\x05" + bytes(20), ""), (b"junk", ".gz"),
-    (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", ".gz"),
+    (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", ".gz"), (gzip.compress(bytes(5000))[:30], ".gz"),
 ])  # fmt: skip
 def test_what_is_not_mnists_format_is_refused_by_name(tmp_path, content, suffix):
     for part in ("train", "t10k"):
         for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
             (tmp_path / f"{part}-{kind}{suffix}").write_bytes(content)
-    with pytest.raises(RequestError, match="train-images-idx3-ubyte.*: not in MNIST's format"):
+    with pytest.raises(RequestError, match="train-images-idx3-ubyte.*: not a whole IDX file"):
         fetch.fashion_mnist(tmp_path / "out", tmp_path)
+
+
+def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetch.tree, "index", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fetch.write_part(tmp_path / "train", ("a", "b"), np.zeros((4, 8, 8), np.uint8), np.arange(4) % 2)
+    assert list(tmp_path.iterdir()) == []

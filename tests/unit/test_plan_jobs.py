@@ -47,3 +47,11 @@ def test_a_growing_batch_takes_the_time_of_each_stage():
 def test_a_number_of_nodes_that_the_data_cannot_feed_says_so():
     found = plan.jobs(read("goyal-resnet50", ["batch.last_batch=drop"]), 1000, 8, rate=1000.0)
     assert "problem" not in found[0] and "more than the 1000 samples" in found[-1]["problem"]
+
+
+def test_a_plan_says_what_it_takes_for_granted():
+    """On a laptop `plan fashion-mnist` spoke of 8 GPUs and of hours 0.00, and of no flag that would mend it."""
+    made = read("fashion-mnist")
+    assumed, given = (plan.show("fashion-mnist", made, plan.plan(made, 1, 2, rate)) for rate in (None, 900.0))
+    assert "(assumed: an A100's; --images-per-s says yours)" in assumed and "--gpus-per-node" in assumed
+    assert "A100" not in given

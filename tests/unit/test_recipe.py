@@ -153,6 +153,16 @@ def test_per_rank_is_settled_once():
     assert recipes.validate(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
+def test_a_folder_of_a_shipped_recipes_name_is_not_in_its_way(tmp_path, monkeypatch):
+    """`train fashion-mnist --run fashion-mnist` made one, and its `--resume` was refused for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fashion-mnist").mkdir()
+    (tmp_path / "mine").mkdir()
+    assert recipes.read("fashion-mnist").batch.workers == 16
+    with pytest.raises(RequestError, match="recipe mine: a folder, not a file"):
+        recipes.read("mine")
+
+
 @pytest.mark.parametrize("name", recipes.shipped())
 def test_shipped_recipes_are_valid(name):
     assert recipes.read(name).with_workers(8).build_schedule(1_281_167).steps > 0

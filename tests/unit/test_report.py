@@ -1,5 +1,6 @@
 """`report` and `watch` on records as runs write them: right numbers, no matter how a run went."""
 
+import dataclasses
 import json
 import os
 import re
@@ -139,6 +140,8 @@ def test_several_runs_lie_over_one_another(run, tmp_path):
         (64, pytest.approx(0.15), pytest.approx(0.0707, abs=1e-4), 2),
         (128, pytest.approx(0.3), 0.0, 1),
     ]
+    other = dataclasses.replace(runs[0], recipe=runs[0].recipe | {"optim": {"base_lr": 9.0}})
+    assert [row[3] for row in reading.by_batch([*runs, other])] == [2, 1, 1], "another learning rate is no spread"
     assert reading.by_ranks(runs) == [(2, 640.0, 1.0), (4, 1280.0, 1.0)]
     out = page.report([str(run.path), *names], tmp_path / "all.html", tmp_path / "figures", "svg")
     assert {"scaling.svg", "error.svg", "loss.svg"} <= {p.name for p in (tmp_path / "figures").iterdir()}
@@ -226,6 +229,9 @@ def test_a_view_fits_its_columns_and_knows_what_is_left(run):
     for width in (40, 80, 200):
         view = lines(found, list(live.losses), width)
         assert max(map(len, view)) <= width and any("ETA 0:00:14" in v for v in view)
+        name, place = "/scratch/me/runs/goyal-resnet50-20260101-120000", {"step": 112_000, "steps": 112_600}
+        long = lines(found | place | {"run": name, "eta_s": 36_000.0}, [], width)
+        assert "running" in long[0] and "-120000" in long[0] and "ETA 10:00:00" in long[1], long
 
 
 def test_a_growing_file_is_read_once_and_again_where_a_resume_cut_it(tmp_path):
@@ -288,6 +294,19 @@ def test_what_is_not_whole_is_left_out(run, environment):
     assert live.facts()["step"] == 6 and lines(live.facts(), [], 80)
     assert comparing.compare(str(run.path), str(run.path))["first_difference"] is None
     assert ranks_of(run) == 1
+
+
+def test_runs_without_a_step_in_common_are_not_called_the_same(tmp_path):
+    begin = line(0, "start", step=0, attempt=0, ranks=1)
+    runs = {"none": [begin], "first": [begin, step(1, 0), step(2, 1)], "later": [begin, step(1, 1), step(2, 2)]}
+    for name, found in runs.items():
+        make(tmp_path / name, found)
+
+    def said(a, b):
+        return comparing.show(comparing.compare(str(tmp_path / a), str(tmp_path / b)))
+
+    assert "steps: none that both have: nothing is compared (A has 0, B 2)" in said("none", "first")
+    assert "steps: all 1 that both have are the same" in said("first", "later")
 
 
 @pytest.mark.parametrize(
