@@ -83,8 +83,11 @@ class Scales:
         """After a step. bounds: S of one that was taken. again: it is to be computed once more."""
         self.again = again
         if bounds is not None:
-            found = zip(self.names, bounds, self._now, strict=True)
-            self.exponents = {name: units.next_exponent(bound, exponent) for name, bound, exponent in found}
+            before, found = self.exponents, zip(self.names, bounds, self._now, strict=True)
+            # without a gradient it stays what it was, which is not what an int64 step is in
+            self.exponents = {
+                name: units.next_exponent(bound, now) if bound else before.get(name, now) for name, bound, now in found
+            }
 
 
 def halves(value: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,19 @@ def test_the_next_unit_leaves_six_bits(bound, exponent):
     assert units.next_exponent(0, exponent) == exponent
 
 
+def test_a_tensor_without_a_gradient_keeps_its_unit_through_a_step_in_int64():
+    """Another tensor made it one: in int64's unit the next gradient of this one would be lost, or not be held."""
+    buckets = buckets_of({"weight": 60, "one": -3})
+    buckets.scales.again = True
+    buckets.begin(2)
+    buckets.buckets[0].places["one"].fill_(2.0**8)
+    buckets.fixed.add(0, False, None, False)
+    buckets.scales.settle(buckets.scales.bounds.tolist(), again=False)
+    assert buckets.scales.exponents == {"weight": 60, "one": 25 - 8}
+    buckets.begin(2)
+    assert buckets.scales.narrow and buckets.scales._now == [17, 60]
+
+
 def test_halves_add_up_exactly():
     values = torch.tensor([2**62 - 1, 2**32 - 1, 5, 0])
     buckets = buckets_of({"weight": 0, "one": 0})
