@@ -20,8 +20,9 @@ END_GRACE_S = 5.0  # for ranks to end after the first that failed
 
 
 def environments(ranks: int, port: int) -> list[dict[str, str]]:
-    """What each rank is told."""
+    """What each rank is told. The last two: where this runs inside of torchrun, its own must not be believed."""
     world = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    world |= {"GROUP_RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "False"}
     return [
         world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)} for rank in range(ranks)
     ]
