@@ -76,8 +76,9 @@ class Scales:
         return [(int(high) << 32) + int(low) for high, low in zip(sums[:half], sums[half:], strict=True)]
 
     def overflow(self, bounds: Sequence[int]) -> list[str]:
-        """Tensors whose sums may have wrapped."""
-        return [n for n, bound in zip(self.names, bounds, strict=True) if self.narrow and not units.fits(bound)]
+        """Tensors whose sums may have wrapped, or leave float32."""
+        found = zip(self.names, bounds, self._now, strict=True)
+        return [name for name, bound, now in found if self.narrow and not units.fits(bound, now)]
 
     def settle(self, bounds: Sequence[int] | None, again: bool) -> None:
         """After a step. bounds: S of one that was taken. again: it is to be computed once more."""

@@ -65,7 +65,7 @@ def test_what_passes_the_test_has_not_wrapped(k, share, signs, exponent, seed):
         buckets.fixed.end_pass()
         exact += np.rint(whole).astype(np.int64)
         expected += int(np.ceil(np.abs(whole).max()))
-        if i % 64 in (0, (k - 1) % 64) and units.fits(expected):
+        if i % 64 in (0, (k - 1) % 64) and units.fits(expected, exponent):
             assert totals.tolist() == exact.tolist()
     assert totals.dtype == torch.int32 and not buckets.fixed.out_of_range
     assert buckets.scales.bounds[slot] == expected
@@ -95,6 +95,18 @@ def test_a_tensor_without_a_gradient_keeps_its_unit_through_a_step_in_int64():
     assert buckets.scales.exponents == {"weight": 60, "one": 25 - 8}
     buckets.begin(2)
     assert buckets.scales.narrow and buckets.scales._now == [17, 60]
+
+
+def test_a_sum_beyond_float32_is_not_taken():
+    """int32 could hold it, in units of 2^100, and its value would be infinite."""
+    buckets = buckets_of({"weight": -100, "one": -100})
+    for workers, overflow in ((1, []), (2, ["weight"])):
+        buckets.begin(workers)
+        for _ in range(workers):
+            buckets.buckets[0].places["weight"].fill_(2.0**126)
+            buckets.fixed.add(0, False, None, False)
+            buckets.fixed.end_pass()
+        assert buckets.scales.overflow(buckets.scales.bounds.tolist()) == overflow
 
 
 def test_halves_add_up_exactly():
