@@ -84,6 +84,15 @@ def test_a_port_that_is_none_is_refused(port):
         meeting.told(from_environment(env), env)
 
 
+def test_ranks_do_not_outlive_the_process_that_spawned_them():
+    text = "import os, time; os.write(1, b'here\\n'); time.sleep(9); os.write(1, b'left over')"
+    line = [sys.executable, "-m", "hpc_lbsgd.parallel.spawn", "2", sys.executable, "-c", text]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as spawned:
+        assert [spawned.stdout.readline() for _ in range(2)] == ["here\n"] * 2
+        spawned.kill()
+        assert spawned.stdout.read() == ""  # its end: no rank holds it open
+
+
 def test_what_spawned_ranks_are_told():
     stale = ALONE | AGENT | OWN | {"GROUP_RANK": "3"}
     told = [stale | env for env in spawn.environments(2, 7)]
