@@ -14,6 +14,7 @@ from hpc_lbsgd.parallel.buckets import Buckets
 from hpc_lbsgd.parallel.layout import plan_layouts
 from hpc_lbsgd.parallel.scales import halves
 from hpc_lbsgd.theory import units
+from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import step
 from hpc_lbsgd.train.replica import Replica, weights_sha256
 
@@ -95,6 +96,19 @@ def test_a_tensor_without_a_gradient_keeps_its_unit_through_a_step_in_int64():
     assert buckets.scales.exponents == {"weight": 60, "one": 25 - 8}
     buckets.begin(2)
     assert buckets.scales.narrow and buckets.scales._now == [17, 60]
+
+
+def test_a_whole_step_after_a_tail_of_one_sample_is_held(engine):  # noqa: F811
+    """The tail's sums are 1/128 of what the next step's are."""
+    batch = {"workers": 128, "samples_per_worker": 1}
+    recipe = small_recipe(
+        determinism="any-ranks", fixed_point="int32", model={"name": "test_workers:plain_net"}, batch=batch
+    )
+    replica, taken = Replica(recipe, 5, engine, CPU), []
+    for number, count in enumerate((128, 128, 1, 128, 1, 128)):
+        point = Point(number, 0, number, 0.01, 0.9, 128, 1, 0, count)
+        taken.append(step.Stepper(replica, recipe, batches(recipe, point, number)).run(point).finite)
+    assert all(taken)
 
 
 def test_a_sum_beyond_float32_is_not_taken():
