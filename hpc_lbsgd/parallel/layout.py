@@ -61,7 +61,7 @@ def plan_layouts(
     for name, parameter in reversed(list(parameters)):
         size = parameter.numel() * parameter.element_size()
         limit = first_bucket_bytes if len(groups) == 1 else bucket_bytes
-        if groups[-1] and used + size > limit:
+        if used and size and used + size > limit:  # an empty tensor has no bucket to itself, which would be empty
             groups.append([])
             used = 0
         groups[-1].append((name, parameter))

@@ -22,15 +22,24 @@ PORTS = range(15_000, 32_000)  # below those that Linux gives to outgoing connec
 def told(world: worlds.World, env: Mapping[str, str] = os.environ) -> tuple[str, int] | None:
     """Host and port of rank 0's store; None where only MPI can tell.
 
-    MASTER_ADDR and MASTER_PORT are torchrun's, or the user's own, under any launcher.
+    MASTER_ADDR and MASTER_PORT are torchrun's, or the user's own, under any launcher; torchrun's are left over where
+    another launcher has started the ranks inside of it. Raises RequestError for a port that is none.
     """
-    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    if worlds.launcher(env) == "srun":
+    launcher, host, port = worlds.launcher(env), env.get("MASTER_ADDR"), env.get("MASTER_PORT")
+    if host and port and (launcher == "torchrun" or not has_agent(env)):
+        if not (port.strip().isdecimal() and 0 < int(port) < 2**16):
+            raise RequestError(f"MASTER_PORT = {port}: not a port; allowed: 1 to 65535, or unset it")
+        return host, int(port)
+    if launcher == "srun":
         host = LOOPBACK if world.local_size == world.size else first_host(env["SLURM_STEP_NODELIST"])
         # one job's steps may run side by side; a node's jobs too
         return host, PORTS[(17 * int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", 0))) % len(PORTS)]
     return None
+
+
+def has_agent(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun has a store already, and MASTER_ADDR and MASTER_PORT are its own."""
+    return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def first_host(nodes: str) -> str:
@@ -52,7 +61,7 @@ def meet(world: worlds.World):
     host, port = place or told_by_mpi(world)
     limit = timedelta(seconds=MEET_S)
     try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has one already
+        if worlds.launcher() == "torchrun" and has_agent():
             store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=limit))
         else:
             store = dist.TCPStore(host, port, world.size, world.rank == 0, limit, wait_for_workers=False)

@@ -5,6 +5,7 @@ How units follow from S, and why nothing wraps unseen: theory/units.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -76,15 +77,21 @@ class Scales:
         return [(int(high) << 32) + int(low) for high, low in zip(sums[:half], sums[half:], strict=True)]
 
     def overflow(self, bounds: Sequence[int]) -> list[str]:
-        """Tensors whose sums may have wrapped."""
-        return [n for n, bound in zip(self.names, bounds, strict=True) if self.narrow and not units.fits(bound)]
+        """Tensors whose sums may have wrapped, or leave float32."""
+        found = zip(self.names, bounds, self._now, strict=True)
+        return [name for name, bound, now in found if self.narrow and not units.fits(bound, now)]
 
-    def settle(self, bounds: Sequence[int] | None, again: bool) -> None:
-        """After a step. bounds: S of one that was taken. again: it is to be computed once more."""
+    def settle(self, bounds: Sequence[int] | None, again: bool, share: float = 1.0) -> None:
+        """After a step. bounds: S of one that was taken. again: it is to be computed once more. share: B'/kn of a tail,
+        whose S is about so much of a whole step's, and the next step is one."""
         self.again = again
         if bounds is not None:
-            found = zip(self.names, bounds, self._now, strict=True)
-            self.exponents = {name: units.next_exponent(bound, exponent) for name, bound, exponent in found}
+            before, found = self.exponents, zip(self.names, bounds, self._now, strict=True)
+            # without a gradient it stays what it was, which is not what an int64 step is in
+            self.exponents = {
+                name: units.next_exponent(math.ceil(bound / share), now) if bound else before.get(name, now)
+                for name, bound, now in found
+            }
 
 
 def halves(value: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ They get torchrun's variables. Unlike torchrun, it ends with the code of the ran
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,14 +18,22 @@ from hpc_lbsgd.parallel.meeting import LOOPBACK, free_port
 
 LOOK_EVERY_S = 0.1
 END_GRACE_S = 5.0  # for ranks to end after the first that failed
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def environments(ranks: int, port: int) -> list[dict[str, str]]:
-    """What each rank is told."""
+    """What each rank is told. The last two: where this runs inside of torchrun, its own must not be believed."""
     world = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    world |= {"GROUP_RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "False"}
     return [
         world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)} for rank in range(ranks)
     ]
+
+
+def end_with_parent() -> None:
+    """In a rank, before its program. Where this process is killed, ranks must not train on: the run would be another
+    start's by then."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def wait(processes: list[subprocess.Popen]) -> int:
@@ -63,7 +72,7 @@ def spawn(ranks: int, program: list[str]) -> int:
     """Run `program` on so many ranks to its end; returns the job's exit code."""
     processes = [
         # a session each: Ctrl-C at a terminal reaches this process alone
-        subprocess.Popen(program, env=os.environ | own, start_new_session=True)
+        subprocess.Popen(program, env=os.environ | own, start_new_session=True, preexec_fn=end_with_parent)
         for own in environments(ranks, free_port())
     ]
 

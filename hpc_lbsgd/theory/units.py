@@ -12,9 +12,9 @@ HEADROOM_BITS = 6  # that S may grow by from one step to the next
 EXPONENTS = range(-100, 101)  # float32's values times 2^100, and their largest element as float64, stay finite
 
 
-def fits(bound: int) -> bool:
-    """Whether int32 holds all sums of a tensor with this S."""
-    return bound <= LARGEST
+def fits(bound: int, exponent: int) -> bool:
+    """Whether int32 holds all sums of a tensor with this S, and float32 their values in units of 2^-exponent."""
+    return bound <= LARGEST and bound.bit_length() - exponent < 128
 
 
 def next_exponent(bound: int, exponent: int) -> int:

@@ -35,7 +35,18 @@ WEIGHTS, AVERAGE, OPTIMIZER = "weights.pt", "weights_ema.pt", "optimizer.pt"
 FILES = {"weights": WEIGHTS, "optimizer": OPTIMIZER, "average": AVERAGE}  # by part of a snapshot
 LATEST = "LATEST"
 SELF = "sha256"  # in state.json: of what else is in it
-RULES = 2  # what a step does with the same recipe. 2: a tail's absent samples count as zeros; averages have statistics
+# What a step does with the same recipe. 2: a tail's absent samples count as zeros; averages have statistics. 3: units of
+# int32 after tails and after steps without a gradient.
+RULES = 3
+
+
+def other_rules(recipe, rules: int) -> str | None:
+    """What in a recipe followed other rules when a checkpoint was written by `rules`."""
+    if rules > RULES:
+        return "steps"
+    if rules < 2 and (recipe.batch.last_batch == "partial" or recipe.train.ema_decay):
+        return "partial tails and averaged weights"
+    return "units of int32" if rules < 3 and recipe.fixed_point == "int32" else None
 
 
 @with_config(ConfigDict(extra="forbid"))

@@ -68,10 +68,10 @@ def prepare(folder: RunFolder, recipe: Recipe, ranks: int, cores: int, amend: di
     state = None
     if newest:
         path, state, notes = newest
-        if state.rules != checkpoint.RULES and (recipe.batch.last_batch == "partial" or recipe.train.ema_decay):
+        if what := checkpoint.other_rules(recipe, state.rules):
             raise RequestError(
-                f"{path}: written by a version whose partial tails and averaged weights followed other rules "
-                f"({state.rules}, here {checkpoint.RULES}); go on with that version, or start a new run"
+                f"{path}: written by a version whose {what} followed other rules ({state.rules}, here "
+                f"{checkpoint.RULES}); go on with that version, or start a new run"
             )
         if state.recipe_fingerprint != recipe.fingerprint():  # which is the run's, as its file has it by now
             raise RequestError(f"{path} was made by another recipe than {folder.recipe} is now; set it back")

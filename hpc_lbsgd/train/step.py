@@ -289,7 +289,7 @@ class Stepper:
         overflow = scales.overflow(of_all) if scales and sound else []
         ok = sound and not overflow
         if scales and mismatch is None:
-            scales.settle(of_all if ok else None, again=bool(overflow))
+            scales.settle(of_all if ok else None, bool(overflow), step.point.share)
         return Outcome(
             point=step.point,
             loss=sums.loss,

@@ -14,6 +14,7 @@ from hpc_lbsgd.parallel.buckets import Buckets
 from hpc_lbsgd.parallel.layout import plan_layouts
 from hpc_lbsgd.parallel.scales import halves
 from hpc_lbsgd.theory import units
+from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import step
 from hpc_lbsgd.train.replica import Replica, weights_sha256
 
@@ -65,7 +66,7 @@ def test_what_passes_the_test_has_not_wrapped(k, share, signs, exponent, seed):
         buckets.fixed.end_pass()
         exact += np.rint(whole).astype(np.int64)
         expected += int(np.ceil(np.abs(whole).max()))
-        if i % 64 in (0, (k - 1) % 64) and units.fits(expected):
+        if i % 64 in (0, (k - 1) % 64) and units.fits(expected, exponent):
             assert totals.tolist() == exact.tolist()
     assert totals.dtype == torch.int32 and not buckets.fixed.out_of_range
     assert buckets.scales.bounds[slot] == expected
@@ -82,6 +83,44 @@ def test_the_next_unit_leaves_six_bits(bound, exponent):
         scaled = bound * 2.0 ** (following - exponent)
         assert 2.0**24 < scaled <= 2.0**25
     assert units.next_exponent(0, exponent) == exponent
+
+
+def test_a_tensor_without_a_gradient_keeps_its_unit_through_a_step_in_int64():
+    """Another tensor made it one: in int64's unit the next gradient of this one would be lost, or not be held."""
+    buckets = buckets_of({"weight": 60, "one": -3})
+    buckets.scales.again = True
+    buckets.begin(2)
+    buckets.buckets[0].places["one"].fill_(2.0**8)
+    buckets.fixed.add(0, False, None, False)
+    buckets.scales.settle(buckets.scales.bounds.tolist(), again=False)
+    assert buckets.scales.exponents == {"weight": 60, "one": 25 - 8}
+    buckets.begin(2)
+    assert buckets.scales.narrow and buckets.scales._now == [17, 60]
+
+
+def test_a_whole_step_after_a_tail_of_one_sample_is_held(engine):  # noqa: F811
+    """The tail's sums are 1/128 of what the next step's are."""
+    batch = {"workers": 128, "samples_per_worker": 1}
+    recipe = small_recipe(
+        determinism="any-ranks", fixed_point="int32", model={"name": "test_workers:plain_net"}, batch=batch
+    )
+    replica, taken = Replica(recipe, 5, engine, CPU), []
+    for number, count in enumerate((128, 128, 1, 128, 1, 128)):
+        point = Point(number, 0, number, 0.01, 0.9, 128, 1, 0, count)
+        taken.append(step.Stepper(replica, recipe, batches(recipe, point, number)).run(point).finite)
+    assert all(taken)
+
+
+def test_a_sum_beyond_float32_is_not_taken():
+    """int32 could hold it, in units of 2^100, and its value would be infinite."""
+    buckets = buckets_of({"weight": -100, "one": -100})
+    for workers, overflow in ((1, []), (2, ["weight"])):
+        buckets.begin(workers)
+        for _ in range(workers):
+            buckets.buckets[0].places["weight"].fill_(2.0**126)
+            buckets.fixed.add(0, False, None, False)
+            buckets.fixed.end_pass()
+        assert buckets.scales.overflow(buckets.scales.bounds.tolist()) == overflow
 
 
 def test_halves_add_up_exactly():

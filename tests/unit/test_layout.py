@@ -1,5 +1,9 @@
 """How parameters lie in buckets."""
 
+import pytest
+import torch
+from torch import nn
+
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.parallel.layout import plan_layouts
 from hpc_lbsgd.train import models
@@ -21,3 +25,13 @@ def test_layout_covers_every_parameter_aligned_and_in_backward_order():
         assert all((v.offset < x.decay_end) == (v.parameter.dim() > 1) for v in x.views)
     first_of = [min(names.index(v.name) for v in x.views) for x in layouts]
     assert first_of == sorted(first_of)
+
+
+@pytest.mark.parametrize("bucket_bytes", [0, 64, 100])
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_an_empty_parameter_has_no_bucket_to_itself(bucket_bytes, place):
+    """Nothing can be summed there, and no unit be found."""
+    named = [(f"p{i}", nn.Parameter(torch.zeros(0 if i == place else 32))) for i in range(4)]
+    layouts = plan_layouts(named, set(), 0, bucket_bytes, bucket_bytes)
+    assert len(layouts) == 3 and all(x.size == 32 for x in layouts)
+    assert sorted(v.name for x in layouts for v in x.views) == ["p0", "p1", "p2", "p3"]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.parallel import meeting, spawn
 from hpc_lbsgd.parallel.world import from_environment, launcher
 
@@ -15,6 +16,8 @@ SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", 
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
            "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
 OWN = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+AGENT = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
 @pytest.mark.parametrize(
@@ -38,6 +41,10 @@ def test_the_first_of_slurms_nodes(nodes, first):
         (SRUN | OPENMPI, "mpirun", None),  # mpirun's daemons are a step of Slurm's
         (SRUN | OPENMPI | TORCHRUN | OWN, "torchrun", ("a", 1)),  # torchrun on each node
         ({"RANK": "1", "WORLD_SIZE": "2"}, None, None),  # left over from something else
+        (OPENMPI | ALONE | AGENT | OWN, "mpirun", None),  # mpirun inside of torchrun's only rank: its store is not ours
+        (SRUN | ALONE | AGENT | OWN, "srun", ("n07", 16309)),
+        (TORCHRUN | AGENT | OWN, "torchrun", ("a", 1)),
+        (OPENMPI | {"MASTER_ADDR": "a", "MASTER_PORT": ""}, "mpirun", None),  # export MASTER_PORT=$UNSET
     ],
 )
 def test_who_started_the_ranks_and_where_they_meet(env, starter, place):
@@ -70,9 +77,27 @@ def test_spawned_ranks_end_together_with_the_first_ones_code(program, code):
     assert ("rank 0 was ended by SIGKILL" in done.stderr) == (code == 137)
 
 
+@pytest.mark.parametrize("port", ["none", "0", "65536", "-1", "2\u00b2"])
+def test_a_port_that_is_none_is_refused(port):
+    env = OPENMPI | {"MASTER_ADDR": "a", "MASTER_PORT": port}
+    with pytest.raises(RequestError, match="MASTER_PORT = "):
+        meeting.told(from_environment(env), env)
+
+
+def test_ranks_do_not_outlive_the_process_that_spawned_them():
+    text = "import os, time; os.write(1, b'here\\n'); time.sleep(9); os.write(1, b'left over')"
+    line = [sys.executable, "-m", "hpc_lbsgd.parallel.spawn", "2", sys.executable, "-c", text]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as spawned:
+        assert [spawned.stdout.readline() for _ in range(2)] == ["here\n"] * 2
+        spawned.kill()
+        assert spawned.stdout.read() == ""  # its end: no rank holds it open
+
+
 def test_what_spawned_ranks_are_told():
-    worlds = [from_environment(env)[:4] for env in spawn.environments(2, 7)]
-    assert worlds == [(0, 2, 0, 2), (1, 2, 1, 2)]
+    stale = ALONE | AGENT | OWN | {"GROUP_RANK": "3"}
+    told = [stale | env for env in spawn.environments(2, 7)]
+    assert [from_environment(env) for env in told] == [(0, 2, 0, 2, 0), (1, 2, 1, 2, 0)]
+    assert not any(meeting.has_agent(env) for env in told)
 
 
 def test_ranks_that_do_not_come_are_named():

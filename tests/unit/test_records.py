@@ -187,6 +187,18 @@ def test_a_checkpoint_of_other_rules_is_told_apart(folder):
     assert checkpoint.find_newest(folder)[1].rules == 1
 
 
+INT32 = ["determinism=any-ranks", "fixed_point=int32"]
+
+
+@pytest.mark.parametrize("settings, rules, says", [
+    (["batch.last_batch=partial"], 1, "partial tails and averaged weights"), (["batch.last_batch=partial"], 2, None),
+    (INT32, 2, "units of int32"), (INT32[:1], 2, None), (INT32, checkpoint.RULES, None), ([], checkpoint.RULES + 1, "steps"),
+])  # fmt: skip
+def test_only_a_recipe_that_other_rules_are_about_is_refused(settings, rules, says):
+    recipe = recipes.read("goyal-resnet50", ["batch.last_batch=drop", *settings])
+    assert checkpoint.other_rules(recipe, rules) == says
+
+
 def test_a_record_whose_key_or_time_changed_by_a_bit_is_not_whole(tmp_path):
     """A resume reads the steps of its epoch: one whose key is another's, or whose time is none, is left out there."""
     with closing(Metrics(RunFolder(tmp_path))) as metrics:
