@@ -35,8 +35,8 @@ WEIGHTS, AVERAGE, OPTIMIZER = "weights.pt", "weights_ema.pt", "optimizer.pt"
 FILES = {"weights": WEIGHTS, "optimizer": OPTIMIZER, "average": AVERAGE}  # by part of a snapshot
 LATEST = "LATEST"
 SELF = "sha256"  # in state.json: of what else is in it
-# What a step does with the same recipe. 2: a tail's absent samples count as zeros; averages have statistics. 3: units of
-# int32 after tails and after steps without a gradient.
+# What a step does with the same recipe. 2: a tail's absent samples count as zeros; averages have statistics. 3: int32's
+# units after tails and after steps without a gradient.
 RULES = 3
 
 

@@ -192,7 +192,8 @@ INT32 = ["determinism=any-ranks", "fixed_point=int32"]
 
 @pytest.mark.parametrize("settings, rules, says", [
     (["batch.last_batch=partial"], 1, "partial tails and averaged weights"), (["batch.last_batch=partial"], 2, None),
-    (INT32, 2, "units of int32"), (INT32[:1], 2, None), (INT32, checkpoint.RULES, None), ([], checkpoint.RULES + 1, "steps"),
+    (INT32, 2, "units of int32"), (INT32[:1], 2, None), (INT32, checkpoint.RULES, None),
+    ([], checkpoint.RULES + 1, "steps"),
 ])  # fmt: skip
 def test_only_a_recipe_that_other_rules_are_about_is_refused(settings, rules, says):
     recipe = recipes.read("goyal-resnet50", ["batch.last_batch=drop", *settings])
