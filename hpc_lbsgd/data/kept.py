@@ -17,6 +17,7 @@ import fcntl
 import heapq
 import os
 import shutil
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,7 @@ NEVER = float("inf")
 IN_TURN = 1 << 40  # beyond all epochs
 FREE = 0.9  # share of what is free that is taken where nobody says how much
 TIDIED = 1000  # entries of a heap that are no longer so, from which on it is made anew
+FLOCK = struct.Struct("hhqqi4x")  # fcntl(2): type, whence, start, length, process
 ABANDONED_S = 600  # since something half-written was written to
 
 
@@ -145,14 +147,19 @@ class Kept:
         other; a thread of this rank is not kept out."""
         held = sorted(set(samples))
         try:
-            with contextlib.suppress(OSError):  # the system sees a circle among ranks with several threads: no harm
-                for sample in held:
-                    fcntl.lockf(self._fetched, fcntl.LOCK_EX, 1, sample)
-            yield
-        finally:
             with contextlib.suppress(OSError):  # a file system without locks
                 for sample in held:
-                    fcntl.lockf(self._fetched, fcntl.LOCK_UN, 1, sample)
+                    self._lock_byte(fcntl.F_WRLCK, sample)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                for sample in held:
+                    self._lock_byte(fcntl.F_UNLCK, sample)
+
+    def _lock_byte(self, kind: int, at: int) -> None:
+        """Of the open file, not of the process: among locks of processes the system looks for circles, and sees some
+        that are none where threads wait in order."""
+        fcntl.fcntl(self._fetched, fcntl.F_OFD_SETLKW, FLOCK.pack(kind, os.SEEK_SET, at, 1, 0))
 
     def _path(self, key: Key) -> Path:
         return self.folder / str(key[0] // PER_FOLDER) / f"{key[0]}.{key[1]}"
