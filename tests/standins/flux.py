@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -69,7 +70,8 @@ class Flux:
             print(self.decimal(*rest))
         elif (what, rest) == ("killall", ["--force", "--signal=USR2"]):
             for file in home().glob(f"jobs/{os.environ[self.here]}.run-*"):
-                os.kill(int(file.suffix.removeprefix(".run-")), signal.SIGUSR2)
+                with contextlib.suppress(ProcessLookupError):  # one that ends at this moment keeps no other from it
+                    os.kill(int(file.suffix.removeprefix(".run-")), signal.SIGUSR2)
         else:
             raise Refused(f"flux job {what}")
 
