@@ -152,6 +152,13 @@ def test_nodes_are_measured_before_the_first_step(measure, keys, ends, started, 
         assert "scontrol update JobId=9 ExcNodeList=n2" in asked
 
 
+def test_a_stop_that_finds_no_ranks_is_not_forgotten(tmp_path):
+    """They would be started, and nobody would ask them."""
+    said, starts, asked = elastic(tmp_path, DONE, measure="kill -USR2 $(ps -o ppid= $PPID)", lost=False)
+    assert "asked to stop" in said and "stopped before the first step; queued again" in said and not starts, said
+    assert "scontrol requeue 9" in asked
+
+
 UNPACKED = "for n in n1 n2 n4; do echo $n.cluster.org unpacked '/disk/my env/bin/python'; done"
 ANEW = "[ -e once ] || { touch once; echo n9 there '/disk/old env/bin/python'; }; " + UNPACKED  # while they unpack it
 ANEW += "; [ -s once ] && echo n9 unpacked '/disk/my env/bin/python'; echo 1 >once"

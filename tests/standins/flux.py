@@ -69,6 +69,8 @@ class Flux:
         if what == "id":
             print(self.decimal(*rest))
         elif (what, rest) == ("killall", ["--force", "--signal=USR2"]):
+            if (home() / "deaf").exists():
+                raise Refused("flux-job: ERROR: killall: its broker does not answer")
             for file in home().glob(f"jobs/{os.environ[self.here]}.run-*"):
                 with contextlib.suppress(ProcessLookupError):  # one that ends at this moment keeps no other from it
                     os.kill(int(file.suffix.removeprefix(".run-")), signal.SIGUSR2)

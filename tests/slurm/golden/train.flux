@@ -213,7 +213,7 @@ ask_ranks() { # of `flux run` the signal would be the end
 stop() {
     say "asked to stop at a safe point"
     asked=yes
-    ask_ranks 2>/dev/null || true
+    ask_ranks 2>/dev/null || touch -- "$run/stop" 2>/dev/null || true # they look there as well
 }
 trap stop USR1 USR2 TERM
 # it gives no signal before the limit: this script keeps time itself
@@ -259,6 +259,7 @@ requeue() { # requeue WHY
     trap '' USR1 USR2 TERM # the batch system may end this script meanwhile
     queue_again "$1"
 }
+not_asked() { [[ ! $asked ]] || requeue "stopped before the first step"; } # or ends: there were no ranks to ask
 
 silent_nodes() { # those on which nothing can be started any more
     local node
@@ -269,7 +270,7 @@ silent_nodes() { # those on which nothing can be started any more
 
 if [[ $bundle ]]; then # what ranks import is unpacked on their nodes; one that cannot is left out
     unpack
-    [[ ! $asked ]] || requeue "stopped before the first step"
+    not_asked
     if ((${#ready[@]} == 0)); then mapfile -t bare < <(silent_nodes); fi # one that is gone stops all
     drop "${bare[@]}"
     if ((${#ready[@]} == 0 && ${#new[@]} == 0)); then
@@ -297,6 +298,7 @@ fi
 
 says() { grep -q "\"$1\": *$2" "$run/status.json" 2>/dev/null; } # says KEY VALUE: status.json does
 
+not_asked
 while :; do
     start
     meanwhile
