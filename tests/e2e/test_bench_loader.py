@@ -6,6 +6,7 @@ import pytest
 from conftest import changed, command, mpirun, write_images, write_recipe
 
 from hpc_lbsgd.bench.loader import measure, peers
+from hpc_lbsgd.bench.loader.command import FORMATS
 from hpc_lbsgd.data import pack
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.recipe import Data
@@ -43,6 +44,7 @@ def test_sets_whose_folders_have_one_name_are_kept_apart(tmp_path):
 def test_peers_make_pictures_of_the_same_shape_and_scale(tmp_path):
     """A peer that skipped resizing or normalising would be beaten unfairly."""
     m = trees.index(write_images(tmp_path / "d", 12, 48, suffix=".jpg"), processes=1)
+    assert tuple(measure.FORMATS) == FORMATS  # what the command accepts, without loading them
     data = Data(image_size=32)
     for native in (False, True):
         image, label = peers.Files(m, peers.Picture(data, native))[3]
