@@ -157,10 +157,7 @@ not_queued() { # not_queued WHY
     leave 75
 }
 #@ again
-requeue() { # requeue WHY
-    trap '' USR1 USR2 TERM # the batch system may end this script meanwhile
-    queue_again "$1"
-}
+requeue() { trap '' USR1 USR2 TERM && queue_again "$1"; } # requeue WHY; the batch system may end this script meanwhile
 not_asked() { [[ ! $asked ]] || requeue "stopped before the first step"; } # or ends: there were no ranks to ask
 
 silent_nodes() { # those on which nothing can be started any more
