@@ -39,8 +39,10 @@ help:   ## this list
 FULL   := $(filter-out %-torch,$(wildcard $(VENV)/.ready-*))
 setup: $(if $(filter torch,$(ENGINE)),$(if $(FULL),,$(VENV)/.ready-torch),$(VENV)/.ready-$(MPI))  ## environment in .venv, with Horovod built for it (7 GB) [MPI=wheel|system]; or without [ENGINE=torch]
 
+COMPILED := setup.py $(wildcard hpc_lbsgd/*/*.c)
+
 # torch first: Horovod is built against what is installed, and is installed before the package asks for it.
-$(VENV)/.ready-$(MPI): setup.cfg constraints.txt tools/build_horovod.py $(wildcard tools/horovod_build/*.py)
+$(VENV)/.ready-$(MPI): setup.cfg constraints.txt $(COMPILED) tools/build_horovod.py $(wildcard tools/horovod_build/*.py)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
 	@test -x $(BIN)/python || { $(PYTHON) -m venv $(VENV) && echo '*' >$(VENV)/.gitignore; } || { echo "no venv module: apt-get install python3-venv, or set PYTHON="; exit 2; }
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || { echo "no C++ compiler: install g++ (apt-get install g++, or module load gcc)"; exit 2; }
@@ -55,7 +57,7 @@ $(VENV)/.ready-$(MPI): setup.cfg constraints.txt tools/build_horovod.py $(wildca
 	@rm -f $(VENV)/.ready-*; touch $@
 
 # No compiler, no MPI, no Horovod.
-$(VENV)/.ready-torch: setup.cfg constraints.txt
+$(VENV)/.ready-torch: setup.cfg constraints.txt $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
 	@test -x $(BIN)/python || { $(PYTHON) -m venv $(VENV) && echo '*' >$(VENV)/.gitignore; } || { echo "no venv module: apt-get install python3-venv, or set PYTHON="; exit 2; }
 	$(PIP) install -c constraints.txt -e '.[dev]'

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from itertools import product
 
 import torch
 
@@ -64,9 +65,11 @@ def row(found: torch.Tensor, exact: torch.Tensor, smallest: torch.Tensor) -> str
     return f"{norm:11.1e} {of_each.abs().median():11.1e} {small:11.1e}"
 
 
-def cost(kind: str, elements: int, rounds: int = 9) -> str:
-    """Of a step with one worker on this rank, of a worker more, and bytes on the wire."""
+def cost(kind: str, elements: int, c: bool, rounds: int = 9) -> str:
+    """Of a step with one worker on this rank, of a worker more, and bytes on the wire. c: by cpu_kernels.c."""
     sums = Sums(elements, kind == "int32")
+    if not c:
+        sums.buckets.fixed.kernels = None
     values = torch.randn(elements) * 1e-3
     sums.of(1, [values])
     fixed, times = sums.buckets.fixed, {"one": [], "more": []}
@@ -81,7 +84,8 @@ def cost(kind: str, elements: int, rounds: int = 9) -> str:
                 fixed.take(0)
             times[what].append(time.process_time() - start)
     one, more = (min(t) / elements * 1e9 for t in times.values())
-    return f"  {kind:24}{one:11.2f} {more:11.2f} {fixed.sums(0).element_size():11d}"
+    title = kind if c else f"{kind}, torch alone"
+    return f"  {title:24}{one:11.2f} {more:11.2f} {fixed.sums(0).element_size():11d}"
 
 
 def main() -> None:
@@ -109,8 +113,8 @@ def main() -> None:
             found, lost = sums.of(k, gradients(k, sizes, signal, 2))
             print(f"  {kind:24}{row(found, exact, smallest)} {lost:9.3%}")
     print(f"\n{'ns an element':26}{'step':>11} {'worker more':>11} {'bytes':>11}")
-    for kind in ("int64", "int32"):
-        print(cost(kind, 10_000_000))
+    for kind, c in product(("int64", "int32"), (True, False)):
+        print(cost(kind, 10_000_000, c))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ mpirun -np 2 python tools/fixed_point_steps.py [--model resnet20] [--image-size 
 
 `bench step` launches its ways one after another, which a machine that others use in between makes hard to compare. Here
 each round is a step of each way. Times are of the slowest rank; processor seconds are those of all threads of all
-ranks, and do not hold what others make them wait for.
+ranks, and do not hold what others make them wait for. Over off: the median of each round's own ratio.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train.replica import Replica
 from hpc_lbsgd.train.step import Stepper
 
-WAYS = {"float32 (off)": "buckets", "any-ranks int64": "any-ranks", "any-ranks int32": "any-ranks int32"}
+WAYS = {"float32 (off)": "buckets", "int64": "any-ranks", "int32": "any-ranks int32"}
+WAYS |= {f"{way}, torch alone": WAYS[way] for way in ("int64", "int32")}  # without cpu_kernels.c
 WARM_UPS = 4
 
 
@@ -48,6 +49,8 @@ def main() -> None:
         recipe = recipe_of(task | {"mode": mode}, engine.size, args.batch)
         replica = Replica(recipe, CLASSES, engine, device)
         replica.synchronise()
+        if way.endswith("torch alone"):
+            replica.buckets.fixed.kernels = None
         steppers[way] = Stepper(replica, recipe, repeat(batch))
     kn = engine.size * args.batch
     times = {way: [] for way in WAYS}
@@ -62,8 +65,10 @@ def main() -> None:
                 times[way].append((max(t for t, _ in found), sum(c for _, c in found)))
     if engine.rank == 0:
         print(f"{args.model}, {args.batch} samples a rank, {engine.size} ranks, {args.rounds} rounds; milliseconds")
-        print(f"{'':18}{'MB sent':>9}{'median':>9}{'quartiles':>17}{'processor':>11}{'quartiles':>17}")
+        print(f"{'':20}{'MB sent':>9}{'median':>9}{'quartiles':>17}{'processor':>11}{'quartiles':>17}{'over off':>10}")
+        off = [clock for clock, _ in times["float32 (off)"]]
         for way, found in times.items():
+            over = median(clock / its for (clock, _), its in zip(found, off, strict=True))
             buckets = steppers[way].replica.buckets
             sent = buckets.fixed.sums if buckets.fixed else lambda i, b=buckets: b.buckets[i].gradients
             megabytes = sum(sent(i).nbytes for i in range(len(buckets.buckets))) / 1e6
@@ -71,7 +76,7 @@ def main() -> None:
             for values in zip(*found, strict=True):
                 low, _, high = quantiles(values)
                 columns += f"{median(values) * 1e3:10.1f}{f'{low * 1e3:.1f} - {high * 1e3:.1f}':>17}"
-            print(f"{way:18}{megabytes:9.2f}{columns}")
+            print(f"{way:20}{megabytes:9.2f}{columns}{over:10.3f}")
     engine.close()
 
 

@@ -50,6 +50,24 @@ def without_horovod() -> str:
     return FAIL if version("horovod") else WARN
 
 
+def check_fixed_point() -> Iterator[Finding]:
+    """What rounds the sums of `any-ranks` on CPUs."""
+    import torch
+
+    from hpc_lbsgd.parallel.fixed_point import kernels_for
+
+    yield (
+        Finding(OK, "fixed point", "compiled for this CPU")
+        if kernels_for(torch.device("cpu"), torch.float32)
+        else Finding(
+            WARN,
+            "fixed point",
+            "torch's operations: its C part was not compiled when the package was installed",
+            "any-ranks has the same bits and takes longer on CPUs: install a C compiler, and the package again",
+        )
+    )
+
+
 def check_engines() -> Iterator[Finding]:
     """What machine.engine may be here."""
     import torch.distributed as dist  # noqa: TID251  (what it was built with; nothing is started)
@@ -300,6 +318,7 @@ CHECKS: list[Callable[[], Iterator[Finding]]] = [
     check_torch,
     gpu_checks.check_gpus,
     check_engines,
+    check_fixed_point,
     check_horovod,
     check_dali,
     check_scheduler,

@@ -58,17 +58,27 @@ class FixedPoint:
         """Totals of int32 in the memory of those of int64, and room for a worker's values beside them."""
         return self.totals[index].view(torch.int32).split(len(self.flats[index]))
 
+    def _kernels(self, narrow: bool) -> ModuleType | None:
+        """Those that do a bucket: on GPUs there are none of int32."""
+        return self.kernels if self.kernels and hasattr(self.kernels, "add_int32" if narrow else "add") else None
+
     def add(self, index: int, keep: bool, digest: Digest | None, apart: bool) -> None:
         """Add a worker's values to the totals, and clear them for the next unless `keep`. What is not finite, and what
         could wrap int64, is flagged. apart: only the digest is wanted."""
         flat, statistics = self.flats[index], self.layouts[index].statistics
         narrow, counted = self._is_narrow(index), self.flushed is not None and not apart
+        kernels = None if counted or apart or digest else self._kernels(narrow)
+        if kernels and narrow:
+            tables = (self.scales.ends[index], self.scales.factors(index))
+            largest = kernels.add_int32(flat, self.sums(index), *tables, first=self._first_pass, clear=not keep)
+            self.out_of_range |= self.scales.take_in(index, largest, add=True)
+            return
         if self.scales:
             self.out_of_range |= self.scales.measure(index, add=not apart)
-        if self.kernels and not (narrow or counted or apart or digest):
+        if kernels:
             units = (statistics, 2.0**self.bits, 2.0**self.bits * self.finer, self._largest)
             to = (self.totals[index], self.out_of_range)
-            self.kernels.add(flat, *to, *units, first=self._first_pass, clear=not keep)
+            kernels.add(flat, *to, *units, first=self._first_pass, clear=not keep)
             return
         if counted:
             before = torch.count_nonzero(flat[statistics:])
@@ -112,11 +122,15 @@ class FixedPoint:
     def take(self, index: int) -> None:
         """The sums as floating-point values: one rounding, to the nearest."""
         flat, unit, statistics = self.flats[index], 2.0**-self.bits, self.layouts[index].statistics
-        if self._is_narrow(index):
+        narrow = self._is_narrow(index)
+        kernels = self._kernels(narrow)
+        if kernels and narrow:
+            kernels.take_int32(self.sums(index), flat, self.scales.ends[index], self.scales.factors(index))
+        elif kernels:
+            kernels.take(self.totals[index], flat, statistics, unit, unit / self.finer)
+        elif narrow:
             flat.copy_(self.sums(index))
             self.scales.from_units(index)
-        elif self.kernels:
-            self.kernels.take(self.totals[index], flat, statistics, unit, unit / self.finer)
         else:
             flat.copy_(self.totals[index]).mul_(unit)
             self._scale_statistics(index, 1 / self.finer)
@@ -131,19 +145,23 @@ class FixedPoint:
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """`kernels`, which do int64 in one pass over memory; None where torch's operations do. On a GPU that lacks them
-    there is a warning. Bits are the same with and without."""
-    if device.type != "cuda" or dtype != torch.float32:
+    """What does int64 in one pass over memory; None where torch's operations do. On a GPU that lacks it there is a
+    warning; of CPUs `doctor` says it. Bits are the same with and without."""
+    if device.type not in ("cpu", "cuda") or dtype != torch.float32:
         return None
     try:
-        from hpc_lbsgd.parallel import kernels
-
+        if device.type == "cpu":
+            from hpc_lbsgd.parallel import cpu_kernels as kernels
+        else:
+            from hpc_lbsgd.parallel import kernels
         refuse_wrong(kernels, device)
         return kernels
     except Exception as problem:  # no Triton, or no C compiler, by which it makes a part of each; it fails in any way
+        if device.type == "cpu" and isinstance(problem, OSError):  # it was not compiled
+            return None
         told = str(problem).strip().splitlines()
         warnings.warn(
-            f"Triton makes no kernels here ({type(problem).__name__}: {told[0][:200] if told else ''}): fixed point "
+            f"no kernels here ({type(problem).__name__}: {told[0][:200] if told else ''}): fixed point "
             "takes torch's operations, to the same bits in more passes over memory. A C compiler on the nodes mends it",
             stacklevel=2,
         )

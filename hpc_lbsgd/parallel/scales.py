@@ -29,10 +29,12 @@ class Scales:
         self.names: list[str] = []
         self._tensors: list[list[torch.Tensor]] = []
         self._slots: list[slice] = []  # of a bucket's tensors among all
+        self.ends: list[torch.Tensor] = []  # where in the bucket each tensor's part ends, and the next one's begins
         for flat, layout in zip(flats, layouts, strict=True):
             views = [view for view in layout.views if view.parameter.numel()]
             self._tensors.append([flat[v.offset : v.offset + v.parameter.numel()] for v in views])
             self._slots.append(slice(len(self.names), len(self.names) + len(views)))
+            self.ends.append(torch.tensor([*(view.offset for view in views[1:]), len(flat)][: len(views)]))
             self.names += [view.name for view in views]
         self.bounds = torch.zeros(len(self.names), dtype=torch.int64, device=flats[0].device)  # S of this rank's part
 
@@ -46,13 +48,20 @@ class Scales:
     def measure(self, index: int, add: bool) -> torch.Tensor:
         """Before a worker's values of a bucket are rounded: add their largest to S. Returns a bool scalar: one is not
         finite."""
-        slots, tensors = self._slots[index], self._tensors[index]
-        if not tensors:  # statistics
+        if not self._tensors[index]:  # statistics
             return self.bounds.new_zeros((), dtype=torch.bool)
-        largest = largest_of(tensors).double()
+        return self.take_in(index, largest_of(self._tensors[index]), add)
+
+    def take_in(self, index: int, largest: torch.Tensor, add: bool) -> torch.Tensor:
+        """`measure`, where the largest are known."""
+        slots, largest = self._slots[index], largest.double()
         if add:
-            self.bounds[slots] += (largest * self._factors[slots]).ceil_().clamp_(max=self._largest).long()
+            self.bounds[slots] += (largest * self.factors(index)).ceil_().clamp_(max=self._largest).long()
         return ~torch.isfinite(largest).all()
+
+    def factors(self, index: int) -> torch.Tensor:
+        """2^exponent of a bucket's tensors, float64."""
+        return self._factors[self._slots[index]]
 
     def to_units(self, index: int) -> None:
         torch._foreach_mul_(self._tensors[index], [2.0**e for e in self._now[self._slots[index]]])

@@ -1,5 +1,5 @@
-"""Triton's kernels of fixed point without a GPU: under Triton's interpreter equal to torch's operations to the bit, and
-compiled ahead of time for the GPUs that are named."""
+"""Kernels of fixed point, in C for CPUs and by Triton for GPUs: equal to torch's operations to the bit. Triton's run
+under its interpreter here, and are compiled ahead of time for the GPUs that are named."""
 
 import importlib.util
 import sys
@@ -27,8 +27,11 @@ def load(name: str):
     return module
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
+@pytest.fixture(params=["C", "Triton"])
+def kernels(request, monkeypatch):
+    if request.param == "C":
+        found = fixed_point.kernels_for(CPU, torch.float32)
+        return found or pytest.skip("the package's C part is not compiled: no C compiler when it was installed")
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return load("interpreted_kernels")
@@ -45,14 +48,14 @@ def odd_values(size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", [20, 40])
-def test_kernels_round_as_torch_does(interpreted, bits):
+def test_kernels_round_as_torch_does(kernels, bits):
     size, statistics, finer = 5000, 70, 2.0 ** max(0, 30 - bits)  # more than two programs, the last not full
     model = torch.nn.Linear(size - 1, 1)
     layouts = plan_layouts(model.named_parameters(), set(), statistics, 2**30, 2**30)
     found = []
-    for kernels in (None, interpreted):
+    for chosen in (None, kernels):
         buckets = Buckets(layouts, Alone(), CPU, torch.float32, bits=bits)
-        buckets.fixed.kernels = kernels
+        buckets.fixed.kernels = chosen
         (bucket,) = buckets.buckets
         assert buckets.fixed.finer == finer
         buckets.begin(3)
@@ -72,16 +75,18 @@ def test_kernels_round_as_torch_does(interpreted, bits):
     assert bad_a and bad_b
 
 
-@pytest.mark.parametrize("value, bad", [(1.0, False), (2.0**20, False), (2.0**60, True), (float("nan"), True)])
-def test_what_does_not_fit_is_flagged(interpreted, value, bad):
+@pytest.mark.parametrize(
+    "value, bad", [(1.0, False), (2.0**20, False), (2.0**60, True), (float("-inf"), True), (float("nan"), True)]
+)
+def test_what_does_not_fit_is_flagged(kernels, value, bad):
     x, totals = torch.zeros(3000), torch.zeros(3000, dtype=torch.int64)
     x[2999] = value
     flag = torch.zeros((), dtype=torch.bool)
-    interpreted.add(x, totals, flag, 0, 2.0**40, 2.0**40, 2.0**62 / 3, True, True)
+    kernels.add(x, totals, flag, 0, 2.0**40, 2.0**40, 2.0**62 / 3, True, True)
     assert bool(flag) == bad and not x.any()
 
 
-def test_a_run_with_kernels_has_the_bits_of_one_without(interpreted):
+def test_a_run_with_kernels_has_the_bits_of_one_without(kernels, monkeypatch):
     """Uneven passes, statistics, dropout, steps that compare ranks and steps that count."""
     content = {
         "model": {"name": "resnet8", "widths": [8, 8, 8], "dropout": 0.2, "zero_gamma": False},
@@ -93,12 +98,11 @@ def test_a_run_with_kernels_has_the_bits_of_one_without(interpreted):
     }
     recipe, hashes, calls = recipes.Recipe.model_validate(content), [], []
     schedule = recipe.build_schedule(24 * 3 + 11)
-    for kernels in (None, interpreted):
+    own = kernels.add
+    monkeypatch.setattr(kernels, "add", lambda *a, **k: calls.append(1) or own(*a, **k))
+    for chosen in (None, kernels):
         replica = Replica(recipe, 4, Alone(), CPU)
-        if kernels:
-            replica.buckets.fixed.kernels = kernels
-            own = kernels.add
-            kernels.add = lambda *a, own=own, **k: calls.append(1) or own(*a, **k)
+        replica.buckets.fixed.kernels = chosen
         torch.manual_seed(0)
         for number in range(5):
             point = schedule.at(number)
@@ -135,7 +139,7 @@ def test_a_node_where_kernels_cannot_be_made_goes_on_without_and_says_so(monkeyp
     def fail(kernels, device):
         raise RuntimeError("no cc")
 
-    assert fixed_point.kernels_for(CPU, torch.float32) is None
+    assert fixed_point.kernels_for(CPU, torch.float64) is None
     monkeypatch.setattr(fixed_point, "refuse_wrong", fail)
-    with pytest.warns(UserWarning, match=r"no kernels here \(RuntimeError: no cc\): fixed point takes torch's"):
+    with pytest.warns(UserWarning, match=r"^no kernels here \(RuntimeError: no cc\): fixed point takes torch's"):
         assert fixed_point.kernels_for(torch.device("cuda", 0), torch.float32) is None

@@ -1,5 +1,7 @@
 """Sums in int32: what they hold, how their units follow, and a step that they cannot hold."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -80,9 +82,49 @@ def test_the_next_unit_leaves_six_bits(bound, exponent):
     following = units.next_exponent(bound, exponent)
     assert -100 <= following <= 100
     if -100 < following < 100:
-        scaled = bound * 2.0 ** (following - exponent)
-        assert 2.0**24 < scaled <= 2.0**25
+        scaled = bound * Fraction(2) ** (following - exponent)
+        assert 2**24 < scaled <= 2**25
     assert units.next_exponent(0, exponent) == exponent
+
+
+def test_sums_in_c_are_torchs():
+    """Tensors longer and shorter than what C does at a time, gradients of 1e-30 to 1e20, zeros, and at last a NaN."""
+    made = torch.Generator().manual_seed(3)
+    sizes = [(5,), (3000,), (1,), (32, 32), (0,), (7, 9), (2049,)]
+    found = []
+    for c in (False, True):
+        made.manual_seed(3)
+        parameters = [(f"p{i}", torch.nn.Parameter(torch.zeros(size))) for i, size in enumerate(sizes)]
+        layouts = plan_layouts(parameters, {"p1", "p3"}, 12, 2**13, 2**13, narrow=True)
+        buckets = Buckets(layouts, None, CPU, torch.float32, bits=40, int32=True)
+        if not c:
+            buckets.fixed.kernels = None
+        elif not buckets.fixed.kernels:
+            pytest.skip("the package's C part is not compiled: no C compiler when it was installed")
+        fixed, seen = buckets.fixed, []
+        for number in range(6):
+            buckets.begin(3)
+            for worker in range(3):
+                for name, place in buckets.places:
+                    size = 2.0 ** torch.randint(-4, 4, place.shape, generator=made) * 10.0 ** (int(name[1]) * 7 - 25)
+                    place.copy_(torch.randn(place.shape, generator=made) * size * (number != int(name[1])))
+                if number == 5 and worker == 1:
+                    buckets.places[0][1].fill_(float("nan"))
+                for bucket in buckets.buckets:
+                    fixed.add(bucket.index, worker == 2, None, False)
+                    assert worker == 2 or not bucket.gradients.any()
+                fixed.end_pass()
+            bounds = fixed.scales.bounds.tolist()
+            overflow = fixed.scales.overflow(bounds)  # such a step is thrown away: its totals may be anything
+            for bucket in buckets.buckets if number < 5 and not overflow else ():
+                seen.append(fixed.sums(bucket.index).clone())
+                fixed.take(bucket.index)
+                seen.append(bucket.gradients.clone())
+            seen += [fixed.out_of_range, fixed.scales.bounds.clone() if number < 5 else fixed.scales.bounds[1:].clone()]
+            fixed.scales.settle(bounds if number < 5 else None, again=False)
+        assert len(buckets.buckets) > 2 and seen[-2] and sum(s.dtype == torch.int32 for s in seen) > 5
+        found.append(seen)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_tensor_without_a_gradient_keeps_its_unit_through_a_step_in_int64():

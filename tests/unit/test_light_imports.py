@@ -23,6 +23,7 @@ WITH_TORCH = (
     "hpc_lbsgd.parallel.engine",
     "hpc_lbsgd.parallel.fixed_point",
     "hpc_lbsgd.parallel.horovod_engine",
+    "hpc_lbsgd.parallel.cpu_kernels",
     "hpc_lbsgd.parallel.kernels",
     "hpc_lbsgd.parallel.layout",
     "hpc_lbsgd.parallel.scales",

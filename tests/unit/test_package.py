@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[2]
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
-def build(kind: str, tree: Path, out: Path) -> Path:
+def build(kind: str, tree: Path, out: Path, **environment: str) -> Path:
     """What a package index is sent, of `tree`. Setuptools' own hooks: no network, no isolation."""
     words = [sys.executable, "-c", BUILD, f"build_{kind}", out]
-    result = subprocess.run(words, cwd=tree, capture_output=True, text=True)
+    result = subprocess.run(words, cwd=tree, env=os.environ | environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return out / result.stdout.split()[-1]
 
@@ -29,6 +29,8 @@ def copy_of_the_tree(to: Path) -> Path:
     kept = ["hpc_lbsgd", "tools", "docs", "modules", "slurm"]
     kept += [p.name for p in ROOT.iterdir() if p.is_file() and not p.name.startswith(".")]
     subprocess.run(["cp", "-r", *kept, to], cwd=ROOT, check=True)
+    for made in to.rglob("*.so"):
+        made.unlink()
     return to
 
 
@@ -45,7 +47,8 @@ def installed(tmp_path_factory) -> Path:
     wheel = build("wheel", source, root / "dist")
     ours = {str(p.relative_to(ROOT)) for p in (ROOT / "hpc_lbsgd").rglob("*") if p.is_file()}
     with zipfile.ZipFile(wheel) as packed:
-        missing = {name for name in ours if "__pycache__" not in name} - set(packed.namelist())
+        packed = set(packed.namelist())
+        missing = {name for name in ours if "__pycache__" not in name and not name.endswith(".c")} - packed
     assert missing == set(), "package_data in setup.cfg"
     words = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", root / "site", wheel]
     subprocess.run([sys.executable, *words], check=True)
@@ -69,3 +72,18 @@ def test_the_installed_command_knows_its_recipes_sites_and_templates(installed):
     assert plan["global_batch"] == 8192
     script = python(installed, command, "submit", "goyal-resnet50", "--nodes", "2", "--site", "template", "--dry-run")
     assert "#SBATCH --nodes=2" in script
+
+
+def test_a_machine_without_a_c_compiler_installs_it_too(tmp_path):
+    for name in ("tree", "dist"):
+        (tmp_path / name).mkdir()
+    wheel = build("wheel", copy_of_the_tree(tmp_path / "tree"), tmp_path / "dist", CC="no-such-compiler")
+    with zipfile.ZipFile(wheel) as packed:
+        names = packed.namelist()
+        packed.extractall(tmp_path / "site")
+    assert "hpc_lbsgd/parallel/cpu_kernels.py" in names and not any(name.endswith(".so") for name in names)
+    code = "import torch; from hpc_lbsgd.parallel import fixed_point as f; "
+    told = python(
+        tmp_path / "site", "-W", "error", "-c", code + "print(f.kernels_for(torch.device('cpu'), torch.float32))"
+    )
+    assert told.strip() == "None"
