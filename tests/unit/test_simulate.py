@@ -137,6 +137,13 @@ def test_errors_against_the_published_are_within_the_goals():
     assert growth[1] / growth[0] == pytest.approx(1.12, abs=0.03)
 
 
+def test_strong_scaling_is_between_a_full_gpus_rate_and_a_rate_that_has_waited():
+    """Not fitted. With the first the model has no cost of small batches, with the second it counts waiting twice."""
+    found = [row for row in simulate.against_published()["rows"] if row["preset"] == "mlperf-h100"]
+    assert [row["error_points"] > 0 for row in found] == [not row["images_per_s"] for row in found]
+    assert [row["nodes"] for row in found] == 2 * [2, 8, 316, 448] and all(row["error_points"] > -9 for row in found)
+
+
 def test_the_fitted_numbers_are_the_best_and_the_same_for_all():
     """Least squares over the five points that say they were used; neighbours on the grid are no better."""
     built = {name: make() for name, make in PRESETS.items()}

@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from hpc_lbsgd.bench.simulate.workload import stored
@@ -36,6 +37,14 @@ class Preset(NamedTuple):
     baseline_ranks: int  # of the efficiency that its source states
     title: str
     sources: dict[str, str]  # by field: where the number comes from
+
+
+def of_batch(system: System, samples: int, images_per_s: float | None = None) -> System:
+    """The same system with so many samples a rank; at the same rate, or at this one."""
+    work = system.workload
+    longer = samples / images_per_s / work.compute_s if images_per_s else samples / work.samples
+    times = {key: getattr(work, key) * longer for key in ("forward_s", "backward_s", "other_s")}
+    return replace(system, workload=replace(work, samples=samples, **times))
 
 
 def thirds(model: str, samples: int, images_per_s: float) -> Workload:
@@ -118,6 +127,17 @@ def modern(
     )
 
 
+def mlperf() -> Preset:
+    rate = 57_295 / 8
+    preset = modern(
+        "H100", rate, "MLPerf Training 4.0, 57,295 images/s on 8 H100 (their sums included)", 3200,
+        "8 x 400 Gbit/s", 450, "H100 data sheet: NVLink, 18 links of 25 GB/s and direction",
+    )  # fmt: skip
+    system = replace(of_batch(preset.system, 400), method=replace(preset.system.method, item_bytes=2))
+    method = "NCCL, ring or tree by message; buckets as ours, float16 (assumed: theirs is MXNet over Horovod)"
+    return Preset(system, 8, "ResNet-50, n = 400, 8 H100 a node, 8 x 400 Gbit/s", preset.sources | {"method": method})
+
+
 PRESETS = {
     "goyal-p100-50gbe": goyal,
     "horovod-512-inception3": lambda: horovod("inception3", 134.4),
@@ -135,11 +155,14 @@ PRESETS = {
         "H100", 6900, "derived from MLPerf Training 3.0, 13.466 min on 8 H100", 3200,
         "8 x 400 Gbit/s", 450, "H100 data sheet: NVLink, 18 links of 25 GB/s and direction (H200 the same)",
     ),
+    "mlperf-h100": mlperf,
 }  # fmt: skip
 
 
 class Published(NamedTuple):
-    """An efficiency that somebody measured. used: the two fitted numbers were fitted to it."""
+    """An efficiency that somebody measured: images/s a rank over those of the baseline. used: the two fitted numbers
+    were fitted to it. samples: a rank, where they are not the preset's, of a rank that alone computes so many
+    images/s; None: as many as with the preset's."""
 
     preset: str
     nodes: int
@@ -147,7 +170,17 @@ class Published(NamedTuple):
     efficiency: float
     source: str
     used: bool
+    samples: int | None = None
+    images_per_s: float | None = None
 
+
+def strong_scaling(nodes: int, efficiency: float, samples: int, images_per_s: float | None = None) -> Published:
+    said = f"MLPerf Training 4.0: {8 * nodes} GPUs, n = {samples}" + (", a GPU at its rate" if images_per_s else "")
+    return Published("mlperf-h100", nodes, 8, efficiency, said, False, samples, images_per_s)
+
+
+# nodes, efficiency over 8 GPUs with n = 400, n of a GPU, its images/s then, with all that it waits for
+MLPERF = ((2, 0.876, 200, 6272), (8, 0.685, 50, 4908), (316, 0.380, 16, 2819), (448, 0.394, 16, 2819))
 
 PUBLISHED = (
     Published("goyal-p100-50gbe", 44, 8, 1 / 1.12, "Goyal et al. 2017, figure 7: step time + 12 %", True),
@@ -160,4 +193,6 @@ PUBLISHED = (
     Published("horovod-512-vgg16", 4, 1, 1787.4 / 16 / 130.9, "Horovod pull request 44: 16 GPUs, RDMA", False),
     Published("v100-edr", 1, 1, 8322 / 8 / 1200, "NVIDIA DeepLearningExamples: 8 V100, real data", False),
     Published("a100-hdr", 1, 1, 16621 / 8 / 2470, "NVIDIA DeepLearningExamples: 8 A100, real data", False),
+    *(strong_scaling(*point[:3]) for point in MLPERF),
+    *(strong_scaling(*point) for point in MLPERF),
 )

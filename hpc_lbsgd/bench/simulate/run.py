@@ -128,6 +128,9 @@ def against_published() -> dict:
     """Predictions beside what was measured; `used` says which of them the two fitted numbers have seen."""
     rows = []
     for p in PUBLISHED:
-        predicted = model.efficiency(PRESETS[p.preset]().system, p.nodes, p.baseline_ranks)
+        system = PRESETS[p.preset]().system
+        there = presets.of_batch(system, p.samples, p.images_per_s) if p.samples else system
+        longer = model.step(there, p.nodes).step_s / model.baseline_step_s(system, p.baseline_ranks)
+        predicted = there.workload.samples / system.workload.samples / longer
         rows.append({**p._asdict(), "predicted": predicted, "error_points": 100 * (predicted - p.efficiency)})
     return {"metric": METRIC, "rows": rows}

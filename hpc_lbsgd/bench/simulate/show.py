@@ -66,7 +66,7 @@ def plot(path: Path, result: dict) -> None:
     rows, positions = result["rows"], range(len(result["rows"]))
     left.plot([r["ranks"] for r in rows], [100 * r["efficiency"] for r in rows], "o-", label=result["preset"])
     for p in PUBLISHED:
-        if result["preset"] == p.preset:
+        if result["preset"] == p.preset and not p.samples:
             ranks = p.nodes * PRESETS[p.preset]().system.cluster.ranks_per_node
             left.plot(ranks, 100 * p.efficiency, "kx")
     left.set(xscale="log", xlabel="ranks", ylabel="efficiency, %; x: published", ylim=(0, 105))
