@@ -46,7 +46,7 @@ def test_the_root_has_no_stray_files():
     if git.returncode:
         pytest.skip(f"which files are the project's is not known: {git.stderr.strip()}")  # no clone, or another user's
     listed = git.stdout.splitlines()
-    known = "setup.cfg pyproject.toml Makefile MANIFEST.in constraints.txt mkdocs.yml .gitignore "
+    known = "setup.cfg setup.py pyproject.toml Makefile MANIFEST.in constraints.txt mkdocs.yml .gitignore "
     known += "README.md LICENSE CHANGELOG.md CITATION.cff CONTRIBUTING.md "
     known += ".ci/ docs/ hpc_lbsgd/ modules/ slurm/ tests/ tools/"
     roots = {f.split("/")[0] + ("/" if "/" in f else "") for f in listed}
