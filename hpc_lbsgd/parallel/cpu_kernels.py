@@ -67,7 +67,7 @@ def add_int32(
     which ends before ends[t] (tensors,) int64, in units of 1/scales[t] (tensors,) float64. clear: gradients are zero
     afterwards. Returns the largest |gradient| of each tensor, (tensors,) float32, not finite where one is not. Where it
     is more than int32 holds, totals are worth nothing."""
-    largest = torch.empty(len(ends))
+    largest = torch.empty(len(ends), dtype=torch.float32, device="cpu")  # whatever the default is
     tables = (ends.data_ptr(), scales.data_ptr(), largest.data_ptr())
     LIBRARY.hpc_lbsgd_add_int32(gradients.data_ptr(), totals.data_ptr(), len(ends), *tables, first, clear)
     return largest

@@ -170,7 +170,8 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
 
 def refuse_wrong(kernels: ModuleType, device: torch.device) -> None:
     """Raise ArithmeticError where they do not count to two."""
-    x, totals = torch.full((3,), 0.75, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+    x = torch.full((3,), 0.75, dtype=torch.float32, device=device)
+    totals = torch.zeros(3, dtype=torch.int64, device=device)
     kernels.add(x, totals, torch.zeros((), dtype=torch.bool, device=device), 0, 2.0, 2.0, 8.0, True, False)
     if totals.tolist() != [2] * 3:
         raise ArithmeticError(f"3/4 in halves is {totals.tolist()}")

@@ -37,6 +37,13 @@ def told(world: worlds.World, env: Mapping[str, str] = os.environ) -> tuple[str,
     return None
 
 
+def start_of(env: Mapping[str, str] = os.environ) -> str:
+    """What tells two starts apart that ask at one port, as of Slurm's jobs on a shared node two may; "": a port is one
+    start's own."""
+    slurms = worlds.launcher(env) == "srun"
+    return f"{env['SLURM_JOB_ID']}.{env.get('SLURM_STEP_ID', 0)}" if slurms else ""
+
+
 def has_agent(env: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun has a store already, and MASTER_ADDR and MASTER_PORT are its own."""
     return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -70,6 +77,7 @@ def meet(world: worlds.World):
             f"rank {world.rank} on {socket.gethostname()}: ranks cannot meet at {host}:{port} ("
             f"{str(problem).splitlines()[0]}); MASTER_ADDR and MASTER_PORT, set for all ranks, name another place"
         ) from None
+    store = dist.PrefixStore(start_of(), store)
     keys = [f"here/{rank}" for rank in range(world.size)]
     store.set(keys[world.rank], "")
     try:

@@ -34,7 +34,8 @@ class Scales:
             views = [view for view in layout.views if view.parameter.numel()]
             self._tensors.append([flat[v.offset : v.offset + v.parameter.numel()] for v in views])
             self._slots.append(slice(len(self.names), len(self.names) + len(views)))
-            self.ends.append(torch.tensor([*(view.offset for view in views[1:]), len(flat)][: len(views)]))
+            ends = [*(view.offset for view in views[1:]), len(flat)][: len(views)]
+            self.ends.append(torch.tensor(ends, dtype=torch.int64, device="cpu"))
             self.names += [view.name for view in views]
         self.bounds = torch.zeros(len(self.names), dtype=torch.int64, device=flats[0].device)  # S of this rank's part
 

@@ -109,3 +109,31 @@ def test_ranks_that_do_not_come_are_named():
     env = os.environ | spawn.environments(3, meeting.free_port())[0]
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout == "ranks [1, 2] of 3 did not come within 1 s\n", done.stdout + done.stderr
+
+
+def test_a_rank_that_comes_to_another_jobs_store_meets_nobody_there():
+    """Two jobs on a shared node, a thousand numbers apart, have one port."""
+    code = (
+        "import torch.distributed\n"
+        "from hpc_lbsgd.errors import RunError\n"
+        "from hpc_lbsgd.parallel import meeting, world\n"
+        "meeting.MEET_S = 4.0\n"
+        "input(print('here', flush=True) or '')\n"
+        "try: print(meeting.meet(world.from_environment()))\n"
+        "except RunError as problem: print(problem, flush=True)\n"
+        "input()"  # rank 0 has the store
+    )
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.free_port())}
+    of_two = os.environ | SRUN | place | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    line = [sys.executable, "-c", code]
+    jobs = [{"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, {"SLURM_PROCID": "1", "SLURM_JOB_ID": "1077"}]
+    ranks = [subprocess.Popen(line, env=of_two | job, **pipes) for job in jobs]
+    assert [rank.stdout.readline() for rank in ranks] == ["here\n"] * 2
+    for rank in ranks:
+        rank.stdin.write("\n")
+        rank.stdin.flush()
+    said = [rank.stdout.readline() for rank in ranks]
+    for rank in ranks:
+        rank.communicate("\n", timeout=60)
+    assert said == [f"ranks [{missing}] of 2 did not come within 4 s\n" for missing in (1, 0)]
