@@ -8,7 +8,7 @@ Both end in the same float32; the middle way sends three quarters of the bytes, 
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from statistics import quantiles
 
@@ -57,7 +57,13 @@ class Gloo:
         return out
 
 
-def main(engine) -> None:
+ENGINES = {"horovod": Horovod, "gloo": Gloo}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=ENGINES)
+    engine = ENGINES[parser.parse_args().engine]()
     torch.set_num_threads(1)
     ways = {
         "all-reduce": lambda x: (engine.whole(x) * UNIT).float(),
@@ -81,4 +87,4 @@ def main(engine) -> None:
 
 
 if __name__ == "__main__":
-    main({"horovod": Horovod, "gloo": Gloo}[sys.argv[1]]())
+    main()

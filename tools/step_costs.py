@@ -8,8 +8,8 @@ waits left out. Changed: time an image of the first step after the batch grew, o
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 from pathlib import Path
 
 from hpc_lbsgd import recipe as recipes
@@ -48,9 +48,11 @@ def show(name: str, values: list[float]) -> None:
         print(f"{name}: {len(values)}, median {middle:.4g}, {low:.4g} to {high:.4g}")
 
 
-def main(folders: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders; what is none is passed over")
     costs, growths = [], []
-    for folder in map(RunFolder, folders):
+    for folder in map(RunFolder, parser.parse_args().runs):
         if not folder.exists():
             continue
         recipe = recipes.load_resolved(folder.recipe)
@@ -65,4 +67,4 @@ def main(folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -30,7 +30,7 @@ def told(tmp_path_factory):
     write_images(here / "photos", 160, 40)
     write_images(here / "new-photos", 8, 40, seed=5)
     (here / "new-photos" / "torn.jpg").write_bytes(b"\xff\xd8\xff")
-    lines = [line.split()[1:] for line in re.search(r"```\n(.+?)```", PAGE, re.S)[1].splitlines()]
+    lines = [line.split()[1:] for line in re.search(r"```sh\n(.+?)```", PAGE, re.S)[1].splitlines()]
     assert [words[0] for words in lines] == ["init", "plan", "launch", "resume", "evaluate", "predict", "export"]
     said = {"folder": here}
     for words in lines:

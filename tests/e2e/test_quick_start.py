@@ -13,7 +13,7 @@ from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.records import RunFolder
 
 PAGE = (Path(__file__).parents[2] / "docs" / "quick-start.md").read_text()
-LAPTOP, PROMISE, NODE, CLUSTER = (block.splitlines() for block in re.findall(r"```\n(.+?)```", PAGE, re.S))
+LAPTOP, PROMISE, NODE, CLUSTER = (block.splitlines() for block in re.findall(r"```sh\n(.+?)```", PAGE, re.S))
 FEW = {"data.samples": 240, "model.widths": "[8,8,8]", "train.epochs": 1, "batch.samples_per_worker": 4}
 SMALL = {"data.samples": 96, "data.classes": 4, "data.image_size": 32, "data.eval_resize": 36, "train.epochs": 1,
          "model.name": "resnet8", "batch.samples_per_worker": 8, "schedule.warmup_epochs": 0,

@@ -13,8 +13,9 @@ that talk over sockets by `machine.engine: torch`, in `stop-` rows also Horovod'
 those of a real Slurm; nothing but the product ends them. Weights are compared with those of a run on one rank that
 nothing disturbed, bit for bit; each step, epoch and evaluation is on record once.
 
-    make faults [MINUTES=n]                         # all rows; appends to runs/faults/injections.jsonl, goes on there
-    make faults PART=row [SEED=n] [COUNT=n]         # rows whose names begin so
+    make faults                                     # all rows; appends to runs/faults/injections.jsonl, goes on there
+    make faults MINUTES=60                          # begins no chain after so long
+    make faults PART=slurm SEED=1 COUNT=8           # rows whose names begin so
     make faults PART=page                           # this page from that file
 
 One seed is one chain of injections, and the same chain again; timing between processes is the machine's. A chain is on
