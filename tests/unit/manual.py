@@ -7,9 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from markdown_it import MarkdownIt  # rich has it
+from markdown_it.token import Token
+
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-LANGUAGES = {"sh", "python", "yaml", "json", "text"}  # of fenced blocks; an indented one is sh
 IN_TEXT = {"hpc-lbsgd", "make", "python", "pip", "module", "torchrun", "mpirun", "srun", "salloc", "aprun", "touch"}
 MESSAGE = ": "  # what a program says begins with a program's name, too
 
@@ -20,12 +22,13 @@ command_not_found_handle() { local IFS=$'\x1f'; printf '%s\x1e' "${BASH_LINENO[@
 """
 BY_PATH = '{0}() {{ command_not_found_handle {0} "$@"; }}'  # no PATH is asked for a name with a slash in it
 SILENT = re.compile(r"\s*(#.*|for .*; do|done|)")  # lines of which nothing is asked
+EITHER = re.compile(r"^[^#]*(\|\||\belse\b)")  # the shell takes one way, and a check sees no other
 
 
 class Block(NamedTuple):
     line: int  # in the page, from 1
-    language: str
-    lines: list[str]
+    language: str  # of a fenced block; an indented one is sh
+    text: str
 
 
 class Command(NamedTuple):
@@ -33,52 +36,38 @@ class Command(NamedTuple):
     words: list[str]
 
 
+def tokens(page: Path) -> list[Token]:
+    return MarkdownIt("commonmark").enable("table").parse(page.read_text())
+
+
 def blocks(page: Path) -> list[Block]:
-    found: list[Block] = []
-    fenced, indented, before = False, False, ""
-    for number, line in enumerate(page.read_text().splitlines(), 1):
-        code = not fenced and line.startswith("    ") and (indented or not before)
-        if fenced:
-            fenced = line != "```"
-            if fenced:
-                found[-1].lines.append(line)
-        elif line.startswith("```"):
-            fenced = True
-            found.append(Block(number + 1, line.removeprefix("```"), []))
-        elif code:
-            if not indented:
-                found.append(Block(number, "sh", []))
-            found[-1].lines.append(line)
-        else:
-            assert before or not line.startswith(" "), f"{page}:{number}: inside a list Markdown's readers differ"
-            assert "```" not in line, f"{page}:{number}: a fence stands in the first column"
-        indented, before = code, line.strip()
-    return found
+    found = [token for token in tokens(page) if token.type in ("fence", "code_block")]
+    return [
+        Block(token.map[0] + 1 + (token.type == "fence"), token.info if token.type == "fence" else "sh", token.content)
+        for token in found
+    ]
 
 
 @cache
 def commands(page: Path) -> list[Command]:
     """Those of all sh blocks, and those that text has in `backticks`."""
-    lines = page.read_text().splitlines()
-    script, text = [""] * len(lines), lines.copy()
+    script = [""] * len(page.read_text().splitlines())
     for block in blocks(page):
-        span = slice(block.line - 1, block.line - 1 + len(block.lines))
-        text[span] = [""] * len(block.lines)
         if block.language == "sh":
-            script[span] = block.lines
-    taken = asked(script)
-    last = ""
-    for number, line in enumerate(script, 1):
-        asks = not SILENT.fullmatch(line) and not last.endswith("\\")
-        assert not asks or number in {c.line for c in taken}, f"{page}:{number}: the shell does not come to it: {line}"
-        last = line
-    inline = [""] * len(lines)
-    plain = re.sub(r"^```.*", "", "\n".join(text), flags=re.M)
-    for span in re.finditer(r"`((?:[^`\n]|\n(?!\n))+)`", plain):
-        words = [word for word in span[1].split() if not re.match(r"[A-Z_]+=", word)]
-        if len(words) > 1 and words[0] in IN_TEXT and MESSAGE not in span[1]:
-            inline[plain.count("\n", 0, span.start())] += span[1].replace("\n", " ") + "; "
-    return taken + asked(inline)
+            lines = block.text.splitlines()
+            script[block.line - 1 : block.line - 1 + len(lines)] = lines
+    for token in tokens(page):
+        for child in token.children or []:
+            words = [word for word in child.content.split() if not re.match(r"[A-Z_]+=", word)]
+            command = child.type == "code_inline" and len(words) > 1 and words[0] in IN_TEXT
+            if command and MESSAGE not in child.content:
+                script[token.map[0]] += f"{child.content}; "
+    taken = asked(script) if any(script) else []
+    known = {command.line for command in taken}
+    for number, (last, line) in enumerate(zip(["", *script], script, strict=False), 1):
+        seen = number in known or SILENT.fullmatch(line) or last.endswith("\\")
+        assert seen and not EITHER.search(line), f"{page}:{number}: the shell does not come to all of it: {line}"
+    return taken
 
 
 def asked(script: list[str], **variables: str) -> list[Command]:

@@ -1,39 +1,26 @@
-"""Every command of the manual is one that there is: each kind is held to what will read it. Nothing is started, but for
-job scripts, among programs in Slurm's place; a program that no check is for is named."""
+"""Every command of the manual is one that there is (manual_checks.py), and every block holds what it says."""
 
-import argparse
 import ast
-import configparser
 import contextlib
+import html
 import json
-import os
 import re
-import runpy
 import shlex
-import subprocess
-import sys
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
+import markdown  # tensorboard has it, and so does mkdocs
 import pytest
-from manual import LANGUAGES, PAGES, ROOT, asked, blocks, commands
+from manual import PAGES, ROOT, asked, blocks, commands
+from manual_checks import Checks
 
 import hpc_lbsgd
-from hpc_lbsgd import cli, recipe, yaml12
-from hpc_lbsgd.cluster.script import Job, render
+from hpc_lbsgd import recipe, yaml12
 from hpc_lbsgd.cluster.sites import Site
-from hpc_lbsgd.records import RunFolder
-from hpc_lbsgd.schedulers.known import SCHEDULERS
 
-MAKEFILE = (ROOT / "Makefile").read_text()
-OURS = configparser.ConfigParser()
-OURS.read(ROOT / "setup.cfg")
-SLURM = "".join(p.read_text() for p in [*(ROOT / "slurm").iterdir(), ROOT / "hpc_lbsgd/schedulers/slurm.py"])
-OF_THE_SITE = {"gcc", "openmpi", "cuda"}  # modules of other people
-OF_OTHERS = {"scipy", "s3fs", "pip-audit"}  # packages that we neither need nor have
-ANY = {"COMMAND": "plan", "EXPERIMENT": "goyal-table1"}  # names for which only some words stand
-READERS_OWN = {"script.py", "SITE.py"}
+
+@pytest.fixture
+def checks(tmp_path, monkeypatch) -> Checks:
+    monkeypatch.chdir(ROOT)
+    return Checks(tmp_path, monkeypatch)
 
 
 def test_every_command_in_the_manual_is_one_that_there_is(checks, capsys):
@@ -50,265 +37,90 @@ def test_every_command_in_the_manual_is_one_that_there_is(checks, capsys):
     assert count > 350
 
 
-class Parsed(Exception):
-    """A program has taken its words; what it would do now is not wanted."""
-
-
-def taken(self, words=None, namespace=None):
-    found, rest = self.parse_known_args(words, namespace)
-    if rest:
-        self.error(f"unrecognized arguments: {' '.join(rest)}")
-    raise Parsed
-
-
-class Checks:
-    """A method a program, with - as _; it gets the words behind the name."""
-
-    def __init__(self, folder: Path, monkeypatch):
-        self.folder, self.monkeypatch = folder, monkeypatch
-        self.done: set[tuple[str, ...]] = set()
-        self.ours = cli.parser()
-
-    def check(self, words: list[str]) -> None:
-        name = Path(words[0]).name.replace("-", "_")
-        known = name in vars(Checks) and name not in ("check", "file")
-        assert known, f"no check for {words[0]}: write one in tests/unit/test_manual.py"
-        if tuple(words) not in self.done:
-            getattr(self, name)(words[1:])
-            self.done.add(tuple(words))
-
-    # ---------------------------------------------------------------- programs of ours
-
-    def hpc_lbsgd(self, words):
-        words = [ANY.get(word, word) for word in words]
-        try:
-            args = self.ours.parse_args(words)
-        except SystemExit as end:
-            if end.code == 0:  # --help, --version
-                return
-            raise
-        if args.command == "launch":
-            self.ours.parse_args([word for word in args.job if word != "--"])
-
-    def python(self, words):
-        if words[0] == "-m":
-            assert find_spec(words[1]), f"no module {words[1]}"
-            if words[1].startswith("hpc_lbsgd") and words[2:]:
-                self.hpc_lbsgd(words[2:])
-        elif words[0] not in READERS_OWN:
-            self.file(*words)
-
-    python3 = python
-
-    def file(self, name, *words):
-        """The program's own parser, up to where it has taken its words."""
-        path = next((folder / name for folder in (ROOT, ROOT / "docs/examples") if (folder / name).exists()), None)
-        assert path, f"no {name}"
-        source = path / "__main__.py" if path.is_dir() else path
-        if "argparse" not in source.read_text():
-            assert not words, f"{name} has no parser for its words"
-            return
-        with self.monkeypatch.context() as patch, contextlib.suppress(Parsed):
-            patch.setattr(argparse.ArgumentParser, "parse_args", taken)
-            patch.setattr(sys, "argv", [str(path), *words])
-            patch.setattr(sys, "path", [str(path.parent), *sys.path])
-            patch.setattr(os, "environ", dict(os.environ))
-            runpy.run_path(str(path), run_name="__main__")
-            raise AssertionError(f"{name} did not ask its parser")
-
-    def make(self, words):
-        """Each variable must do something for this target; and what make would start is checked as well."""
-        targets = [word for word in words if "=" not in word]
-        assert len(targets) == 1 and set(targets) <= set(re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.M)[1].split())
-        said = dry(*words)
-        for word in words:
-            without = [other for other in words if other != word]
-            assert word in targets or said != dry(*without), f"make {targets[0]} does not read {word}"
-            if targets == ["faults"] and word.startswith("PART=") and word != "PART=page":
-                rows = "".join(path.read_text() for path in (ROOT / "tests/faults/matrix").glob("*.py"))
-                assert f'"{word.removeprefix("PART=")}' in rows, f"no row of the matrix begins with {word}"
-        starts = re.findall(r"^no-venv/bin/((?:hpc-lbsgd|python (?:tools|tests)/).*)$", said, re.M)
-        for line in starts:
-            self.check(shlex.split(line))
-
-    def module(self, words):
-        verb, *names = words
-        assert verb in ("use", "load")
-        for name in names:
-            if verb == "use":
-                assert f'"{Path(name).name}"' in (ROOT / "tools/make_module.py").read_text(), name
-            else:
-                assert name.split("/")[0] in OF_THE_SITE | {p.stem for p in (ROOT / "modules").iterdir()}, name
-
-    # ---------------------------------------------------------------- what starts ours
-
-    def sbatch(self, words):
-        """The script itself, with programs in Slurm's place: it must hand on words that we take."""
-        options, (script, *rest) = split(words)
-        slurms(options)
-        assert Path(script) in {p.relative_to(ROOT) for p in (ROOT / "slurm").iterdir()}, script
-        started = job(self.folder, script, rest)
-        assert started, f"{script} starts nothing"
-        for words in started:
-            self.hpc_lbsgd(words)
-
-    def srun(self, words):
-        options, rest = split(words)
-        slurms(options)
-        if rest:
-            self.check(rest)
-
-    salloc = srun
-
-    def sh(self, words):
-        assert words[0] == "-c" and len(words) == 2
-        for _, inner in asked([words[1]], SLURM_PROCID="1", SLURM_NTASKS="4"):
-            self.check(inner)
-
-    def mpirun(self, words):
-        while words[0] in ("-np", "-n", "-N", "-e"):
-            words = words[2:]
-        if words != ["--version"]:
-            self.check(words)
-
-    aprun = mpirun
-
-    def torchrun(self, words):
-        from torch.distributed.run import get_args_parser  # noqa: TID251  (its words, not its sums)
-        from torch.distributed.run import get_args_parser
-
-        args = get_args_parser().parse_args(words)
-        rest = [args.training_script, *args.training_script_args]
-        self.python(["-m", *rest] if args.module else rest)
-
-    def docker(self, words):
-        if words[0] == "build":
-            assert words[1] == "-f" and (ROOT / words[2]).is_file() and (ROOT / words[-1]).is_dir()
-        else:
-            lines = (ROOT / "tools/containers/Dockerfile").read_text().splitlines()
-            said = {line.split()[0]: line.partition(" ")[2] for line in lines if line}
-            inside = words[words.index("hpc_lbsgd") + 1 :] or json.loads(said["CMD"])
-            self.check([*json.loads(said["ENTRYPOINT"]), *inside])
-
-    def apptainer(self, words):
-        if words[0] == "build":
-            assert (ROOT / words[2]).is_file()
-        else:
-            run = re.search(r'%runscript\n +exec (\S+) "\$@"\n', (ROOT / "tools/containers/hpc_lbsgd.def").read_text())
-            self.check([run[1], *words[words.index("hpc_lbsgd.sif") + 1 :]])
-
-    def reframe(self, words):
-        options = dict(zip(words, words[1:], strict=False))
-        source = (ROOT / options["-c"]).read_text()
-        assert "-n" not in options or f"class {options['-n']}(" in source
-        assert "-S" not in options or f"    {options['-S'].split('=')[0]} = variable(" in source
-
-    # ---------------------------------------------------------------- programs of others
-
-    def pip(self, words):
-        from pip._internal.commands import create_command
-
-        verb, *rest = words
-        options, names = create_command(verb).parse_args(rest)
-        for path in options.constraints:
-            assert (ROOT / path).is_file(), path
-        needed = OURS["options"]["install_requires"] + "".join(OURS["options.extras_require"].values())
-        for name in names:
-            package, extra, version = re.fullmatch(r"([\w.-]+)(?:\[(\w+)\])?(?:==(.+))?", name).groups()
-            if package == OURS["metadata"]["name"]:
-                assert not extra or extra in OURS["options.extras_require"], f"no extra {extra}"
-            elif package not in OF_OTHERS | {"..."}:
-                pinned = f"=={version}$" if version else ""
-                assert re.search(rf"^{package}\b{pinned}", needed, re.M), f"{name} is not ours"
-
-    def touch(self, words):
-        assert [Path(word).name for word in words] == [RunFolder("RUN").stop_file.name]
-
-    def scancel(self, words):
-        assert words == ["--signal=USR2", "JOB"] and hears("slurm", "USR2")
-
-    def bkill(self, words):
-        assert words == ["-s", "USR2", "JOB"] and hears("lsf", "USR2")
-
-    def qsig(self, words):
-        assert words == ["-s", "USR2", "JOB"] and hears("pbs", "USR2")
-
-    def source(self, words):
-        """fish's, of what it gets by its pipe."""
-        assert not words
-
-    def sacctmgr(self, words):
-        """An administrator's; nothing of it is ours."""
-
-    pip_audit = sacctmgr
-
-
-@pytest.fixture
-def checks(tmp_path, monkeypatch) -> Checks:
-    monkeypatch.chdir(ROOT)
-    return Checks(tmp_path, monkeypatch)
-
-
-@cache
-def dry(*words: str) -> str:
-    """What make would do where nothing is installed yet."""
-    line, env = ["make", "-n", "VENV=no-venv", "NP=2", *words], {"PATH": os.environ["PATH"]}
-    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return re.sub(r"\$\(\(\$\(date \+%s\) - \d+\)\)", "", done.stdout)  # seconds
-
-
-def split(words: list[str]) -> tuple[list[str], list[str]]:
-    """(options of the form --name=value, the rest)."""
-    first = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
-    return words[:first], words[first:]
-
-
-def slurms(options: list[str]) -> None:
-    """What the manual says to Slurm, our scripts say as well, and those are tried on a real one."""
-    for option in options:
-        name = option.removeprefix("--").split("=")[0]
-        assert re.search(rf'(--|"){name}\b', SLURM) and "=" in option, f"{option}: not in slurm/"
-
-
-IN_SLURM_S_PLACE = r"""#!/bin/sh
-for word; do printf '%s\037' "$word" >>asked; done; printf '\036' >>asked
-case "$*" in
-    *" hostnames "*) echo n1 ;;
-    *" own "*) echo me ;;
-    *" train "*) for run in runs/*; do printf '{\n "status": "done"\n}\n' >"$run/status.json"; done ;;
-esac
+WRONG = """
+hpc-lbsgd trian fashion-mnist
+hpc-lbsgd launch --np 2 -- train RECIPE --ste optim.base_lr=1
+python tools/gone.py
+python tools/step_costs.py
+python tools/gpu_table.py --batch 8
+python tools/fixed_point_costs.py --samples 3
+python -m hpc_lbsgd.cil
+make tets
+make test PATR=mpi
+make test PART=mip
+make gpu-check PART=mpi
+make faults PART=row
+make faults COUNT=some
+sbatch --node=2 slurm/train.sbatch RECIPE
+sbatch --nodes=2 slurm/trian.sbatch RECIPE
+sbatch --nodes=2 slurm/train.sbatch RECIPE --ste optim.base_lr=1
+sbatch --nodes=2 slurm/scaling.sbatch RECIPE --outs runs/scaling
+sbatch --nodes=2 slurm/reproduce.sbatch goyal-table7
+sbatch --nodes=2 slurm/data.sbatch idnex DIR
+srun --cpu-per-task=8 hpc-lbsgd doctor
+salloc --nodes=2 hpc-lbsgd doctor --mip
+srun sh -c 'hpc-lbsgd data index DIR --parts $SLURM_PROCID/$SLURM_NTASKS'
+mpirun -np 2 python tools/reduce_scatter_costs.py nccl
+torchrun --procs-per-node 8 -m -- hpc_lbsgd.cli train RECIPE
+torchrun --nproc-per-node 8 -m hpc_lbsgd.cli train RECIPE --run runs/RUN
+module load hpc-lbsgd
+module use /apps/modulefiles/lua
+pip install hpc_lbsgd[gpu]
+pip install horovod==0.27
+pip download -c constraint.txt torch
+pip install --quite torch
+docker build -f tools/Dockerfile -t hpc_lbsgd .
+docker run --rm hpc_lbsgd docter
+apptainer build hpc_lbsgd.sif tools/hpc_lbsgd.def
+apptainer run --nv hpc_lbsgd.sif docter
+reframe -c tools/reframe_check.py -n Scalling
+touch RUN/halt
+scancel --signal=HUP JOB
+qsub job.pbs
 """
 
 
-def job(folder: Path, script: str, words: list[str]) -> list[list[str]]:
-    """What words of ours a job of `sbatch SCRIPT WORDS` starts."""
-    for name in ("srun", "scontrol", "squeue", "python"):
-        (folder / name).write_text(IN_SLURM_S_PLACE)
-        (folder / name).chmod(0o755)
-    (folder / "asked").write_text("")
-    env = {"SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "8", "SLURM_CPUS_PER_TASK": "1"}
-    done = subprocess.run(
-        ["bash", ROOT / script, *words], cwd=folder, capture_output=True, text=True, timeout=60,
-        env={**env, "SLURMD_NODENAME": "n1", "PATH": f"{folder}:{os.environ['PATH']}"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    starts = [line.split("\x1f")[:-1] for line in (folder / "asked").read_text().split("\x1e")]
-    return [line[line.index("hpc_lbsgd.cli") + 1 :] for line in starts if "hpc_lbsgd.cli" in line and "own" not in line]
+def test_each_check_finds_what_is_wrong(checks):
+    missed = []
+    for _, words in asked(WRONG.splitlines()):
+        with contextlib.suppress(Exception, SystemExit):
+            checks.check(words)
+            missed.append(words)
+    assert missed == []
 
 
-def hears(scheduler: str, signal: str) -> bool:
-    assert scheduler in SCHEDULERS
-    script = render(Job("train", "x", 1, [], "", run="RUN"), Site(scheduler=scheduler), "python")
-    return bool(re.search(rf"^trap stop .*\b{signal}\b", script, re.M))
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        (["if a; then b", "else c", "fi"], ":4: the shell does not come to all of it"),
+        (["a || b"], ":3: the shell does not come to all of it"),
+        (["a && b \\", "  c  # or else", "for i in 1 2; do", "echo $i", "done"], None),
+        (["make $NONE"], "NONE: unbound variable"),
+        (["make 'test"], "unexpected EOF"),
+        (["cd /tmp", "./x"], None),
+    ],
+)
+def test_a_line_that_no_check_would_see_is_refused(lines, said, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(["# t", "", *(f"    {line}" for line in lines), ""]))
+    with pytest.raises(AssertionError, match=re.escape(said)) if said else contextlib.nullcontext():
+        commands(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_site_s_reader_finds_the_same_blocks(page):
+    """Code inside a list is a paragraph to one of the two, and its lines run together."""
+    site = markdown.markdown(page.read_text(), extensions=["toc", "tables", "fenced_code"])  # mkdocs' own
+    theirs = [html.unescape(text).strip("\n") for text in re.findall(r"<pre><code[^>]*>(.*?)</code>", site, re.S)]
+    assert [block.text.strip("\n") for block in blocks(page)] == theirs
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_blocks_say_what_they_hold_and_hold_it(page):
     """Recipes and site files are valid, Python is, and the names it asks of us are there."""
     for block in blocks(page):
-        where, text = f"{page.name}:{block.line}", "\n".join(block.lines)
-        assert block.language in LANGUAGES, where
+        where, text = f"{page.name}:{block.line}", block.text
+        assert block.language in ("sh", "python", "yaml", "json", "text"), where
         if block.language == "yaml":
             read(yaml12.mapping(text, where), where)
         if block.language == "json":
