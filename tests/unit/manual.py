@@ -13,7 +13,7 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 IN_TEXT = {"hpc-lbsgd", "make", "python", "pip", "module", "torchrun", "mpirun", "srun", "salloc", "aprun", "touch"}
-MESSAGE = ": "  # what a program says begins with a program's name, too
+MESSAGE = re.compile(r"(?<!:all): ")  # what a program says begins with its name, too
 
 # A shell that can start nothing: it writes down what it is asked for, and the line where.
 SHELL = r"""exec 9>>asked; set -u; PATH=/nowhere
@@ -60,7 +60,7 @@ def commands(page: Path) -> list[Command]:
         for child in token.children or []:
             words = [word for word in child.content.split() if not re.match(r"[A-Z_]+=", word)]
             command = child.type == "code_inline" and len(words) > 1 and words[0] in IN_TEXT
-            if command and MESSAGE not in child.content:
+            if command and not MESSAGE.search(child.content):
                 script[token.map[0]] += f"{child.content}; "
     taken = asked(script) if any(script) else []
     known = {command.line for command in taken}
@@ -81,6 +81,19 @@ def asked(script: list[str], **variables: str) -> list[Command]:
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
         found = [record.split("\x1f") for record in Path(folder, "asked").read_text().split("\x1e")[:-1]]
     return [Command(int(line) - len(start), words) for line, *words in found]
+
+
+def quoted(page: Path) -> list[str]:
+    """What its text has in `backticks`."""
+    return [child.content for token in tokens(page) for child in token.children or [] if child.type == "code_inline"]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub and mkdocs have them; where those differ, neither."""
+    found = tokens(page)
+    heads = [text.content for mark, text in zip(found, found[1:], strict=False) if mark.type == "heading_open"]
+    plain = [re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", head)).lower() for head in heads]
+    return {text.replace(" ", "-") for text in plain if not re.search("[ -]{2}", text)}
 
 
 def calls(page: Path) -> list[list[str]]:

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import yaml
-from manual import PAGES, ROOT, blocks, calls
+from manual import PAGES, ROOT, anchors, blocks, calls, quoted
 
-from hpc_lbsgd import cli, reading
+from hpc_lbsgd import cli, reading, recipe
 
 
 def test_recipe_reference_is_up_to_date():
@@ -24,9 +24,33 @@ def test_recipe_reference_is_up_to_date():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"{page}: {target}"
+            leads = page.parent / target if target else page
+            assert leads.exists() and (not anchor or anchor in anchors(leads)), f"{page}: {target}#{anchor}"
+
+
+FLAG = r"(?<![\w-])--[a-z][a-z-]*"
+DOTTED = r"(?<![\w./])[a-z_]+\.[a-z_]+(?![\w(/.])"
+PATH = r"(?<![\w./])(?:docs|hpc_lbsgd|modules|slurm|tests|tools)/[\w./-]*\w"
+OTHERS = {"--build-arg", "--mem"}  # docker's and Slurm's, of which nothing of ours makes use
+PARTS = {name: field.annotation for name, field in recipe.Recipe.model_fields.items()}
+SECTIONS = {name: part for name, part in PARTS.items() if hasattr(part, "model_fields")}
+
+
+def test_flags_keys_and_paths_in_text_are_there():
+    """A flag is one of ours, or of a program to which something of ours says it."""
+    code = [p for folder in ("hpc_lbsgd", "tools", "slurm") for p in (ROOT / folder).rglob("*") if p.is_file()]
+    flags = {f for p in code if p.suffix not in (".pyc", ".so") for f in re.findall(FLAG, p.read_text())} | OTHERS
+    keys = {f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields}
+    wrong = []
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for text in quoted(page):
+            wrong += [f"{page.name}: {flag}" for flag in re.findall(FLAG, text) if flag not in flags]
+            dotted = [word for word in re.findall(DOTTED, text) if word.partition(".")[0] in SECTIONS]
+            wrong += [f"{page.name}: {key}" for key in dotted if key not in keys]
+            wrong += [f"{page.name}: {path}" for path in re.findall(PATH, text) if not (ROOT / path).exists()]
+    assert wrong == []
 
 
 SHORT = {"plan": [], "submit": ["--dry-run"], "reproduce": ["--list"], "simulate": []}  # what answers without the work
@@ -68,8 +92,6 @@ def test_commands_of_a_page_that_plan_say_what_they_would_do(page, folder, capsy
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_keys_that_a_page_sets_are_keys_of_a_recipe(page):
-    from hpc_lbsgd import recipe
-
     for words in calls(page):
         settings = [value for flag, value in zip(words, words[1:], strict=False) if flag == "--set"]
         name = next((word for word in words if word in reading.shipped()), "fashion-mnist")
@@ -77,10 +99,10 @@ def test_keys_that_a_page_sets_are_keys_of_a_recipe(page):
 
 
 def test_the_recipe_in_the_readme_is_valid():
-    from hpc_lbsgd import recipe, yaml12
+    from hpc_lbsgd import yaml12
 
     (block,) = (block for block in blocks(ROOT / "README.md") if block.language == "yaml")
-    assert recipe.validate(yaml12.mapping("\n".join(block.lines), "README.md")).determinism == "any-ranks"
+    assert recipe.validate(yaml12.mapping(block.text, "README.md")).determinism == "any-ranks"
 
 
 def test_every_page_is_in_the_sites_list():
