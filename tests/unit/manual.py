@@ -36,6 +36,7 @@ class Command(NamedTuple):
     words: list[str]
 
 
+@cache
 def tokens(page: Path) -> list[Token]:
     return MarkdownIt("commonmark").enable("table").parse(page.read_text())
 
