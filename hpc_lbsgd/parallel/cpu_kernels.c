@@ -56,7 +56,10 @@ INLINE int add_block(float *restrict gradients, int64_t *restrict totals, int64_
     } else if (first) {
         for (int64_t i = 0; i < size; i++) totals[i] = bits_of(gradients[i] * scale + BESIDE) - beside;
     } else {
-        for (int64_t i = 0; i < size; i++) totals[i] += bits_of(gradients[i] * scale + BESIDE) - beside;
+        for (int64_t i = 0; i < size; i++) {
+            uint64_t whole = (uint64_t)(bits_of(gradients[i] * scale + BESIDE) - beside);
+            totals[i] = (int64_t)((uint64_t)totals[i] + whole); /* a step that is flagged may wrap */
+        }
     }
     return out_of_range;
 }
