@@ -3,7 +3,18 @@
 from setuptools import Extension, setup
 
 # A plain C library, no Python module: any C compiler makes it, without Python's or torch's headers. optional: where
-# there is none, torch's operations do the same, to the same bits. Traps and errno are what keeps GCC from vectors.
-FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
-NAME = "hpc_lbsgd.parallel._cpu_kernels"
-setup(ext_modules=[Extension(NAME, ["hpc_lbsgd/parallel/cpu_kernels.c"], extra_compile_args=FLAGS, optional=True)])
+# there is none, torch's operations do the same, to the same bits. Traps and errno are what keeps GCC from vectors. What
+# a user's CFLAGS say of fast mathematics is taken back, of the linker too: it would have a process without subnormals.
+FLAGS = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-math-errno", "-fno-trapping-math"]
+setup(
+    ext_modules=[
+        Extension(
+            "hpc_lbsgd.parallel._cpu_kernels",
+            ["hpc_lbsgd/parallel/cpu_kernels.c"],
+            extra_compile_args=FLAGS,
+            extra_link_args=FLAGS,
+            libraries=["m"],
+            optional=True,
+        )
+    ]
+)

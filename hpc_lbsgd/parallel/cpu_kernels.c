@@ -14,6 +14,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined __FAST_MATH__ || __FINITE_MATH_ONLY__
+#error "NaN and infinity must be seen: no -ffast-math"
+#endif
+
 enum { BLOCK = 1024 }; /* it lies in the nearest cache while it is gone through again */
 
 /* Compiled for any x86, and once more for those of the last ten years; which of them runs is settled at load time. */

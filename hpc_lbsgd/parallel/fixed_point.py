@@ -6,6 +6,7 @@ once, by its worker; what has been rounded is only added.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -169,9 +170,11 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
 
 
 def refuse_wrong(kernels: ModuleType, device: torch.device) -> None:
-    """Raise ArithmeticError where they do not count to two."""
-    x = torch.full((3,), 0.75, dtype=torch.float32, device=device)
-    totals = torch.zeros(3, dtype=torch.int64, device=device)
-    kernels.add(x, totals, torch.zeros((), dtype=torch.bool, device=device), 0, 2.0, 2.0, 8.0, True, False)
-    if totals.tolist() != [2] * 3:
-        raise ArithmeticError(f"3/4 in halves is {totals.tolist()}")
+    """Raise ArithmeticError where they do not count to three, or do not see a NaN."""
+    for last in (0.75, math.nan):
+        x = torch.tensor([0.75, 0.75, 0.75, last], dtype=torch.float32, device=device)
+        totals = torch.zeros(4, dtype=torch.int64, device=device)
+        flag = torch.zeros((), dtype=torch.bool, device=device)
+        kernels.add(x, totals, flag, 2, 2.0, 4.0, 8.0, True, False)
+        if totals.tolist()[:3] != [3, 3, 2] or bool(flag) != math.isnan(last):
+            raise ArithmeticError(f"3/4 in quarters and halves, and {last}: {totals.tolist()}, flag {bool(flag)}")

@@ -86,6 +86,15 @@ def test_what_does_not_fit_is_flagged(kernels, value, bad):
     assert bool(flag) == bad and not x.any()
 
 
+def test_what_does_not_see_a_nan_is_refused(kernels, monkeypatch):
+    """As C does that was compiled with -ffast-math."""
+    fixed_point.refuse_wrong(kernels, CPU)
+    own = kernels.add
+    monkeypatch.setattr(kernels, "add", lambda x, *others: own(x.nan_to_num(), *others))
+    with pytest.raises(ArithmeticError, match="and nan: .*, flag False"):
+        fixed_point.refuse_wrong(kernels, CPU)
+
+
 def test_a_run_with_kernels_has_the_bits_of_one_without(kernels, monkeypatch):
     """Uneven passes, statistics, dropout, steps that compare ranks and steps that count."""
     content = {

@@ -87,3 +87,19 @@ def test_a_machine_without_a_c_compiler_installs_it_too(tmp_path):
         tmp_path / "site", "-W", "error", "-c", code + "print(f.kernels_for(torch.device('cpu'), torch.float32))"
     )
     assert told.strip() == "None"
+
+
+def test_flags_for_fast_mathematics_are_taken_back(tmp_path):
+    """They would hide a NaN, and the linker's part of them takes subnormals from all that the process computes."""
+    if not shutil.which(os.environ.get("CC", "cc")):
+        pytest.skip("no C compiler")
+    for name in ("tree", "dist"):
+        (tmp_path / name).mkdir()
+    flags = "-Ofast -ffast-math -funsafe-math-optimizations -ffinite-math-only"
+    wheel = build("wheel", copy_of_the_tree(tmp_path / "tree"), tmp_path / "dist", CFLAGS=flags)
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    code = "import torch; from hpc_lbsgd.parallel import fixed_point as f; "
+    code += "made = f.kernels_for(torch.device('cpu'), torch.float32) is not None; "
+    code += "print(made, (torch.full((1,), 1e-40) * 1).item() > 0)"
+    told = python(tmp_path / "site", "-W", "error", "-c", code)
+    assert told.split() == ["True", "True"]
