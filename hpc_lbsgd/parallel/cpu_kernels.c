@@ -14,6 +14,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifndef SOURCE
+#define SOURCE 0
+#endif
+/* A digest of this file, given by who compiles it (setup.py): that of the file beside the library, or it is not used. */
+const uint64_t hpc_lbsgd_source = SOURCE;
+
 #if defined __FAST_MATH__ || __FINITE_MATH_ONLY__
 #error "NaN and infinity must be seen: no -ffast-math"
 #endif

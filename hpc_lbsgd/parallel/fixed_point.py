@@ -151,22 +151,28 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     if device.type not in ("cpu", "cuda") or dtype != torch.float32:
         return None
     try:
-        if device.type == "cpu":
-            from hpc_lbsgd.parallel import cpu_kernels as kernels
-        else:
-            from hpc_lbsgd.parallel import kernels
-        refuse_wrong(kernels, device)
-        return kernels
+        return made_for(device)
     except Exception as problem:  # no Triton, or no C compiler, by which it makes a part of each; it fails in any way
         if device.type == "cpu" and isinstance(problem, OSError):  # it was not compiled
             return None
         told = str(problem).strip().splitlines()
+        mends = "Installing the package again" if device.type == "cpu" else "A C compiler on the nodes"
         warnings.warn(
             f"no kernels here ({type(problem).__name__}: {told[0][:200] if told else ''}): fixed point "
-            "takes torch's operations, to the same bits in more passes over memory. A C compiler on the nodes mends it",
+            f"takes torch's operations, to the same bits in more passes over memory. {mends} mends it",
             stacklevel=2,
         )
         return None
+
+
+def made_for(device: torch.device) -> ModuleType:
+    """The kernels. Raises whatever there is where there are none, or wrong ones."""
+    if device.type == "cpu":
+        from hpc_lbsgd.parallel import cpu_kernels as kernels
+    else:
+        from hpc_lbsgd.parallel import kernels
+    refuse_wrong(kernels, device)
+    return kernels
 
 
 def refuse_wrong(kernels: ModuleType, device: torch.device) -> None:

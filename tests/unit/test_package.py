@@ -48,7 +48,7 @@ def installed(tmp_path_factory) -> Path:
     ours = {str(p.relative_to(ROOT)) for p in (ROOT / "hpc_lbsgd").rglob("*") if p.is_file()}
     with zipfile.ZipFile(wheel) as packed:
         packed = set(packed.namelist())
-        missing = {name for name in ours if "__pycache__" not in name and not name.endswith(".c")} - packed
+        missing = {name for name in ours if "__pycache__" not in name} - packed
     assert missing == set(), "package_data in setup.cfg"
     words = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", root / "site", wheel]
     subprocess.run([sys.executable, *words], check=True)
@@ -103,3 +103,23 @@ def test_flags_for_fast_mathematics_are_taken_back(tmp_path):
     code += "print(made, (torch.full((1,), 1e-40) * 1).item() > 0)"
     told = python(tmp_path / "site", "-W", "error", "-c", code)
     assert told.split() == ["True", "True"]
+
+
+def test_a_library_of_another_c_file_is_refused(installed):
+    """One that stayed when the package's files were brought up to date, and nobody could, or did, compile it."""
+    code = "import sys, torch; from hpc_lbsgd.parallel import fixed_point as f; "
+    code += "made = f.kernels_for(torch.device('cpu'), torch.float32); "
+    if not list(installed.rglob("_cpu_kernels*")):
+        pytest.skip("no C compiler")
+    assert python(installed, "-W", "error", "-c", code + "print(made is not None)") == "True\n"
+    source = installed / "hpc_lbsgd" / "parallel" / "cpu_kernels.c"
+    before = source.read_bytes()
+    try:
+        source.write_bytes(before.replace(b"int first, int clear", b"int clear, int first"))
+        code = "import warnings; warnings.showwarning = print; " + code
+        code += "from hpc_lbsgd.cluster import doctor; print(made, *doctor.check_fixed_point())"
+        told = python(installed, "-c", code)
+        assert "was compiled of another cpu_kernels.c" in told and "Installing the package again mends it" in told
+        assert told.splitlines()[-1].startswith("None Finding(") and told.count("of another cpu_kernels.c") == 2
+    finally:
+        source.write_bytes(before)
