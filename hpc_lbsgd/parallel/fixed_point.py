@@ -68,7 +68,9 @@ class FixedPoint:
         could wrap int64, is flagged. apart: only the digest is wanted."""
         flat, statistics = self.flats[index], self.layouts[index].statistics
         narrow, counted = self._is_narrow(index), self.flushed is not None and not apart
-        kernels = None if counted or apart or digest else self._kernels(narrow)
+        seen = counted or apart or digest is not None  # the whole numbers of this worker alone are wanted
+        # what int32 cannot hold becomes other bits in C, and ranks may be with and without it
+        kernels = None if narrow and seen else self._kernels(narrow)
         if kernels and narrow:
             tables = (self.scales.ends[index], self.scales.factors(index))
             largest = kernels.add_int32(flat, self.sums(index), *tables, first=self._first_pass, clear=not keep)
@@ -76,29 +78,26 @@ class FixedPoint:
             return
         if self.scales:
             self.out_of_range |= self.scales.measure(index, add=not apart)
-        if kernels:
-            units = (statistics, 2.0**self.bits, 2.0**self.bits * self.finer, self._largest)
-            to = (self.totals[index], self.out_of_range)
-            kernels.add(flat, *to, *units, first=self._first_pass, clear=not keep)
-            return
+        total, clear = self.sums(index), apart or not keep
         if counted:
             before = torch.count_nonzero(flat[statistics:])
-        self._round(index)
-        if counted:
-            self.flushed += torch.stack([before, before - torch.count_nonzero(flat[statistics:])])
-        if digest is not None:
-            digest(index, flat.to(self.sums(index).dtype))
-        if apart:
-            flat.zero_()
-            return
-        total = self.sums(index)
-        if self._first_pass:
-            total.copy_(flat)
-        elif narrow:
-            total += self._int32(index)[1].copy_(flat)
+        if kernels:
+            whole, first = (torch.empty_like(total), True) if seen else (total, self._first_pass)
+            units = (statistics, 2.0**self.bits, 2.0**self.bits * self.finer, self._largest)
+            kernels.add(flat, whole, self.out_of_range, *units, first=first, clear=clear)
         else:
-            total += flat.to(torch.int64)
-        if not keep:
+            self._round(index)
+            whole = flat
+        if counted:
+            self.flushed += torch.stack([before, before - torch.count_nonzero(whole[statistics:])])
+        if digest is not None:
+            digest(index, whole.to(total.dtype))
+        if not apart and whole is not total:
+            if self._first_pass:
+                total.copy_(whole)
+            else:
+                total += self._int32(index)[1].copy_(whole) if narrow else whole.to(torch.int64)
+        if clear and not kernels:
             flat.zero_()
 
     def _round(self, index: int) -> None:
