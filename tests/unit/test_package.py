@@ -95,12 +95,14 @@ def test_flags_for_fast_mathematics_are_taken_back(tmp_path):
         pytest.skip("no C compiler")
     for name in ("tree", "dist"):
         (tmp_path / name).mkdir()
-    flags = "-Ofast -ffast-math -funsafe-math-optimizations -ffinite-math-only"
+    flags = "-Ofast -ffast-math -funsafe-math-optimizations -ffinite-math-only -ftrapv"
     wheel = build("wheel", copy_of_the_tree(tmp_path / "tree"), tmp_path / "dist", CFLAGS=flags)
     shutil.unpack_archive(wheel, tmp_path / "site", "zip")
     code = "import torch; from hpc_lbsgd.parallel import fixed_point as f; "
-    code += "made = f.kernels_for(torch.device('cpu'), torch.float32) is not None; "
-    code += "print(made, (torch.full((1,), 1e-40) * 1).item() > 0)"
+    code += "made = f.kernels_for(torch.device('cpu'), torch.float32); "
+    code += "x, totals, flag = torch.full((9,), -1.0), torch.full((9,), -(2**63)), torch.zeros((), dtype=torch.bool); "
+    code += "made.add(x, totals, flag, 0, 2.0, 2.0, 8.0, False, True); "  # after a NaN; a worker more ends no process
+    code += "print(made is not None, (torch.full((1,), 1e-40) * 1).item() > 0)"
     told = python(tmp_path / "site", "-W", "error", "-c", code)
     assert told.split() == ["True", "True"]
 
