@@ -12,6 +12,7 @@ SOURCE = "hpc_lbsgd/parallel/cpu_kernels.c"
 # a user's CFLAGS say of fast mathematics is taken back, of the linker too: it would have a process without subnormals.
 FLAGS = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-math-errno", "-fno-trapping-math"]
 setup(
+    options={"build_ext": {"force": True}},  # a file that came with its time may be older than what was made of another
     ext_modules=[
         Extension(
             "hpc_lbsgd.parallel._cpu_kernels",
@@ -22,5 +23,5 @@ setup(
             libraries=["m"],
             optional=True,
         )
-    ]
+    ],
 )

@@ -125,3 +125,17 @@ def test_a_library_of_another_c_file_is_refused(installed):
         assert told.splitlines()[-1].startswith("None Finding(") and told.count("of another cpu_kernels.c") == 2
     finally:
         source.write_bytes(before)
+
+
+def test_a_c_file_that_came_with_its_time_is_compiled(tmp_path):
+    """By rsync or from an archive: older than the library that lies in build/ of the version before."""
+    if not shutil.which(os.environ.get("CC", "cc")):
+        pytest.skip("no C compiler")
+    source, found = copy_of_the_tree(tmp_path) / "hpc_lbsgd" / "parallel" / "cpu_kernels.c", []
+    for line in (b"", b"/* new */\n"):
+        source.write_bytes(source.read_bytes() + line)
+        os.utime(source, (0, 0))
+        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tmp_path, check=True)
+        (library,) = source.parent.glob("*.so")
+        found.append(library.read_bytes())
+    assert found[0] != found[1]
