@@ -31,7 +31,7 @@ def commit() -> str | None:
 def program() -> str:
     """A digest of this package's source."""
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(PROGRAM.rglob("*.py")):
+    for path in sorted((*PROGRAM.rglob("*.py"), *PROGRAM.rglob("*.c"))):
         digest.update(f"{path.relative_to(PROGRAM)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -14,6 +14,16 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifndef SOURCE
+#define SOURCE 0
+#endif
+/* A digest of this file, given by who compiles it (setup.py): that of the file beside the library, or it is not used. */
+const uint64_t hpc_lbsgd_source = SOURCE;
+
+#if defined __FAST_MATH__ || __FINITE_MATH_ONLY__
+#error "NaN and infinity must be seen: no -ffast-math"
+#endif
+
 enum { BLOCK = 1024 }; /* it lies in the nearest cache while it is gone through again */
 
 /* Compiled for any x86, and once more for those of the last ten years; which of them runs is settled at load time. */
@@ -56,7 +66,10 @@ INLINE int add_block(float *restrict gradients, int64_t *restrict totals, int64_
     } else if (first) {
         for (int64_t i = 0; i < size; i++) totals[i] = bits_of(gradients[i] * scale + BESIDE) - beside;
     } else {
-        for (int64_t i = 0; i < size; i++) totals[i] += bits_of(gradients[i] * scale + BESIDE) - beside;
+        for (int64_t i = 0; i < size; i++) {
+            uint64_t whole = (uint64_t)(bits_of(gradients[i] * scale + BESIDE) - beside);
+            totals[i] = (int64_t)((uint64_t)totals[i] + whole); /* a step that is flagged may wrap */
+        }
     }
     return out_of_range;
 }

@@ -7,7 +7,9 @@ One thread: it takes a third of what torch's passes take on two.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
+from pathlib import Path
 
 import torch
 
@@ -15,11 +17,15 @@ POINTER, WHOLE, REAL, YES = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ct
 
 
 def load() -> ctypes.CDLL:
-    """Raises OSError where it was not compiled, or for another kind of machine."""
+    """Raises OSError where it was not compiled, or for another kind of machine; another error where it is of another C
+    file than the one that is here: that is new, and was not installed, or could not be compiled then."""
     found = importlib.util.find_spec("hpc_lbsgd.parallel._cpu_kernels")
     if found is None:
-        raise OSError("not compiled when this package was installed")
+        raise OSError("its C part was not compiled when the package was installed")
     library = ctypes.CDLL(found.origin)
+    digest = hashlib.blake2b(Path(__file__).with_suffix(".c").read_bytes(), digest_size=8).hexdigest()
+    if ctypes.c_uint64.in_dll(library, "hpc_lbsgd_source").value != int(digest, 16):
+        raise ImportError(f"{found.origin} was compiled of another cpu_kernels.c")
     for function, types in (
         (library.hpc_lbsgd_add, [POINTER, POINTER, POINTER, WHOLE, WHOLE, REAL, REAL, REAL, YES, YES]),
         (library.hpc_lbsgd_take, [POINTER, POINTER, WHOLE, WHOLE, REAL, REAL]),

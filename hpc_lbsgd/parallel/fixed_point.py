@@ -6,6 +6,7 @@ once, by its worker; what has been rounded is only added.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -67,7 +68,9 @@ class FixedPoint:
         could wrap int64, is flagged. apart: only the digest is wanted."""
         flat, statistics = self.flats[index], self.layouts[index].statistics
         narrow, counted = self._is_narrow(index), self.flushed is not None and not apart
-        kernels = None if counted or apart or digest else self._kernels(narrow)
+        seen = counted or apart or digest is not None  # the whole numbers of this worker alone are wanted
+        # what int32 cannot hold becomes other bits in C, and ranks may be with and without it
+        kernels = None if narrow and seen else self._kernels(narrow)
         if kernels and narrow:
             tables = (self.scales.ends[index], self.scales.factors(index))
             largest = kernels.add_int32(flat, self.sums(index), *tables, first=self._first_pass, clear=not keep)
@@ -75,29 +78,26 @@ class FixedPoint:
             return
         if self.scales:
             self.out_of_range |= self.scales.measure(index, add=not apart)
-        if kernels:
-            units = (statistics, 2.0**self.bits, 2.0**self.bits * self.finer, self._largest)
-            to = (self.totals[index], self.out_of_range)
-            kernels.add(flat, *to, *units, first=self._first_pass, clear=not keep)
-            return
+        total, clear = self.sums(index), apart or not keep
         if counted:
             before = torch.count_nonzero(flat[statistics:])
-        self._round(index)
-        if counted:
-            self.flushed += torch.stack([before, before - torch.count_nonzero(flat[statistics:])])
-        if digest is not None:
-            digest(index, flat.to(self.sums(index).dtype))
-        if apart:
-            flat.zero_()
-            return
-        total = self.sums(index)
-        if self._first_pass:
-            total.copy_(flat)
-        elif narrow:
-            total += self._int32(index)[1].copy_(flat)
+        if kernels:
+            whole, first = (torch.empty_like(total), True) if seen else (total, self._first_pass)
+            units = (statistics, 2.0**self.bits, 2.0**self.bits * self.finer, self._largest)
+            kernels.add(flat, whole, self.out_of_range, *units, first=first, clear=clear)
         else:
-            total += flat.to(torch.int64)
-        if not keep:
+            self._round(index)
+            whole = flat
+        if counted:
+            self.flushed += torch.stack([before, before - torch.count_nonzero(whole[statistics:])])
+        if digest is not None:
+            digest(index, whole.to(total.dtype))
+        if not apart and whole is not total:
+            if self._first_pass:
+                total.copy_(whole)
+            else:
+                total += self._int32(index)[1].copy_(whole) if narrow else whole.to(torch.int64)
+        if clear and not kernels:
             flat.zero_()
 
     def _round(self, index: int) -> None:
@@ -150,28 +150,36 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     if device.type not in ("cpu", "cuda") or dtype != torch.float32:
         return None
     try:
-        if device.type == "cpu":
-            from hpc_lbsgd.parallel import cpu_kernels as kernels
-        else:
-            from hpc_lbsgd.parallel import kernels
-        refuse_wrong(kernels, device)
-        return kernels
+        return made_for(device)
     except Exception as problem:  # no Triton, or no C compiler, by which it makes a part of each; it fails in any way
         if device.type == "cpu" and isinstance(problem, OSError):  # it was not compiled
             return None
         told = str(problem).strip().splitlines()
+        mends = "Installing the package again" if device.type == "cpu" else "A C compiler on the nodes"
         warnings.warn(
             f"no kernels here ({type(problem).__name__}: {told[0][:200] if told else ''}): fixed point "
-            "takes torch's operations, to the same bits in more passes over memory. A C compiler on the nodes mends it",
+            f"takes torch's operations, to the same bits in more passes over memory. {mends} mends it",
             stacklevel=2,
         )
         return None
 
 
+def made_for(device: torch.device) -> ModuleType:
+    """The kernels. Raises whatever there is where there are none, or wrong ones."""
+    if device.type == "cpu":
+        from hpc_lbsgd.parallel import cpu_kernels as kernels
+    else:
+        from hpc_lbsgd.parallel import kernels
+    refuse_wrong(kernels, device)
+    return kernels
+
+
 def refuse_wrong(kernels: ModuleType, device: torch.device) -> None:
-    """Raise ArithmeticError where they do not count to two."""
-    x = torch.full((3,), 0.75, dtype=torch.float32, device=device)
-    totals = torch.zeros(3, dtype=torch.int64, device=device)
-    kernels.add(x, totals, torch.zeros((), dtype=torch.bool, device=device), 0, 2.0, 2.0, 8.0, True, False)
-    if totals.tolist() != [2] * 3:
-        raise ArithmeticError(f"3/4 in halves is {totals.tolist()}")
+    """Raise ArithmeticError where they do not count to three, or do not see a NaN."""
+    for last in (0.75, math.nan):
+        x = torch.tensor([0.75, 0.75, 0.75, last], dtype=torch.float32, device=device)
+        totals = torch.zeros(4, dtype=torch.int64, device=device)
+        flag = torch.zeros((), dtype=torch.bool, device=device)
+        kernels.add(x, totals, flag, 2, 2.0, 4.0, 8.0, True, False)
+        if totals.tolist()[:3] != [3, 3, 2] or bool(flag) != math.isnan(last):
+            raise ArithmeticError(f"3/4 in quarters and halves, and {last}: {totals.tolist()}, flag {bool(flag)}")

@@ -86,6 +86,47 @@ def test_what_does_not_fit_is_flagged(kernels, value, bad):
     assert bool(flag) == bad and not x.any()
 
 
+def test_what_does_not_see_a_nan_is_refused(kernels, monkeypatch):
+    """As C does that was compiled with -ffast-math."""
+    fixed_point.refuse_wrong(kernels, CPU)
+    own = kernels.add
+    monkeypatch.setattr(kernels, "add", lambda x, *others: own(x.nan_to_num(), *others))
+    with pytest.raises(ArithmeticError, match="and nan: .*, flag False"):
+        fixed_point.refuse_wrong(kernels, CPU)
+
+
+def test_ranks_compare_and_count_what_kernels_made(kernels, monkeypatch):
+    """A node whose kernels are wrong is not found by what its torch would have made. What is out of range is the same
+    to those with and without."""
+    layouts = plan_layouts(torch.nn.Linear(2999, 1).named_parameters(), set(), 70, 2**30, 2**30)
+    values = odd_values(layouts[0].size)
+    values[500:505] = torch.tensor([float("nan"), float("inf"), -float("inf"), -1e30, 2.0**62])
+    own = kernels.add
+
+    def wrong(gradients, totals, *others, **more):
+        own(gradients, totals, *others, **more)
+        totals[1000] += 1
+
+    found = []
+    for chosen, add in ((None, own), (kernels, own), (kernels, wrong)):
+        buckets, seen = Buckets(layouts, Alone(), CPU, torch.float32, bits=40), []
+        monkeypatch.setattr(kernels, "add", add)
+        fixed, (bucket,) = buckets.fixed, buckets.buckets
+        fixed.kernels = chosen
+        buckets.begin(3, count_flushed=True)
+        for apart, last in ((False, False), (True, False), (False, True)):
+            bucket.gradients.copy_(values)
+            fixed.add(0, last, lambda index, whole, into=seen: into.append(whole.clone()), apart)
+            fixed.end_pass() if not apart else None
+            assert last or not bucket.gradients.any()
+        monkeypatch.setattr(kernels, "add", own)
+        found.append((*seen, fixed.totals[0].clone(), buckets.flushed, fixed.out_of_range))
+    without, right, other = found
+    assert all(torch.equal(a, b) for a, b in zip(without, right, strict=True)) and 0 < right[-2][1] < right[-2][0]
+    for one, another in zip(right[:4], other[:4], strict=True):
+        assert torch.nonzero(one != another).flatten().tolist() == [1000] and one.dtype == torch.int64
+
+
 def test_a_run_with_kernels_has_the_bits_of_one_without(kernels, monkeypatch):
     """Uneven passes, statistics, dropout, steps that compare ranks and steps that count."""
     content = {

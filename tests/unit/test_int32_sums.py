@@ -12,9 +12,10 @@ from test_workers import CPU, batches, engine, point_of, small_recipe  # noqa: F
 from hpc_lbsgd import plan
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.errors import RequestError
+from hpc_lbsgd.parallel import fixed_point
 from hpc_lbsgd.parallel.buckets import Buckets
 from hpc_lbsgd.parallel.layout import plan_layouts
-from hpc_lbsgd.parallel.scales import halves
+from hpc_lbsgd.parallel.scales import Scales, halves
 from hpc_lbsgd.theory import units
 from hpc_lbsgd.theory.schedule import Point
 from hpc_lbsgd.train import step
@@ -125,6 +126,32 @@ def test_sums_in_c_are_torchs():
         assert len(buckets.buckets) > 2 and seen[-2] and sum(s.dtype == torch.int32 for s in seen) > 5
         found.append(seen)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, "meta"])
+def test_sums_in_c_do_not_follow_torchs_defaults(kind):
+    """A model's code may set them, before or in mid-run. C writes where it is told to, in float32."""
+    before, found = torch.get_default_dtype(), []
+    for c in (False, True):
+        buckets = buckets_of({"weight": 20, "one": 20})
+        if not c:
+            buckets.fixed.kernels = None
+        elif not buckets.fixed.kernels:
+            pytest.skip("the package's C part is not compiled: no C compiler when it was installed")
+        try:
+            torch.set_default_device(kind) if kind == "meta" else torch.set_default_dtype(kind)
+            assert fixed_point.kernels_for(CPU, torch.float32) or not c
+            scales = Scales([b.gradients for b in buckets.buckets], buckets.fixed.layouts, 40)
+            assert [(e.dtype, e.device) for e in scales.ends] == [(torch.int64, CPU)]
+            buckets.begin(2)
+            for _, place in buckets.places:
+                place.fill_(0.01)
+            buckets.fixed.add(0, False, None, False)
+        finally:
+            torch.set_default_dtype(before)
+            torch.set_default_device(None)
+        found.append((buckets.scales.bounds.tolist(), buckets.fixed.sums(0).tolist()))
+    assert found[0] == found[1] and found[0][0] == [10486, 10486]
 
 
 def test_a_tensor_without_a_gradient_keeps_its_unit_through_a_step_in_int64():

@@ -48,7 +48,7 @@ def installed(tmp_path_factory) -> Path:
     ours = {str(p.relative_to(ROOT)) for p in (ROOT / "hpc_lbsgd").rglob("*") if p.is_file()}
     with zipfile.ZipFile(wheel) as packed:
         packed = set(packed.namelist())
-        missing = {name for name in ours if "__pycache__" not in name and not name.endswith(".c")} - packed
+        missing = {name for name in ours if "__pycache__" not in name} - packed
     assert missing == set(), "package_data in setup.cfg"
     words = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", root / "site", wheel]
     subprocess.run([sys.executable, *words], check=True)
@@ -87,3 +87,55 @@ def test_a_machine_without_a_c_compiler_installs_it_too(tmp_path):
         tmp_path / "site", "-W", "error", "-c", code + "print(f.kernels_for(torch.device('cpu'), torch.float32))"
     )
     assert told.strip() == "None"
+
+
+def test_flags_for_fast_mathematics_are_taken_back(tmp_path):
+    """They would hide a NaN, and the linker's part of them takes subnormals from all that the process computes."""
+    if not shutil.which(os.environ.get("CC", "cc")):
+        pytest.skip("no C compiler")
+    for name in ("tree", "dist"):
+        (tmp_path / name).mkdir()
+    flags = "-Ofast -ffast-math -funsafe-math-optimizations -ffinite-math-only -ftrapv"
+    wheel = build("wheel", copy_of_the_tree(tmp_path / "tree"), tmp_path / "dist", CFLAGS=flags)
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    code = "import torch; from hpc_lbsgd.parallel import fixed_point as f; "
+    code += "made = f.kernels_for(torch.device('cpu'), torch.float32); "
+    code += "x, totals, flag = torch.full((9,), -1.0), torch.full((9,), -(2**63)), torch.zeros((), dtype=torch.bool); "
+    code += "made.add(x, totals, flag, 0, 2.0, 2.0, 8.0, False, True); "  # after a NaN; a worker more ends no process
+    code += "print(made is not None, (torch.full((1,), 1e-40) * 1).item() > 0)"
+    told = python(tmp_path / "site", "-W", "error", "-c", code)
+    assert told.split() == ["True", "True"]
+
+
+def test_a_library_of_another_c_file_is_refused(installed):
+    """One that stayed when the package's files were brought up to date, and nobody could, or did, compile it."""
+    code = "import sys, torch; from hpc_lbsgd.parallel import fixed_point as f; "
+    code += "made = f.kernels_for(torch.device('cpu'), torch.float32); "
+    if not list(installed.rglob("_cpu_kernels*")):
+        pytest.skip("no C compiler")
+    assert python(installed, "-W", "error", "-c", code + "print(made is not None)") == "True\n"
+    source = installed / "hpc_lbsgd" / "parallel" / "cpu_kernels.c"
+    before = source.read_bytes()
+    try:
+        source.write_bytes(before.replace(b"int first, int clear", b"int clear, int first"))
+        code = "import warnings; warnings.showwarning = print; " + code
+        code += "from hpc_lbsgd.cluster import doctor; print(made, *doctor.check_fixed_point())"
+        told = python(installed, "-c", code)
+        assert "was compiled of another cpu_kernels.c" in told and "Installing the package again mends it" in told
+        assert told.splitlines()[-1].startswith("None Finding(") and told.count("of another cpu_kernels.c") == 2
+    finally:
+        source.write_bytes(before)
+
+
+def test_a_c_file_that_came_with_its_time_is_compiled(tmp_path):
+    """By rsync or from an archive: older than the library that lies in build/ of the version before."""
+    if not shutil.which(os.environ.get("CC", "cc")):
+        pytest.skip("no C compiler")
+    source, found = copy_of_the_tree(tmp_path) / "hpc_lbsgd" / "parallel" / "cpu_kernels.c", []
+    for line in (b"", b"/* new */\n"):
+        source.write_bytes(source.read_bytes() + line)
+        os.utime(source, (0, 0))
+        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tmp_path, check=True)
+        (library,) = source.parent.glob("*.so")
+        found.append(library.read_bytes())
+    assert found[0] != found[1]
