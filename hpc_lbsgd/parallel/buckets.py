@@ -255,6 +255,11 @@ class Buckets:
         return [part for both in halves for part in both if part.numel()]
 
     @property
+    def rounded_by(self) -> str | None:
+        """What makes whole numbers of gradients: C, Triton or torch; None: they stay as they are."""
+        return (self.fixed.kernels.MADE_BY if self.fixed.kernels else "torch") if self.fixed else None
+
+    @property
     def scales(self) -> Scales | None:
         """Of sums in int32."""
         return self.fixed.scales if self.fixed else None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+MADE_BY = "C"
 POINTER, WHOLE, REAL, YES = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import product
 from types import ModuleType
 
 import torch
@@ -175,11 +176,19 @@ def made_for(device: torch.device) -> ModuleType:
 
 
 def refuse_wrong(kernels: ModuleType, device: torch.device) -> None:
-    """Raise ArithmeticError where they do not count to three, or do not see a NaN."""
-    for last in (0.75, math.nan):
+    """Raise ArithmeticError where they do not count to three, there and back, or do not see a NaN."""
+    kinds = [torch.int64, torch.int32] if hasattr(kernels, "add_int32") else [torch.int64]
+    for kind, last in product(kinds, (0.75, math.nan)):
         x = torch.tensor([0.75, 0.75, 0.75, last], dtype=torch.float32, device=device)
-        totals = torch.zeros(4, dtype=torch.int64, device=device)
-        flag = torch.zeros((), dtype=torch.bool, device=device)
-        kernels.add(x, totals, flag, 2, 2.0, 4.0, 8.0, True, False)
-        if totals.tolist()[:3] != [3, 3, 2] or bool(flag) != math.isnan(last):
-            raise ArithmeticError(f"3/4 in quarters and halves, and {last}: {totals.tolist()}, flag {bool(flag)}")
+        totals = torch.zeros(4, dtype=kind, device=device)
+        if kind == torch.int64:
+            flag = torch.zeros((), dtype=torch.bool, device=device)
+            kernels.add(x, totals, flag, 2, 2.0, 4.0, 8.0, True, False)
+            kernels.take(totals, x, 2, 0.5, 0.25)
+        else:
+            tables = (torch.tensor([2, 4], device=device), torch.tensor([4, 2], dtype=torch.float64, device=device))
+            flag = ~torch.isfinite(kernels.add_int32(x, totals, *tables, True, False)[1])
+            kernels.take_int32(totals, x, *tables)
+        found = (totals.tolist()[:3], x.tolist()[:3], bool(flag))
+        if found != ([3, 3, 2], [0.75, 0.75, 1.0], math.isnan(last)):
+            raise ArithmeticError(f"3/4 in quarters and halves, and {last}: {found[0]}, {found[1]}, flag {found[2]}")

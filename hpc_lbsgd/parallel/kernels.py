@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+MADE_BY = "Triton"
 BLOCK = 2048  # elements of a program
 WHOLE = tl.constexpr(2.0**23)  # from here on every float32 is a whole number
 

@@ -20,8 +20,8 @@ SETTINGS = ("HOROVOD_", "NCCL_", "OMPI_MCA_", "OMP_")
 SECRET = re.compile("TOKEN|KEY|PASS|SECRET|CREDENTIAL|COOKIE|AUTH|precondition_transports", re.IGNORECASE)
 
 
-def environment_facts(device) -> dict:
-    """What one rank runs on."""
+def environment_facts(device, fixed_point: str | None = None) -> dict:
+    """What one rank runs on. fixed_point: who rounds its gradients, where they are."""
     import torch
 
     facts = {
@@ -30,6 +30,8 @@ def environment_facts(device) -> dict:
         "cpu": worlds.cpu_model(),
         "threads": torch.get_num_threads(),
     }
+    if fixed_point:
+        facts["fixed_point"] = fixed_point
     if device.type == "cuda":
         facts["device"] += f" {torch.cuda.get_device_name(device)}"
     return facts

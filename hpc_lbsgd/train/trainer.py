@@ -113,7 +113,7 @@ class Trainer:
         self.replica.optimizer.skipped = len(self.state.skipped)
         self.replica.synchronise()
         self.replica.exponents = self.state.exponents
-        ranks = self.engine.gather(environment_facts(self.device))
+        ranks = self.engine.gather(environment_facts(self.device, self.replica.buckets.rounded_by))
         self.hosts, self.devices = [r["host"] for r in ranks], [r["device"] for r in ranks]
         self.slow = SlowRanks(self.hosts)
         agree(self.engine, lambda: self.journal.listen(self.recipe, self.replica, self.stops.ask))

@@ -144,6 +144,7 @@ def test_a_run_with_kernels_has_the_bits_of_one_without(kernels, monkeypatch):
     for chosen in (None, kernels):
         replica = Replica(recipe, 4, Alone(), CPU)
         replica.buckets.fixed.kernels = chosen
+        assert replica.buckets.rounded_by == (chosen.MADE_BY if chosen else "torch")  # on record
         torch.manual_seed(0)
         for number in range(5):
             point = schedule.at(number)
@@ -184,3 +185,11 @@ def test_a_node_where_kernels_cannot_be_made_goes_on_without_and_says_so(monkeyp
     monkeypatch.setattr(fixed_point, "refuse_wrong", fail)
     with pytest.warns(UserWarning, match=r"^no kernels here \(RuntimeError: no cc\): fixed point takes torch's"):
         assert fixed_point.kernels_for(torch.device("cuda", 0), torch.float32) is None
+
+
+def test_what_is_wrong_on_its_way_back_is_refused(kernels, monkeypatch):
+    for name in ("take", "take_int32") if hasattr(kernels, "take_int32") else ("take",):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, name, lambda totals, gradients, *others: gradients.copy_(totals))
+            with pytest.raises(ArithmeticError, match="3/4 in quarters and halves, and 0.75"):
+                fixed_point.refuse_wrong(kernels, CPU)
