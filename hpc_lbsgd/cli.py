@@ -127,8 +127,8 @@ def add_runs(command) -> None:
         example="plan goyal-resnet50 --nodes 32",
     )  # fmt: skip
     with_recipe(p, "a recipe file, the name of a shipped recipe, or a run folder")
-    p.add_argument("--nodes", type=positive, default=1, help="nodes (default: %(default)s)")
-    p.add_argument("--gpus-per-node", type=positive, default=8, help="ranks a node (default: %(default)s)")
+    p.add_argument("--nodes", type=positive, help="nodes (default: this machine)")
+    p.add_argument("--gpus-per-node", type=positive, help="ranks a node (default: with --nodes 8)")
     p.add_argument("--images-per-s", type=positive_float, help="a rank's measured rate without communication")
     p.add_argument("--system", metavar="PRESET", help="predict the step there; named by bench simulate --list")
     p.add_argument("--steps", type=step_range, metavar="A:B", help="add a table of steps A to B-1")
@@ -233,20 +233,23 @@ def resume(args) -> int:
 
 def plan(args) -> int:
     from hpc_lbsgd import plan as plans
+    from hpc_lbsgd import plan_show
     from hpc_lbsgd import recipe as recipes
     from hpc_lbsgd.records import RunFolder
 
-    folder, past = RunFolder(args.recipe), ()
+    folder, past, words = RunFolder(args.recipe), (), [args.recipe]
     if folder.exists():
         if args.settings:
             raise RequestError(f"--set {args.settings[0]}: {args.recipe} is a run, and has its recipe (see --amend)")
         recipe, *past = plans.of_run(folder)
+        words = [str(folder.recipe)]
     else:
         recipe = recipes.read(args.recipe, args.settings)
+        words += [word for setting in args.settings for word in ("--set", setting)]
     critical = plans.measured_noise_scale(args.noise_from) if args.noise_from else args.critical_batch
     where = (args.nodes, args.gpus_per_node, args.images_per_s)
-    result = plans.plan(recipe, *where, args.steps, critical, args.system, *past)
-    print(json.dumps(result) if args.json else plans.show(name_of(args.recipe), recipe, result))
+    result = plans.plan(recipe, *where, args.steps, critical, args.system, *past, run=folder if past else None)
+    print(json.dumps(result) if args.json else plan_show.show(name_of(args.recipe), recipe, result, words))
     return EXIT_DONE
 
 

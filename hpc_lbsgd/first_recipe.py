@@ -20,6 +20,7 @@ from hpc_lbsgd.data import archive, tree
 from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.decode import pixels
 from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
+from hpc_lbsgd.data.names import lists_of, read_excluded
 from hpc_lbsgd.data.storage import open_storage
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.outline import outline, render
@@ -117,7 +118,7 @@ def came_since(m: Manifest, folder: Path) -> list[str]:
     from a table all images count, else those in folders."""
     if m.shards:
         return []
-    known = {m.key(i) for i in range(len(m))} | set(manifests.read_excluded(folder))
+    known = {m.key(i) for i in range(len(m))} | set(read_excluded(lists_of(m.path)))
     nested = all(os.sep in key for key in known)
     there = tree.images_below(folder, Counter())
     return sorted(path for path in there if path not in known and (os.sep in path or not nested))

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hpc_lbsgd.amend import Amendment, checked, recipe_now, said, schedule_of
+from hpc_lbsgd import here as machines
+from hpc_lbsgd.amend import Amendment, checked, recipe_now, schedule_of
 from hpc_lbsgd.bench.simulate import workload
 from hpc_lbsgd.data.order import passes_of_rank
 from hpc_lbsgd.data.who import samples_and_classes, set_of
 from hpc_lbsgd.errors import RequestError
-from hpc_lbsgd.outline import outline, render
+from hpc_lbsgd.outline import outline
 from hpc_lbsgd.recipe import Decision, Recipe, load_resolved
 from hpc_lbsgd.records import RunFolder, read_metrics
 from hpc_lbsgd.sections import OPTIMIZERS
@@ -24,6 +25,7 @@ from hpc_lbsgd.theory.tradeoff import Tradeoff
 ASSUMED_TFLOPS = 60.8
 BACKWARD_SHARE = 2 / 3  # backward costs about twice what forward does
 JOB_NODES = (1, 2, 4, 8, 16, 32)
+GPUS_PER_NODE = 8  # of a machine elsewhere, unless said
 
 
 def model_costs(recipe: Recipe, classes: int) -> tuple[int, float]:
@@ -90,18 +92,21 @@ def two_samples(recipe: Recipe):
 
 def plan(
     recipe: Recipe,
-    nodes: int,
-    gpus_per_node: int,
+    nodes: int | None,
+    gpus_per_node: int | None,
     images_per_s: float | None = None,
     steps: tuple[int, int] | None = None,
     critical_batch: float | None = None,
     system: str | None = None,
     decisions: Sequence[Decision] = (),
     amendments: Sequence[Amendment] = (),
+    run: RunFolder | None = None,
 ) -> dict:
-    """Everything `plan` reports. decisions, amendments: of a run that has begun (`of_run`).
+    """Everything `plan` reports. decisions, amendments, run: of a run that has begun (`of_run`).
 
-    images_per_s: a rank's training rate without communication, measured; else assumed from the model's FLOP.
+    nodes, gpus_per_node: where neither is said, nor a system, the plan is of this machine.
+    images_per_s: a rank's training rate without communication, measured; else, here, that of a run on record, and on
+    GPUs assumed from the model's FLOP.
     steps: (a, b) adds a table of steps a..b-1. critical_batch: B_crit (or B_simple, its predictor) adds a table of
     batches with a recommendation. system: a preset of `bench simulate`, whose cluster the run is predicted on.
     """
@@ -109,20 +114,27 @@ def plan(
         from hpc_lbsgd.train import own_optim  # with torch
 
         own_optim.check(recipe.optim)
+    here = None if nodes or gpus_per_node or system else machines.at_hand()
+    nodes, gpus_per_node = nodes or 1, gpus_per_node or (here.ranks if here else GPUS_PER_NODE)
     ranks = nodes * gpus_per_node
     settled = recipe.with_workers(ranks)
     samples, classes = samples_and_classes(settled)
     schedule = schedule_of(settled, samples, decisions, amendments)
     settled = recipe_now(settled, amendments, schedule.full_steps)
+    found = machines.on_record(settled, here, [run.path] if run else []) if here and not images_per_s else None
+    rate = images_per_s or (found[1] if found else None)
     result = {
         "nodes": nodes,
         "gpus_per_node": gpus_per_node,
+        "here": here.device if here else None,
         **outline(settled, schedule, ranks, critical_batch),
-        **demands(settled, classes, images_per_s),
+        **demands(settled, classes, rate, assumed=not here or here.device == "cuda"),
+        "images_per_s_of": found[0] if found else None,
     }
+    rate, shown = result["images_per_s_per_rank"], JOB_NODES[:1] if here else JOB_NODES
     if amendments:
         result["amendments"] = [{"step": step, "changes": changes} for step, changes in amendments]
-    result["jobs"] = jobs(recipe, samples, gpus_per_node, result["images_per_s_per_rank"], decisions, amendments)
+    result["jobs"] = jobs(recipe, samples, gpus_per_node, rate, decisions, amendments, shown)
     if system:
         result["predicted"] = predicted(settled, classes, system, nodes, gpus_per_node, result)
     if steps:
@@ -139,7 +151,8 @@ def plan(
         ]
     if critical_batch:
         result["critical_batch"] = critical_batch
-        result["batches"] = batches(settled, samples, gpus_per_node, result["images_per_s_per_rank"], critical_batch)
+        smallest = recipe.batch.samples_per_worker * (1 if here else gpus_per_node)
+        result["batches"] = batches(settled, samples, smallest, gpus_per_node, rate, critical_batch)
         # the knee: above it each saved step costs more examples than it did below
         within = [b["global_batch"] for b in result["batches"] if b["global_batch"] <= critical_batch]
         result["recommended_batch"] = max(within, default=result["batches"][0]["global_batch"])
@@ -157,18 +170,20 @@ def jobs(
     recipe: Recipe,
     samples: int,
     gpus_per_node: int,
-    rate: float,
+    rate: float | None,
     decisions: Sequence[Decision] = (),
     amendments: Sequence[Amendment] = (),
+    job_nodes: Sequence[int] = JOB_NODES,
 ) -> list[dict]:
     """The same recipe as a job of 1 to 32 nodes: kn, learning rate, steps, time, node-hours.
 
     With `workers: per_rank` kn follows from the nodes, with a fixed k it stays. Compute only, at `rate` images/s a
-    rank: communication is not in it. A number of nodes that the recipe cannot have has a `problem` instead.
+    rank, of which nothing may be known: communication is not in it. A number of nodes that the recipe cannot have has a
+    `problem` instead.
     decisions, amendments: of a run that has begun.
     """
     rows = []
-    for nodes in JOB_NODES:
+    for nodes in job_nodes:
         ranks = nodes * gpus_per_node
         settled = recipe.with_workers(ranks)
         try:
@@ -177,11 +192,10 @@ def jobs(
             rows.append({"nodes": nodes, "ranks": ranks, "problem": str(problem)})
             continue
         facts = outline(settled, schedule, ranks)
-        hours = compute_hours(schedule, ranks, rate)
+        hours = rate and compute_hours(schedule, ranks, rate)
         kept = ("global_batch", "peak_lr", "warmup_steps", "steps", "idle_ranks")
-        rows.append(
-            {"nodes": nodes, "ranks": ranks, **{k: facts[k] for k in kept}, "hours": hours, "node_hours": hours * nodes}
-        )
+        spent = {"hours": hours, "node_hours": hours and hours * nodes}
+        rows.append({"nodes": nodes, "ranks": ranks, **{k: facts[k] for k in kept}, **spent})
     return rows
 
 
@@ -203,10 +217,10 @@ def measured_noise_scale(run: str) -> float:
     return found[-1]
 
 
-def demands(recipe: Recipe, classes: int, images_per_s: float | None) -> dict:
-    """What a step computes and sends, and the bandwidth that hides it."""
+def demands(recipe: Recipe, classes: int, images_per_s: float | None, assumed: bool) -> dict:
+    """What a step computes and sends, and the bandwidth that hides it. assumed: a rate that is not known is a GPU's."""
     parameters, flop = model_costs(recipe, classes)
-    rate = images_per_s or ASSUMED_TFLOPS * 1e12 / flop
+    rate = images_per_s or (ASSUMED_TFLOPS * 1e12 / flop if assumed else None)
     # the last pass of a step is the one whose backward can hide the sum
     last_pass = recipe.batch.samples_per_worker * recipe.machine.workers_per_pass
     item_bytes = {"fp32": 4, "fp16": 2, "bf16": 2}[recipe.wire]
@@ -218,8 +232,8 @@ def demands(recipe: Recipe, classes: int, images_per_s: float | None) -> dict:
         "gradient_bytes": gradient_bytes,
         "flop_per_image": flop,
         "images_per_s_per_rank": rate,
-        "images_per_s_assumed": images_per_s is None,
-        "required_gbit_per_s": required_gbit_per_s(gradient_bytes, BACKWARD_SHARE * last_pass / rate),
+        "images_per_s_assumed": rate is not None and images_per_s is None,
+        "required_gbit_per_s": rate and required_gbit_per_s(gradient_bytes, BACKWARD_SHARE * last_pass / rate),
     }
 
 
@@ -254,8 +268,10 @@ def predicted(recipe: Recipe, classes: int, preset: str, nodes: int, gpus_per_no
     }
 
 
-def batches(recipe: Recipe, samples: int, gpus_per_node: int, rate: float, critical_batch: float) -> list[dict]:
-    """Steps, examples, time and node-hours against the batch, one worker a GPU (McCandlish et al. 2018, eq. 2.11).
+def batches(
+    recipe: Recipe, samples: int, smallest: int, gpus_per_node: int, rate: float | None, critical_batch: float
+) -> list[dict]:
+    """Steps, examples, time and node-hours against the batch, one worker a rank (McCandlish et al. 2018, eq. 2.11).
 
     The recipe's epochs are taken to be right at optim.base_batch; the frontier says what other batches need for the
     same loss. Compute only: communication is not in it.
@@ -265,10 +281,10 @@ def batches(recipe: Recipe, samples: int, gpus_per_node: int, rate: float, criti
     min_examples = examples / (1 + reference / critical_batch)
     frontier = Tradeoff(min_examples / critical_batch, min_examples)
     rows = []
-    batch = n * gpus_per_node
-    while batch <= min(64 * critical_batch, samples):
+    batch = smallest
+    while not rows or batch <= min(64 * critical_batch, samples):
         needed, ranks = frontier.examples(batch), batch // n
-        hours = needed / (rate * ranks) / 3600
+        hours = rate and needed / (rate * ranks) / 3600
         nodes = math.ceil(ranks / gpus_per_node)
         rows.append(
             {
@@ -279,68 +295,8 @@ def batches(recipe: Recipe, samples: int, gpus_per_node: int, rate: float, criti
                 "examples": round(needed),
                 "examples_over_fewest": needed / min_examples,
                 "hours": hours,
-                "node_hours": hours * nodes,
+                "node_hours": hours and hours * nodes,
             }
         )
         batch *= 2
     return rows
-
-
-def said_of_prediction(predicted: dict | None) -> list[str]:
-    if not predicted:
-        return []
-    knee = f"below 90 % from {predicted['knee_nodes']} nodes on, set by {predicted['knee_set_by']}"
-    return [
-        f"  predicted      on {predicted['system']}: {1e3 * predicted['step_s']:.1f} ms a step, "
-        f"{predicted['images_per_s']:.0f} images/s, {predicted['efficiency']:.1%} of one node's rate a rank; "
-        + (knee if predicted["knee_nodes"] else "above 90 % up to 4096 nodes")
-    ]
-
-
-def show(name: str, recipe: Recipe, p: dict) -> str:
-    """`plan` for a person."""
-    lines = [render(name, p, recipe.with_workers(p["ranks"]))]
-    kind = "assumed: an A100's; --images-per-s says yours" if p["images_per_s_assumed"] else "given"
-    lines += [
-        f"  nodes          {p['nodes']} of {p['gpus_per_node']} GPUs (--nodes, --gpus-per-node; without GPUs: cores)",
-        f"  gradients      {p['parameters'] / 1e6:.1f} M parameters, {p['gradient_bytes'] / 1e6:.1f} MB a step; to "
-        f"hide behind backward at {p['images_per_s_per_rank']:.0f} images/s a rank ({kind}): "
-        f"{p['required_gbit_per_s']:.1f} Gbit/s a rank",
-        *said_of_prediction(p.get("predicted")),
-        *(f"  amended        {said(a['step'], a['changes'])}" for a in p.get("amendments", ())),
-        f"  momentum       fills in {p['accumulator_warmin_epochs']:.3g} epochs",
-        "",
-        "  stage     steps               epoch       kn         lr  momentum  noise scale",
-    ]
-    for i, s in enumerate(p["stages"]):
-        lines.append(
-            f"  {i:5d}  {s['first_step']:8d} - {s['last_step']:<8d} {s['first_epoch']:6d} {s['global_batch']:8d} "
-            f"{s['lr']:10.6g} {s['momentum']:9g} {s['noise_scale']:12.1f}"
-        )
-    lines += ["", "  as a job (compute only)"]
-    lines += ["  nodes  ranks       kn         lr   warm-up      steps      hours  node-hours"]
-    for j in p["jobs"]:
-        start = f"  {j['nodes']:5d} {j['ranks']:6d}"
-        lines.append(
-            f"{start}  {j['problem']}"
-            if "problem" in j
-            else f"{start} {j['global_batch']:8d} {j['peak_lr']:10.6g} {j['warmup_steps']:9d} {j['steps']:10d} "
-            f"{j['hours']:10.2f} {j['node_hours']:11.1f}"
-            + (f"  ({j['idle_ranks']} ranks without work)" if j["idle_ranks"] else "")
-        )
-    if "batches" in p:
-        lines += ["", f"  to the same loss, by batch (critical batch {p['critical_batch']:.0f}; compute only)"]
-        lines += ["        kn  nodes      steps     examples  x fewest      hours  node-hours"]
-        for b in p["batches"]:
-            mark = "  <- recommended" if b["global_batch"] == p["recommended_batch"] else ""
-            lines.append(
-                f"  {b['global_batch']:8d} {b['nodes']:6d} {b['steps']:10d} {b['examples']:12d} "
-                f"{b['examples_over_fewest']:9.2f} {b['hours']:10.2f} {b['node_hours']:11.1f}{mark}"
-            )
-    if "table" in p:
-        lines += ["", "    step  epoch          lr  momentum       kn"]
-        lines += [
-            f"{r['step']:8d} {r['epoch']:6d} {r['lr']:11.8g} {r['momentum']:9g} {r['global_batch']:8d}"
-            for r in p["table"]
-        ]
-    return "\n".join(lines)

@@ -11,7 +11,7 @@ verdict.py     what every rank knows after a step's sum
 run.py         a model and an optimizer under the trainer's buckets and virtual workers
 measure.py     evaluation over all ranks
 noise.py       the gradient's noise scale
-state.py       save and load
+state.py       save and load; result_part.py: what steps that go on must be of
 
 May be imported by: nothing.
 May import: train, parallel, data, recipe, sections, reading, records, theory, errors.

@@ -13,6 +13,7 @@ from torch import nn
 
 from hpc_lbsgd.api.fit import DISTRIBUTED, refuse_unfit, refuse_unlike, refuse_unlike_shuffle, share_optimizer
 from hpc_lbsgd.api.keyed import own_random_numbers
+from hpc_lbsgd.api.result_part import Past, ResultPart
 from hpc_lbsgd.api.shuffle import GlobalShuffle, Part, Step
 from hpc_lbsgd.api.verdict import Verdict
 from hpc_lbsgd.api.watch import Watch
@@ -74,6 +75,7 @@ class Run:
             calls=norm_calls,
         )
         self._watch = Watch(self.replica, world)
+        self.past = Past(world.determinism, seed, bn_group, fixed_point_bits)
         self._shuffles: WeakSet[GlobalShuffle] = WeakSet()  # that all ranks were found to have
         self._lost_said, self._untaken_said = 0.0, False
         self._loaded: int | None = None  # the step that `lb.load` said, until one is begun
@@ -227,9 +229,10 @@ class Run:
         """Raise RunError where the model is not as it was distributed."""
         self._watch.check()
 
-    def resume_at(self, step: int) -> None:
-        """Of `lb.load`: the step to go on from, which the next one must be."""
+    def resume_at(self, step: int, saved: ResultPart | None, where: str) -> None:
+        """Of `lb.load`: the step to go on from, which the next one must be; saved, where: as `Past.load` has them."""
         self.step = self._loaded = step
+        self.past.load(saved, where)
 
     def _begin(self, step: Step) -> None:
         """A step's first part or, on a rank without one, its reduce."""
@@ -247,6 +250,7 @@ class Run:
         if step.shuffle not in self._shuffles:
             refuse_unlike_shuffle(self.world.engine, step.shuffle)
             self._shuffles.add(step.shuffle)
+        self.past.follow(step, self.world.rank)
         self._place_gradients()
         self.replica.context.bn_group = self._bn_group or point.samples_per_worker
         buckets.begin(point.workers, count_flushed=not self._ever_sound or point.step % COUNT_FLUSHED_EVERY == 0)

@@ -46,6 +46,7 @@ def save(path: str | os.PathLike[str], run: Run) -> None:
         content = {
             "format": FORMAT,
             "step": run.step,
+            "result_part": plain(run.past.result_part()),
             "model": run.model.state_dict(),
             "optimizer_class": type(run.optimizer).__name__,
             "groups": plain(groups),
@@ -64,10 +65,13 @@ def save(path: str | os.PathLike[str], run: Run) -> None:
     agree(run.world.engine, write)
 
 
-def load(path: str | os.PathLike[str], run: Run) -> int:
+def load(path: str | os.PathLike[str], run: Run, *, amend: bool = False) -> int:
     """Put what `save` wrote back into `run`; returns the step to go on from, for `GlobalShuffle(start=...)`.
 
-    Collective; any number of ranks, each of which reads the file.
+    Collective; any number of ranks, each of which reads the file. The first step that follows is refused under another
+    seed or schedule than those of the file's steps.
+
+    amend    go on with another seed or schedule from here on; the next file is of those
 
     Raises RequestError, with the name, where file and model do not fit. Nothing but tensors and numbers is unpickled.
     """
@@ -80,7 +84,7 @@ def load(path: str | os.PathLike[str], run: Run) -> int:
     run.model.load_state_dict(content["model"])
     load_by_name(run.optimizer, list(run.model.named_parameters()), content["optimizer"], content["groups"])
     run.replica.check_equal("load")
-    run.resume_at(int(content["step"]))
+    run.resume_at(int(content["step"]), content.get("result_part"), "" if amend else f"lb.load({path})")
     return run.step
 
 
@@ -106,7 +110,8 @@ def _read(path: Path, run: Run) -> dict[str, Any]:
     except Exception as problem:  # zipfile and torch raise many kinds for bytes that are none of theirs
         said = next(iter(str(problem).splitlines()), type(problem).__name__)
         raise RequestError(f"{where}: is not a whole file of lb.save ({said})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    part = content.get("result_part") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(part, (dict, type(None))):
         raise RequestError(f"{where}: was not written by lb.save")
     made_by, stepper = content.get("optimizer_class"), type(run.optimizer).__name__
     if made_by not in (None, stepper):

@@ -18,6 +18,6 @@ loader.py      the choice of one; dali.py and torchvision.py decode, finish.py d
                for as much as memory may hold, place.py brings batches to a GPU
 user.py        sets of a user's own; user_loader.py their batches, maker.py makes them in processes; own.py packs them
 
-May be imported by: outline, train, bench, reproduce, plan, cluster, trained, first_recipe, api, cli.
+May be imported by: outline, train, bench, reproduce, here, plan, cluster, trained, first_recipe, api, cli.
 May import: recipe, arguments, owner, records, signals, imports, theory, progress, private, urls, errors.
 """

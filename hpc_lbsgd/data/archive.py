@@ -22,7 +22,7 @@ from hpc_lbsgd.data import manifest as manifests
 from hpc_lbsgd.data.beside import Beside, Fields, Member, checked, examined, json_in, looked_at, table_of
 from hpc_lbsgd.data.fields import CLASS, IMAGE
 from hpc_lbsgd.data.manifest import CHUNK, PARTS, SUFFIXES, Manifest, listed
-from hpc_lbsgd.data.names import EXCLUDE, read_excluded
+from hpc_lbsgd.data.names import lists_of, read_excluded, said_of
 from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.data.tree import usable
 from hpc_lbsgd.errors import RequestError
@@ -252,7 +252,8 @@ def index(
     names, numbers = labels.number(said, found.numbers, root / "classes.txt") if any(said) else ([], [0] * len(said))
     if classes is not None and names:
         numbers = labels.renumber(names, numbers, classes, str(source))
-    excluded = read_excluded(out.parent)
+    lists = lists_of(out)
+    excluded = read_excluded(lists)
     chosen = [i for i, s in enumerate(samples) if s.member.name not in excluded]
     chosen.sort(key=lambda i: (numbers[i], samples[i].member.name))  # as a tree of folders would be
     work = chunks(samples, chosen)
@@ -264,9 +265,9 @@ def index(
     chosen_members = [samples[i].member for i in chosen]
     rows, keys = checked([by_sample[i] for i in chosen], chosen, seen), [member.name for member in chosen_members]
     shown = [f"{paths[member.shard]}:{member.name}" for member in chosen_members]
-    good = usable(keys, rows, shown, out.parent if exclude else None)
+    good = usable(keys, rows, shown, lists[-1] if exclude else None)
     if gone := len(samples) - len(good):
-        found.left_out[f"images that {EXCLUDE} names"] = gone
+        found.left_out[said_of(lists)] = gone
     kept, their_names = [chosen[i] for i in good], [shown[i] for i in good]
     more, classes_in = table_of(found.fields, found.kinds, kept, seen, their_names, floats)
     manifests.write(

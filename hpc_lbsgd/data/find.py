@@ -11,7 +11,7 @@ from pathlib import Path
 from hpc_lbsgd import urls
 from hpc_lbsgd.data.elsewhere import blocks, reach
 from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
-from hpc_lbsgd.data.names import EXCLUDE
+from hpc_lbsgd.data.names import EXCLUDE, lists_of, together
 from hpc_lbsgd.data.reach import AT_START_S, Missing, patiently
 from hpc_lbsgd.data.stage import write_moved
 from hpc_lbsgd.errors import RequestError, RunError
@@ -52,7 +52,7 @@ def is_plain_folder(path: str | os.PathLike) -> bool:
 
 
 def fetched(url: str, folder: Path | None = None) -> Path:
-    """The manifest at an address, with `exclude.txt` beside it, as files; its shards stay where they are."""
+    """The manifest at an address, with the lists beside it, as files; its shards stay where they are."""
     try:
         url = urls.checked(url, "data")
     except ValueError as problem:
@@ -65,7 +65,9 @@ def fetched(url: str, folder: Path | None = None) -> Path:
     there = folder / "there.arrow"
     if not copied(base, name, there):
         raise RequestError(f"{base}/{name}: not there, or not for you; a set that is read from afar has its manifest")
-    if not copied(base, EXCLUDE, folder / EXCLUDE):
+    if lists := [path for path in lists_of(folder / name) if copied(base, path.name, path)]:
+        write_atomically(folder / EXCLUDE, together(lists))
+    else:
         (folder / EXCLUDE).unlink(missing_ok=True)
     try:
         manifest = Manifest(there)

@@ -5,8 +5,8 @@ A manifest is one Arrow file, mapped into memory, never read whole: at 1.28 mill
 shares the same pages. Rows are sorted by class and name, so a manifest is a function of the files alone.
 
 Images lie in files below `root`, or in tar shards there (`data pack`, or an archive that was indexed): then two more
-columns say in which shard and where, and `root` may be an address (elsewhere.py). A file `exclude.txt` beside a
-manifest (`data verify`) takes rows away.
+columns say in which shard and where, and `root` may be an address (elsewhere.py). Lists beside a manifest,
+such as `exclude.txt` of `data verify`, take rows away (names.py).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import pyarrow.compute as pc
 
 from hpc_lbsgd.data import columns, elsewhere, fields, sound
 from hpc_lbsgd.data.decode import decoders
-from hpc_lbsgd.data.names import escaped, is_utf8, read_excluded, unescaped
+from hpc_lbsgd.data.names import FILE_NAME as FILE_NAME
+from hpc_lbsgd.data.names import escaped, is_utf8, lists_of, read_excluded, unescaped
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.urls import checked, is_url
 
-FILE_NAME = "manifest.arrow"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 NAMED_AT_MOST = 20  # problems listed by name before "and N more"
 FILES_CHECKED_AT_START = 100_000  # above it, a start looks at a random selection; `data verify` looks at all
@@ -105,7 +105,7 @@ class Manifest:
         self._as_written, self._columns = self.table, {}
         self.excluded: list[str] = []
         self.rows = columns.Rows(self.table.num_rows, np.empty(0, np.int64))
-        if unwanted := read_excluded(self.path.parent):
+        if unwanted := read_excluded(lists_of(self.path)):
             if self.header.get("escaped"):
                 unwanted = {escaped(name) for name in unwanted}
             unwanted = {name for name in unwanted if is_utf8(name)}  # others are in no table

@@ -1,5 +1,5 @@
-"""Names of files, which may have any bytes: as Arrow's UTF-8, as a line of text, and in exclude.txt, which takes rows
-away from the manifests beside it.
+"""Names of files, which may have any bytes: as Arrow's UTF-8, as a line of text, and in the lists that take rows away
+from manifests.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from pathlib import Path
 
 from hpc_lbsgd.records import write_atomically
 
+FILE_NAME = "manifest.arrow"
 EXCLUDE = "exclude.txt"  # one path a line; what follows a tab is the reason
+MARK = "\ufeff".encode()  # that some editors begin a file with
 
 
 def is_utf8(name: str) -> bool:
@@ -30,22 +32,35 @@ def unescaped(stored: str) -> str:
     return os.fsdecode(parts)
 
 
-def read_excluded(folder: Path) -> set[str]:
-    """Paths that `exclude.txt` in a folder names; none where it is not there."""
-    try:
-        lines = (folder / EXCLUDE).read_text("utf-8-sig", "surrogateescape").split("\n")
-    except FileNotFoundError:
-        return set()
+def lists_of(manifest: Path) -> list[Path]:
+    """Where rows of a manifest may be taken away: `exclude.txt`, which is of all manifests beside it, and for those of
+    other names than a folder's own NAME.exclude.txt, which is of NAME.arrow alone. The last is what is added to."""
+    own = [] if manifest.name == FILE_NAME else [manifest.with_name(f"{manifest.stem}.{EXCLUDE}")]
+    return [manifest.with_name(EXCLUDE), *own]
+
+
+def together(lists: Iterable[Path]) -> bytes:
+    """What they hold, as one."""
+    return b"\n".join(path.read_bytes().removeprefix(MARK) for path in lists if path.exists())
+
+
+def read_excluded(lists: Iterable[Path]) -> set[str]:
+    """The paths that they name; none where they are not there."""
+    lines = together(lists).decode("utf-8", "surrogateescape").split("\n")
     return {unquoted(line) for line in lines if line.strip()}
 
 
-def add_excluded(folder: Path, found: Iterable[tuple[str, str]]) -> Path:
-    """Add (path, reason) to `exclude.txt`: manifests beside it leave those rows out from now on."""
-    path = folder / EXCLUDE
+def said_of(lists: Iterable[Path]) -> str:
+    """Why images are not in a set."""
+    return f"images that {' or '.join(path.name for path in lists if path.exists())} names"
+
+
+def add_excluded(path: Path, found: Iterable[tuple[str, str]]) -> Path:
+    """Add (path, reason) to a list: manifests that it is of leave those rows out from now on."""
     before = path.read_text("utf-8", "surrogateescape") if path.exists() else ""
     if before and not before.endswith("\n"):  # as some editors leave a file: the next name would be glued to the last
         before += "\n"
-    known = read_excluded(folder)
+    known = read_excluded([path])
     new = [f"{quoted(name)}\t{' '.join(reason.split())}\n" for name, reason in found if name not in known]
     write_atomically(path, (before + "".join(new)).encode("utf-8", "surrogateescape"))
     return path

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hpc_lbsgd import progress
 from hpc_lbsgd.data.manifest import FILE_NAME, Manifest
-from hpc_lbsgd.data.names import EXCLUDE
+from hpc_lbsgd.data.names import EXCLUDE, lists_of, together
 from hpc_lbsgd.errors import RequestError, RunError
 from hpc_lbsgd.private import check_room, identity, make_private
 from hpc_lbsgd.records import sync_folder, write_atomically
@@ -46,9 +46,7 @@ def digest_of(manifest: Manifest) -> str:
         if not shard["checksum"]:  # tar files of others: known by where they are, and when they were written
             path = manifest.root / shard["name"]
             digest.update(f"{path.resolve()} {path.stat().st_mtime_ns}".encode())
-    excluded = manifest.path.parent / EXCLUDE
-    if excluded.exists():
-        digest.update(excluded.read_bytes())
+    digest.update(together(lists_of(manifest.path)))
     return digest.hexdigest()[:16]
 
 
@@ -84,9 +82,8 @@ def _copy_missing(manifest: Manifest, target: Path, show: bool) -> None:
                 )
             whole[shard["name"]] = {"checksum": copied, "file": identity(target / shard["name"])}
             write_atomically(target / JOURNAL, json.dumps(whole))
-    excluded = manifest.path.parent / EXCLUDE
-    if excluded.exists():
-        write_atomically(target / EXCLUDE, excluded.read_bytes())
+    if excluded := together(lists_of(manifest.path)):
+        write_atomically(target / EXCLUDE, excluded)
     write_moved(manifest, target / FILE_NAME, ".")
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from hpc_lbsgd.data import boxes, fields, labels
 from hpc_lbsgd.data.fields import CLASS, IMAGE, PREFIX, NoField
 from hpc_lbsgd.data.manifest import Manifest
-from hpc_lbsgd.data.names import is_utf8
+from hpc_lbsgd.data.names import is_utf8, lists_of
 from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.data.tree import Tree, index_files
 from hpc_lbsgd.errors import RequestError
@@ -299,4 +299,4 @@ def index(
     root, out = root or path.parent, out or path.with_suffix(".arrow")
     found = scan(read(path), root, wanted, path_column, like)
     classes = like.classes if like is not None and found.classes else None
-    return index_files(root, found, out, out.parent, processes, classes, exclude, share)
+    return index_files(root, found, out, lists_of(out), processes, classes, exclude, share)

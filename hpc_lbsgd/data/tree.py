@@ -14,7 +14,7 @@ import pyarrow as pa
 from hpc_lbsgd.data import files, labels, parts
 from hpc_lbsgd.data.fields import IMAGE
 from hpc_lbsgd.data.manifest import CHUNK, FILE_NAME, SUFFIXES, Manifest, Row, listed, with_columns, write
-from hpc_lbsgd.data.names import EXCLUDE, add_excluded, read_excluded
+from hpc_lbsgd.data.names import EXCLUDE, add_excluded, read_excluded, said_of
 from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.errors import RequestError
 
@@ -124,21 +124,21 @@ def index(
     """
     root = Path(root)
     out = Path(out) if out else root / FILE_NAME
-    return index_files(root, scan(root, table, ids), out, root, processes, classes, exclude, share)
+    return index_files(root, scan(root, table, ids), out, [root / EXCLUDE], processes, classes, exclude, share)
 
 
 def index_files(
     root: Path,
     found: Tree,
     out: Path,
-    beside: Path,
+    lists: list[Path],
     processes: int | None = None,
     classes: list[str] | None = None,
     exclude: bool = False,
     share: Share = ALL,
 ) -> Manifest | int:
-    """The same of images that are known already. beside: the folder of exclude.txt."""
-    excluded = read_excluded(beside)
+    """The same of images that are known already. lists: of what is left out; the last is added to."""
+    excluded = read_excluded(lists)
     chosen = [i for i, path in enumerate(found.paths) if path not in excluded]
     paths = [found.paths[i] for i in chosen]
     numbers = [found.labels[i] for i in chosen]
@@ -159,9 +159,9 @@ def index_files(
         return len(rows)
     for (kind, name), mine in seen.items():
         rows = [files.beside(kind, name, *pair) for pair in zip(rows, mine, strict=True)]
-    good = usable(paths, rows, [str(root / path) for path in paths], beside if exclude else None)
+    good = usable(paths, rows, [str(root / path) for path in paths], lists[-1] if exclude else None)
     if gone := len(found.paths) - len(good):
-        found.left_out[f"images that {EXCLUDE} names"] = gone
+        found.left_out[said_of(lists)] = gone
     columns = ([values[i] for i in good] for values in (paths, numbers, rows))
     more, masks = found.more and found.more.take([chosen[i] for i in good]), {}
     for (kind, name), mine in seen.items():
@@ -174,14 +174,14 @@ def index_files(
     return Manifest(out)
 
 
-def usable(names: list[str], rows: list[Row | str], shown: list[str], exclude_in: Path | None) -> list[int]:
-    """The places of images that decode; others are refused, as they are `shown`, or go to a folder's exclude.txt."""
+def usable(names: list[str], rows: list[Row | str], shown: list[str], excluded_in: Path | None) -> list[int]:
+    """The places of images that decode; others are refused, as they are `shown`, or go to a list."""
     bad = [i for i, row in enumerate(rows) if isinstance(row, str)]
-    if bad and exclude_in is None:
+    if bad and excluded_in is None:
         raise RequestError(
             f"{len(bad)} of {len(rows)} images cannot be read; mend or remove them, or have them left out (--exclude)"
             f":\n{listed([f'{shown[i]}: {rows[i]}' for i in bad])}"
         )
     if bad:
-        add_excluded(exclude_in, [(names[i], rows[i]) for i in bad])
+        add_excluded(excluded_in, [(names[i], rows[i]) for i in bad])
     return [i for i, row in enumerate(rows) if not isinstance(row, str)]

@@ -57,7 +57,7 @@ class Finding(NamedTuple):
 
 
 class Verified(NamedTuple):
-    root: Path  # where exclude.txt belongs
+    excluded: Path  # the list of what is left out of it
     samples: int
     findings: list[Finding]
 
@@ -218,7 +218,8 @@ def verify(path: str | os.PathLike, processes: int | None = None) -> Verified:
     """Look at every image of a manifest or of a DIR/CLASS/IMAGE tree, in parallel, with a progress bar."""
     if is_plain_folder(path):
         root = Path(path)
-        gone = names.read_excluded(root)
+        excluded = root / names.EXCLUDE
+        gone = names.read_excluded([excluded])
         paths = [p for p in tree.scan(root).paths if p not in gone]
         work = [(look_at_files, str(root), paths[i : i + CHUNK]) for i in range(0, len(paths), CHUNK)]
         count, m = len(paths), None
@@ -226,12 +227,12 @@ def verify(path: str | os.PathLike, processes: int | None = None) -> Verified:
         m = Manifest(find(path))
         m.check_labels(all_of_them=True)
         m.check_content(at_any_size=True)
-        root, count = m.path.parent, len(m)
+        excluded, count = names.lists_of(m.path)[-1], len(m)
         work = [(look_at_samples, str(m.path), range(i, min(i + CHUNK, count))) for i in range(0, count, CHUNK)]
     seen = [one for some in in_order(work, count, f"verifying {path}", processes) for one in some]
     found = findings_of(seen)
     shards = look_at_shards(m, {f.path for f in found if f.kind in UNUSABLE}) if m is not None else []
-    return Verified(root, count, shards + found)
+    return Verified(excluded, count, shards + found)
 
 
 def findings_of(seen: list[Seen]) -> list[Finding]:
@@ -252,8 +253,8 @@ def findings_of(seen: list[Seen]) -> list[Finding]:
 
 
 def write_excluded(found: Verified) -> Path:
-    """Add what cannot be used to exclude.txt; manifests beside it leave those rows out from now on."""
-    return names.add_excluded(found.root, [(f.path, f"{f.kind}: {f.detail}") for f in found.unusable])
+    """Add what cannot be used to its list; the set leaves it out from now on."""
+    return names.add_excluded(found.excluded, [(f.path, f"{f.kind}: {f.detail}") for f in found.unusable])
 
 
 def as_json(found: Verified, excluded: Path | None) -> dict:

@@ -1,4 +1,4 @@
-"""GPUs that a process should have, and that torch cannot use."""
+"""GPUs that a process should have: how many there are without asking torch, and whether torch cannot use them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ import os
 import re
 from pathlib import Path
 
+from hpc_lbsgd.schedulers.scheduler import ask
+
 DRIVER = Path("/proc/driver/nvidia/version")
 SEEN = re.compile(r"\s*\+?\d|GPU-|MIG-")  # what CUDA_VISIBLE_DEVICES begins with; CUDA takes all else for none
+
+
+def listed() -> int:
+    """GPUs of this node that ranks here would take, as nvidia-smi lists them."""
+    found, given = ask("nvidia-smi", "-L", timeout_s=20), os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = sum(line.startswith("GPU ") for line in found.stdout.splitlines()) if found and not found.returncode else 0
+    if given is None:
+        return count
+    return min(count, len(given.split(","))) if SEEN.match(given) else 0
 
 
 def lost(driver: Path = DRIVER) -> str | None:

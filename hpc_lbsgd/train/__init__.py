@@ -7,7 +7,7 @@ step.py        one step; control.py what all ranks know after it; replica.py wha
 preflight.py   is the promise kept by this model, data and machine; crosscheck.py: do ranks still agree
 checkpoint.py  state that is written whole or not at all
 
-May be imported by: report, bench, plan, cluster, trained, api, cli.
+May be imported by: report, bench, plan, plan_show, cluster, trained, api, cli.
 May import: parallel, data, outline, amend, recipe, sections, runs, owner, schedulers, tail, records, signals,
 imports, theory, progress, origin, urls, errors.
 """

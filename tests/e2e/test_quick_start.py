@@ -2,6 +2,7 @@
 (tests/unit/test_doctor.py), `data fetch` (test_fashion_mnist.py), jobs that are submitted (tests/slurm)."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from conftest import command, records, write_images
 
+from hpc_lbsgd import cli
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.records import RunFolder
 
@@ -48,10 +50,16 @@ def follow(here, lines, recipe, small):
     return said
 
 
-def test_a_laptop(here):
+def test_a_laptop(here, monkeypatch, capsys):
     assert [line.split()[1] for line in LAPTOP[:2]] == ["doctor", "data"]
     plan, *_, page = follow(here, LAPTOP[2:], "fashion-mnist", FEW)
-    assert "kn = 64" in plan and Path(here / "runs/first/report.html").exists()
+    assert "kn = 64" in plan and "not known: no run of this work" in plan
+    assert Path(here / "runs/first/report.html").exists()
+    settings = [word for key, value in FEW.items() for word in ("--set", f"{key}={value}")]
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})  # as many cores as there were ranks
+    assert cli.main(["plan", "fashion-mnist", *settings]) == 0
+    assert "images/s a rank (as runs/first went here; data and sums in it" in capsys.readouterr().out
     assert "report.html" in page and RunFolder(here / "runs/first").status()["status"] == "done"
 
 

@@ -1,4 +1,7 @@
-"""Habits of scripts, by rank, for test_api.py: prints a line a case, from rank 0, of what all ranks have."""
+"""Habits of scripts, by rank, for test_api.py: prints a line a case, from rank 0, of what all ranks have. A file as
+argument."""
+
+import sys
 
 import torch
 from torch import nn
@@ -45,13 +48,18 @@ def train(case: str) -> str:
         if run.reduce(step):
             groups[0]["lr"] = 0.1 / (1 + of_rank(case, "a rate that one rank sets later"))
             optimizer.step()
+    if case == "a file under another schedule":
+        lb.save(sys.argv[1], run)
+        longer = lb.Schedule(samples=N, workers=4, samples_per_worker=4, epochs=2, lr=0.1)
+        shuffle = lb.GlobalShuffle(data, longer, start=lb.load(sys.argv[1], run))
+        run.reduce(next(shuffle.steps(DataLoader(data, batch_sampler=shuffle))))
     return weights_sha256(model)
 
 
 CASES = (
     "nothing", "another rate on a rank", "the optimizer's state is rank 0's", "what a script draws between parts",
-    "another model on a rank", "another seed of a rank's model", "another seed of a rank's shuffle",
-    "a shuffle made before init", "a rate that one rank sets later",
+    "a file under another schedule", "another model on a rank", "another seed of a rank's model",
+    "another seed of a rank's shuffle", "a shuffle made before init", "a rate that one rank sets later",
 )  # fmt: skip
 for case in CASES:
     try:

@@ -39,7 +39,7 @@ def test_rows_are_found_where_they_lie(pieces, gone):
 def test_excluded_rows_are_out_wherever_they_lie(tmp_path):
     m = trees.index(write_images(tmp_path, 12, 16), processes=1)
     keys = [m.key(i) for i in range(12)]
-    names.add_excluded(tmp_path, [(keys[i], "odd") for i in (0, 5, 11)] + [("not/there", "odd")])
+    names.add_excluded(tmp_path / names.EXCLUDE, [(keys[i], "odd") for i in (0, 5, 11)] + [("not/there", "odd")])
     less = Manifest(m.path)
     kept = [i for i in range(12) if i not in (0, 5, 11)]
     assert [less.key(i) for i in range(len(less))] == [keys[i] for i in kept]

@@ -186,7 +186,9 @@ def test_files_may_have_any_name(packed, image, tmp_path):
             break
         (folder / os.fsdecode(name)).write_bytes(b"broken")
     if packed:
-        m = trees.add_excluded(m.path.parent, [("c/" + os.fsdecode(n), "bad") for n in NAMES]) and Manifest(m.path)
+        m = trees.add_excluded(
+            m.path.parent / "exclude.txt", [("c/" + os.fsdecode(n), "bad") for n in NAMES]
+        ) and Manifest(m.path)
     else:
         job = command("data", "verify", m.path, "--exclude")
         assert job.returncode == 0, job.stderr
@@ -313,19 +315,6 @@ def test_a_class_that_is_a_link_to_what_holds_the_set_is_refused(image, tmp_path
     (tmp_path / "elsewhere" / "2.png").write_bytes(image)
     (tmp_path / "d" / "b").symlink_to("../elsewhere")
     assert trees.index(tmp_path / "d", processes=1).classes == ["a", "b"]
-
-
-def test_what_exclude_txt_leaves_out_is_said_by_index(image, tmp_path):
-    """It counts for all manifests beside it, so also for one that has another sample of that name."""
-    files = {"a.png": image, "a.cls": b"0", "b.png": b"junk", "b.cls": b"1"}
-    tar_of(tmp_path / "train.tar", files)
-    tar_of(tmp_path / "val.tar", files | {"b.png": image})
-    for part in ("train", "val"):
-        job = command("data", "index", tmp_path / f"{part}.tar", *(["--exclude"] if part == "train" else []))
-        assert job.returncode == 0 and "1 images that exclude.txt names" in job.stdout, job.stderr
-    write_images(tmp_path / "d", 4, 8)
-    (tmp_path / "d" / "exclude.txt").write_text("class-0/0000.png\n")
-    assert trees.index(tmp_path / "d", processes=1).header["left_out"] == {"images that exclude.txt names": 1}
 
 
 def test_an_image_with_two_classes_is_refused(image, tmp_path):

@@ -92,6 +92,7 @@ def python(code: str, *words: str) -> subprocess.CompletedProcess:
     [
         (["--help"], 250),  # were 127, most of them Python's own
         (["bench", "step", "--help"], 250),
+        (["plan", "goyal-resnet50"], 1000),  # it looks for GPUs, and at the runs that are here
         (["plan", "goyal-resnet50", "--nodes", "32"], 1000),
         (["plan", "smith-imagenet-m90", "--nodes", "4", "--system", "a100-hdr"], 1000),
         (["bench", "simulate", "--preset", "a100-hdr"], 1000),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc_lbsgd import plan
+from hpc_lbsgd import plan, plan_show
 from hpc_lbsgd.recipe import read
 
 
@@ -52,6 +52,6 @@ def test_a_number_of_nodes_that_the_data_cannot_feed_says_so():
 def test_a_plan_says_what_it_takes_for_granted():
     """On a laptop `plan fashion-mnist` spoke of 8 GPUs and of hours 0.00, and of no flag that would mend it."""
     made = read("fashion-mnist")
-    assumed, given = (plan.show("fashion-mnist", made, plan.plan(made, 1, 2, rate)) for rate in (None, 900.0))
+    assumed, given = (plan_show.show("fashion-mnist", made, plan.plan(made, 1, 2, rate)) for rate in (None, 900.0))
     assert "(assumed: an A100's; --images-per-s says yours)" in assumed and "--gpus-per-node" in assumed
     assert "A100" not in given

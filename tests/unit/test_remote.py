@@ -76,6 +76,21 @@ def test_by_fsspec(packed):
         find("s3://bucket/set")
 
 
+def test_a_set_of_another_name_comes_with_its_own_list(packed, tmp_path):
+    shutil.copytree(packed / "tar", tmp_path / "set")
+    (tmp_path / "set" / "manifest.arrow").rename(tmp_path / "set" / "half.arrow")
+    keys = local(packed / "tar").table.column("path").to_pylist()
+    (tmp_path / "set" / "exclude.txt").write_text(keys[0])  # as some editors leave a file
+    (tmp_path / "set" / "half.exclude.txt").write_text(f"{keys[2]}\tcorrupt\n")
+    (tmp_path / "set" / "other.exclude.txt").write_text(f"{keys[3]}\n")
+    for _ in range(2):
+        found = manifest.Manifest(find(f"file://{tmp_path}/set/half.arrow", tmp_path / "here"))
+        assert [found.key(i) for i in range(len(found))] == [keys[1], *keys[3:]]
+    (tmp_path / "set" / "exclude.txt").unlink()
+    (tmp_path / "set" / "half.exclude.txt").unlink()
+    assert len(manifest.Manifest(find(f"file://{tmp_path}/set/half.arrow", tmp_path / "here"))) == len(keys)
+
+
 def test_what_lies_together_is_asked_for_together_and_what_is_needed_first_comes_first():
     pieces = [
         Piece(0, 900_000, 900_100, (9, 0)),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import command
 
-from hpc_lbsgd import plan
+from hpc_lbsgd import plan, plan_show
 from hpc_lbsgd import recipe as recipes
 from hpc_lbsgd.bench.simulate import presets, show, workload
 from hpc_lbsgd.bench.simulate import run as simulate
@@ -219,7 +219,7 @@ def test_plan_predicts_the_run():
     predicted = found["predicted"]
     assert predicted["efficiency"] == pytest.approx(0.90, abs=0.03) and predicted["knee_set_by"] == "stragglers"
     assert predicted["images_per_s"] * predicted["step_s"] == pytest.approx(8192)
-    assert "predicted      on goyal-p100-50gbe" in plan.show("goyal-resnet50", recipe, found)
+    assert "predicted      on goyal-p100-50gbe" in plan_show.show("goyal-resnet50", recipe, found)
     exact = recipes.read("goyal-resnet50", ["determinism=any-ranks", "precision=float32"])
     doubled = plan.plan(exact, 32, 8, images_per_s=178, system="goyal-p100-50gbe")["predicted"]
     assert doubled["exposed_comm_s"] > predicted["exposed_comm_s"]

@@ -184,7 +184,7 @@ def test_bad_images_take_their_rows_with_them(images, tmp_path):
         index(path)
     m = index(path, exclude=True)
     assert m.values("x").tolist() == [0, 1, 3, 4, 5, 6, 7]
-    names.add_excluded(tmp_path, [(images[5], "odd")])
+    names.add_excluded(tmp_path / names.EXCLUDE, [(images[5], "odd")])
     less = manifest.Manifest(m.path)
     assert less.values("x").tolist() == [0, 1, 3, 4, 6, 7] and less.values("x")[4] == 6
     assert manifest.pick(less, tmp_path / "p.arrow", np.array([4, 0])).values("x").tolist() == [6, 0]

@@ -82,5 +82,5 @@ def test_a_list_that_a_person_wrote_is_read_and_added_to(tmp_path, before):
     m = trees.index(root, processes=1)
     (root / "exclude.txt").write_bytes(before)
     assert len(manifest.Manifest(m.path)) == 7
-    names.add_excluded(root, [("class-1/0001.png", "corrupt")])
-    assert names.read_excluded(root) >= {"class-1/0001.png"} and len(manifest.Manifest(m.path)) == 6
+    names.add_excluded(root / names.EXCLUDE, [("class-1/0001.png", "corrupt")])
+    assert names.read_excluded([root / names.EXCLUDE]) >= {"class-1/0001.png"} and len(manifest.Manifest(m.path)) == 6
