@@ -196,11 +196,8 @@ class Checks:
     # ---------------------------------------------------------------- programs of others
 
     def pip(self, words):
-        from pip._internal.commands import create_command
-
-        verb, *rest = words
-        options, names = create_command(verb).parse_args(rest)
-        for path in options.constraints:
+        constraints, names = by_pip(*words)
+        for path in constraints:
             assert (ROOT / path).is_file(), path
         needed = OURS["options"]["install_requires"] + "".join(OURS["options.extras_require"].values())
         for name in names:
@@ -231,6 +228,16 @@ class Checks:
         """An administrator's; nothing of it is ours."""
 
     pip_audit = sacctmgr
+
+
+def by_pip(*words: str) -> tuple[list[str], list[str]]:
+    """(files of constraints, packages), by a process of its own: pip loads Python's own distutils, beside which
+    setuptools, and so torch's compiler, cannot be loaded."""
+    code = "import json, sys; from pip._internal.commands import create_command as c; "
+    code += "options, names = c(sys.argv[1]).parse_args(sys.argv[2:]); print(json.dumps([options.constraints, names]))"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @cache
