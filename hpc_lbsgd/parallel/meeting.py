@@ -83,7 +83,10 @@ def meet(world: worlds.World):
     try:
         store.wait(keys, timedelta(seconds=MEET_S))
     except dist.DistError:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        try:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        except dist.DistError:
+            raise RunError("rank 0, at which ranks meet, has ended, and says why") from None
         raise RunError(f"ranks {missing[:20]} of {world.size} did not come within {MEET_S:g} s") from None
     return store, place is None
 
