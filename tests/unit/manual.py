@@ -15,8 +15,9 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 IN_TEXT = {"hpc-lbsgd", "make", "python", "pip", "module", "torchrun", "mpirun", "srun", "salloc", "aprun", "touch"}
 MESSAGE = re.compile(r"(?<!:all): ")  # what a program says begins with its name, too
 
-# A shell that can start nothing: it writes down what it is asked for, and the line where.
-SHELL = r"""exec 9>>asked; set -u; PATH=/nowhere
+# A shell that can start nothing: it writes down what it is asked for, and the line where. FUNCNEST: a word of the
+# handler's own that is not found would have it called in a process more, for ever.
+SHELL = r"""exec 9>>asked; set -u; PATH=/nowhere FUNCNEST=5
 for b in $(compgen -b); do case $b in printf|local|set|eval|export|enable) ;; *) enable -n "$b" ;; esac; done
 command_not_found_handle() { local IFS=$'\x1f'; printf '%s\x1e' "${BASH_LINENO[@]: -2:1}$IFS$*" >&9; }
 """
