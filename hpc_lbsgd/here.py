@@ -46,16 +46,8 @@ def on_record(recipe: Recipe, here: Here, own: Iterable[Path] = ()) -> tuple[str
             if not ran_on(folder, here) or work_of(load_resolved(folder.recipe)) != work_of(recipe):
                 continue
             rates = recent_rates(folder.metrics, here.ranks, recipe.batch.samples_per_worker)
-        except (
-            RequestError,
-            OSError,
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-            ZeroDivisionError,
-        ):  # damaged, or of others
-            continue
+        except (RequestError, OSError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
+            continue  # damaged, or of others
         if rates:
             return str(folder.path), median(rates[WARM_UP:] or rates)
     return None

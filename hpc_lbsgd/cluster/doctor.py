@@ -58,7 +58,7 @@ def check_fixed_point() -> Iterator[Finding]:
 
     try:
         made_for(torch.device("cpu"))
-    except Exception as problem:  # what it says is not ours
+    except Exception as problem:  # a compiler or a loader fails in any way
         yield Finding(
             WARN,
             "fixed point",

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from hpc_lbsgd.records import write_atomically
@@ -72,9 +73,9 @@ def quoted(name: str) -> str:
 
 
 def unquoted(line: str) -> str:
-    if not line.startswith('"'):
-        return line.split("\t")[0].rstrip("\r")
-    try:
-        return json.JSONDecoder().raw_decode(line)[0]
-    except ValueError:
-        return line.split("\t")[0]
+    if line.startswith('"'):
+        with suppress(ValueError):  # else it is a name of somebody's own hand
+            name, end = json.JSONDecoder().raw_decode(line)
+            if line[end:].rstrip("\r")[:1] in ("", "\t"):
+                return name
+    return line.split("\t")[0].rstrip("\r")

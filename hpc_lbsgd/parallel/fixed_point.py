@@ -62,7 +62,7 @@ class FixedPoint:
 
     def _kernels(self, narrow: bool) -> ModuleType | None:
         """Those that do a bucket: on GPUs there are none of int32."""
-        return self.kernels if self.kernels and hasattr(self.kernels, "add_int32" if narrow else "add") else None
+        return self.kernels if not narrow or hasattr(self.kernels, "add_int32") else None
 
     def add(self, index: int, keep: bool, digest: Digest | None, apart: bool) -> None:
         """Add a worker's values to the totals, and clear them for the next unless `keep`. What is not finite, and what

@@ -38,9 +38,9 @@ def told(world: worlds.World, env: Mapping[str, str] = os.environ) -> tuple[str,
 
 
 def start_of(env: Mapping[str, str] = os.environ) -> str:
-    """What tells two starts apart that ask at one port, as of Slurm's jobs on a shared node two may; "": a port is one
-    start's own."""
-    slurms = worlds.launcher(env) == "srun"
+    """What tells two starts apart that ask at one port, as two of Slurm's jobs on a shared node may, where the port
+    follows from their numbers; "": it is one start's own. A user's MASTER_ADDR may serve ranks of several numbers."""
+    slurms = worlds.launcher(env) == "srun" and not (env.get("MASTER_ADDR") and env.get("MASTER_PORT"))
     return f"{env['SLURM_JOB_ID']}.{env.get('SLURM_STEP_ID', 0)}" if slurms else ""
 
 

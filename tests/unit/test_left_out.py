@@ -4,7 +4,7 @@ import pytest
 from conftest import command, write_images
 from test_labels import tar_of
 
-from hpc_lbsgd.data import stage
+from hpc_lbsgd.data import names, stage
 from hpc_lbsgd.data import tree as trees
 from hpc_lbsgd.data.manifest import Manifest
 
@@ -44,7 +44,7 @@ def test_a_list_for_all_sets_in_a_folder_still_counts_for_all(image, tmp_path):
         tar_of(tmp_path / f"{part}.tar", {"a.png": image, "a.cls": b"0", "b.png": image, "b.cls": b"1", "c.png": image,
                                           "c.cls": b"1"})  # fmt: skip
     (tmp_path / "exclude.txt").write_text("b.png\n")
-    (tmp_path / "val.exclude.txt").write_bytes(b"\xef\xbb\xbfc.png\n")
+    (tmp_path / "val.exclude.txt").write_bytes(b"\xef\xbb\xbfc.png\r\n")
     for part, left, said in (("train", ["a.png", "c.png"], "1 images that exclude.txt names"),
                              ("val", ["a.png"], "2 images that exclude.txt or val.exclude.txt names")):  # fmt: skip
         job = command("data", "index", tmp_path / f"{part}.tar")
@@ -61,3 +61,8 @@ def test_a_folder_says_how_many_images_its_list_leaves_out(tmp_path):
     write_images(tmp_path / "d", 4, 8)
     (tmp_path / "d" / "exclude.txt").write_text("class-0/0000.png\n")
     assert trees.index(tmp_path / "d", processes=1).header["left_out"] == {"images that exclude.txt names": 1}
+
+
+@pytest.mark.parametrize("line", ['"a".png\r', '"a".png\tits reason\r', '"\\"a\\".png"\tits reason\r'])
+def test_a_name_with_quotes_is_the_same_by_hand_and_from_an_editor_that_ends_lines_by_two(line):
+    assert names.unquoted(line) == '"a".png'

@@ -1,6 +1,7 @@
 """Where ranks without MPI meet: from the environment alone."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -111,6 +112,16 @@ def test_ranks_that_do_not_come_are_named():
     assert done.stdout == "ranks [1, 2] of 3 did not come within 1 s\n", done.stdout + done.stderr
 
 
+def nobody_listens_at(port):
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_users_own_port_is_for_ranks_of_several_numbers():
+    """As those of a heterogeneous job of Slurm's have."""
+    assert meeting.start_of(SRUN) == "77.0" and meeting.start_of(SRUN | OWN) == meeting.start_of(TORCHRUN | OWN) == ""
+
+
 def test_a_rank_that_comes_to_another_jobs_store_meets_nobody_there():
     """Two jobs on a shared node, a thousand numbers apart, have one port."""
     code = (
@@ -122,8 +133,9 @@ def test_a_rank_that_comes_to_another_jobs_store_meets_nobody_there():
         "try: print(meeting.meet(world.from_environment()), flush=True)\n"
         "except RunError as problem: print(problem, flush=True)"
     )
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.free_port())}
-    of_two = os.environ | SRUN | place | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    step = next(str(i) for i in range(99) if nobody_listens_at(meeting.PORTS[17 * 77 + i]))
+    of_two = os.environ | SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_ID": step}
+    assert len({meeting.told(from_environment(of_two), of_two | {"SLURM_JOB_ID": job}) for job in ("77", "1077")}) == 1
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     line = [sys.executable, "-c", code]
     jobs = [{"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, {"SLURM_PROCID": "1", "SLURM_JOB_ID": "1077"}]
