@@ -1,7 +1,7 @@
 """Fixed point on CPUs in one pass over memory, as kernels.py does it on GPUs: the calls of cpu_kernels.c, which is
 compiled with the package where there is a C compiler (setup.py). To the bits of torch's operations.
 
-One thread: it takes a third of what torch's passes take on two.
+One thread, as `any-ranks` has it for a CPU rank.
 """
 
 from __future__ import annotations
