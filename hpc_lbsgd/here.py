@@ -46,7 +46,16 @@ def on_record(recipe: Recipe, here: Here, own: Iterable[Path] = ()) -> tuple[str
             if not ran_on(folder, here) or work_of(load_resolved(folder.recipe)) != work_of(recipe):
                 continue
             rates = recent_rates(folder.metrics, here.ranks, recipe.batch.samples_per_worker)
-        except (RequestError, OSError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
+        except (
+            RequestError,
+            OSError,
+            LookupError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            RecursionError,
+        ):
             continue  # damaged, or of others
         if rates:
             return str(folder.path), median(rates[WARM_UP:] or rates)
@@ -61,11 +70,13 @@ def ran_on(folder: RunFolder, here: Here) -> bool:
 
 
 def recent_rates(metrics: Path, ranks: int, n: int) -> list[float]:
-    """Of the last start's steps: images/s of the busiest rank, for whose step all wait."""
+    """Of the last start's steps, if it was on so many ranks: images/s of the busiest rank, for whose step all wait."""
     with open(metrics, "rb") as file:
         file.seek(max(0, metrics.stat().st_size - RECENT_BYTES))
         records = [record for record in map(record_of, file) if record]
     begun = max((i for i, r in enumerate(records) if r["kind"] == "start"), default=0)
+    if records and records[begun]["kind"] == "start" and records[begun]["ranks"] != ranks:
+        return []  # of the start before: the last one has not come so far
     rates = []
     for r in records[begun:]:
         if r["kind"] == "step" and (r.get("images_per_s") or 0) > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hpc_lbsgd.api.shuffle import GlobalShuffle, Step
 from hpc_lbsgd.errors import RequestError
 from hpc_lbsgd.theory.schedule import Schedule
 
-POINTS = 64  # of a schedule, whose learning rates are kept
+POINTS = 64  # of a schedule, whose learning rates are kept; and steps 1, 2, 4, 8 ..., for a warm-up is at the start
 SAME = 1e-9  # relative: another machine's cosine differs in its last bits
 
 ResultPart = dict[str, Any]  # by the name that a person knows
@@ -48,6 +49,9 @@ class Past:
                     "steps were taken under these is not known",
                     stacklevel=5,
                 )
+
+    def taken(self, step: Step) -> None:
+        """It was: from here on the run's steps are of its shuffle."""
         self._shuffle = step.shuffle
 
     def result_part(self) -> ResultPart | None:
@@ -73,12 +77,13 @@ def of_schedule(schedule: Schedule) -> ResultPart:
         "epochs": schedule.epochs,
         "stages": [first for _, first, _ in spans],
         "workers": [stage.workers for stage, _, _ in spans],
-        "lr": [stage.lr for stage, _, _ in spans],
-        "momentum": [stage.momentum for stage, _, _ in spans],
+        "lr": [float(stage.lr) for stage, _, _ in spans],
+        "momentum": [float(stage.momentum) for stage, _, _ in spans],
         "steps": schedule.full_steps,
     }
-    every = max(1, schedule.full_steps // POINTS)
-    facts |= {f"lr at step {step}": schedule.at(step).lr for step in range(0, schedule.full_steps, every)}
+    last = int(schedule.full_steps)
+    points = {*range(0, last, max(1, last // POINTS)), *(2**i for i in range(last.bit_length()) if 2**i < last)}
+    facts |= {f"lr at step {step}": float(schedule.at(step).lr) for step in sorted(points)}
     return {f"schedule.{name}": value for name, value in facts.items()}
 
 
@@ -99,5 +104,7 @@ def same(saved: Any, now: Any) -> bool:
         alike = isinstance(saved, list) and len(saved) == len(now)
         return alike and all(same(*pair) for pair in zip(saved, now, strict=True))
     if isinstance(now, float):
-        return isinstance(saved, (float, int)) and math.isclose(saved, now, rel_tol=SAME)
+        with suppress(OverflowError):  # a whole number of a file that no float is
+            return isinstance(saved, (float, int)) and math.isclose(saved, now, rel_tol=SAME)
+        return False
     return type(saved) is type(now) and bool(saved == now)

@@ -195,6 +195,7 @@ class Run:
         self._refuse_apart(point.step, point.step == step.shuffle.schedule.steps - 1)
         step.reduced.add(self)
         self._sound, self.step = verdict.finite, point.step + 1
+        self.past.taken(step)
         return verdict
 
     def _refuse_lost(self, point: Point, verdict: Verdict) -> None:

@@ -47,7 +47,7 @@ def together(lists: Iterable[Path]) -> bytes:
 
 def read_excluded(lists: Iterable[Path]) -> set[str]:
     """The paths that they name; none where they are not there."""
-    lines = together(lists).decode("utf-8", "surrogateescape").split("\n")
+    lines = re.split("\r\n?|\n", together(lists).decode("utf-8", "surrogateescape"))  # whatever an editor ends them by
     return {unquoted(line) for line in lines if line.strip()}
 
 

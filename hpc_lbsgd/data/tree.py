@@ -14,7 +14,7 @@ import pyarrow as pa
 from hpc_lbsgd.data import files, labels, parts
 from hpc_lbsgd.data.fields import IMAGE
 from hpc_lbsgd.data.manifest import CHUNK, FILE_NAME, SUFFIXES, Manifest, Row, listed, with_columns, write
-from hpc_lbsgd.data.names import EXCLUDE, add_excluded, read_excluded, said_of
+from hpc_lbsgd.data.names import EXCLUDE, add_excluded, lists_of, read_excluded, said_of
 from hpc_lbsgd.data.parts import ALL, Share
 from hpc_lbsgd.errors import RequestError
 
@@ -124,7 +124,8 @@ def index(
     """
     root = Path(root)
     out = Path(out) if out else root / FILE_NAME
-    return index_files(root, scan(root, table, ids), out, [root / EXCLUDE], processes, classes, exclude, share)
+    lists = [*lists_of(out)[1:], root / EXCLUDE]
+    return index_files(root, scan(root, table, ids), out, lists, processes, classes, exclude, share)
 
 
 def index_files(

@@ -9,6 +9,7 @@ from test_api import N, sgd, small_data, small_model, small_schedule, train
 from test_api_habits import distributed
 
 import hpc_lbsgd as lb
+from hpc_lbsgd.api import result_part
 from hpc_lbsgd.theory.schedule import Schedule, Stage, Warmup
 from hpc_lbsgd.train.replica import weights_sha256
 
@@ -141,3 +142,37 @@ def test_a_file_of_no_steps_asks_nothing(tmp_path, recwarn):
     lb.save(tmp_path / "state.pt", run)
     go(run, 1, lb.load(tmp_path / "state.pt", run), small_schedule(lr=0.2), seed=5)
     assert not recwarn
+
+
+def test_another_warm_up_is_seen_in_a_long_schedule():
+    """It is over before the second of the points that lie evenly."""
+    common = {"samples": 1_281_167, "workers": 256, "samples_per_worker": 32, "epochs": 90, "lr": 3.2}
+    known = [
+        result_part.of_schedule(lb.Schedule(**common, warmup_start_lr=0.1, warmup_epochs=epochs))
+        for epochs in (0.2, 0.5, 1, 1.3)
+    ]
+    assert all(a != b for i, a in enumerate(known) for b in known[:i])
+
+
+@pytest.mark.parametrize("lr", [1, 1.0, np.float64(1), np.float32(1)])
+def test_a_learning_rate_is_one_number_however_it_is_written(lr, tmp_path):
+    schedules = [Schedule(N, 8, [Stage(0, 4, value, 0.5)], 3, "partial", Warmup(0, 0.1)) for value in (lr, 1.0)]
+    for number, (before, after) in enumerate((schedules, schedules[::-1])):
+        run = distributed()
+        go(run, 2, schedule=before)
+        lb.save(tmp_path / str(number), run)
+        run = distributed()
+        go(run, 3, lb.load(tmp_path / str(number), run), schedule=after)
+
+
+def test_a_step_that_was_begun_and_not_taken_is_none_of_the_files(tmp_path):
+    run = distributed()
+    go(run, 2)
+    other = lb.GlobalShuffle(N, small_schedule(lr=0.3), seed=7, start=2)
+    step = next(other.steps(torch.utils.data.DataLoader(small_data(), batch_sampler=other)))
+    with pytest.raises(KeyError), run.part(next(iter(step.workers))):
+        raise KeyError
+    lb.save(tmp_path / "state.pt", run)
+    run = distributed()
+    go(run, 3, lb.load(tmp_path / "state.pt", run))
+    assert not result_part.same(10**400, 1.0)  # of a file

@@ -44,7 +44,7 @@ def test_a_list_for_all_sets_in_a_folder_still_counts_for_all(image, tmp_path):
         tar_of(tmp_path / f"{part}.tar", {"a.png": image, "a.cls": b"0", "b.png": image, "b.cls": b"1", "c.png": image,
                                           "c.cls": b"1"})  # fmt: skip
     (tmp_path / "exclude.txt").write_text("b.png\n")
-    (tmp_path / "val.exclude.txt").write_bytes(b"\xef\xbb\xbfc.png\r\n")
+    (tmp_path / "val.exclude.txt").write_bytes(b"\xef\xbb\xbfc.png\rd.png\r\n")
     for part, left, said in (("train", ["a.png", "c.png"], "1 images that exclude.txt names"),
                              ("val", ["a.png"], "2 images that exclude.txt or val.exclude.txt names")):  # fmt: skip
         job = command("data", "index", tmp_path / f"{part}.tar")
@@ -66,3 +66,14 @@ def test_a_folder_says_how_many_images_its_list_leaves_out(tmp_path):
 @pytest.mark.parametrize("line", ['"a".png\r', '"a".png\tits reason\r', '"\\"a\\".png"\tits reason\r'])
 def test_a_name_with_quotes_is_the_same_by_hand_and_from_an_editor_that_ends_lines_by_two(line):
     assert names.unquoted(line) == '"a".png'
+
+
+def test_a_folders_set_of_another_name_reads_its_own_list_too(image, tmp_path):
+    """`verify --exclude` of it writes that; indexed again, the picture must not be one that cannot be read."""
+    pictures = sorted(write_images(tmp_path / "d", 3, 8).rglob("*.png"))
+    out = tmp_path / "d" / "train.arrow"
+    trees.index(tmp_path / "d", out=out, processes=1)
+    pictures[0].write_bytes(b"junk")
+    (tmp_path / "d" / "train.exclude.txt").write_text(f"{pictures[0].relative_to(tmp_path / 'd')}\n")
+    again = trees.index(tmp_path / "d", out=out, processes=1)
+    assert len(again) == 2 and list(again.header["left_out"].values()) == [1]

@@ -163,6 +163,9 @@ def test_a_run_of_other_work_or_another_machine_says_nothing(own, plan):
     record("no-steps").metrics.write_text("")
     record("cut").metrics.write_text('{"kind": "step", "step": 3, "images_per_s": "fast"}\n{"kind": "st')
     record("no-recipe").recipe.write_text("model: [")
+    record("deep").environment.write_text("[" * 200_000)
+    begun = record("begun-again-on-these").metrics  # and its record of that has not come so far
+    begun.write_text(begun.read_text().replace(f'"ranks": {CORES}', '"ranks": 1'))
     record("no-ranks").environment.write_text('[{"ranks": [1, 2, 3]}]')
     (own.parent / "runs" / "a file").write_text("")
     found = plan(own, "--json")
